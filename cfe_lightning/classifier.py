@@ -1,0 +1,272 @@
+"""The frozen classifier: a network that carries its own world (normalisation, class names, size, layer names)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfe_lightning import images
+
+#: Packages whose classes a checkpoint may name; others must be named by the user.
+ALLOWED_PACKAGES = ("cfe_lightning", "torchvision")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierSpec:
+    """Everything needed to feed a network and read its output, as plain data that travels with the weights.
+
+    Attributes:
+        class_path: Import path of an ``nn.Module`` class or a ``torchvision.models`` builder.
+        init_args: Arguments of that class or builder.
+        head: Dotted name of the last linear layer, for example ``fc``; None where the network has none to hook.
+        class_names: K names in logit order.
+        image_size: Side of the square image the network expects, in pixels.
+        mean: One number per channel on the [0, 1] scale; its length is the number of channels.
+        std: As ``mean``.
+        feature_map: Dotted name of the layer whose output is [B, D, h, w]; None where there is none.
+        label: One attribute of a multi-label network, seen as two classes ("not label", "label").
+    """
+
+    class_path: str
+    init_args: dict[str, Any]
+    head: str | None
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    feature_map: str | None = None
+    label: str | None = None
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ClassifierSpec:
+        """The inverse of ``to_dict``; lists become tuples."""
+        tuples = {key: tuple(data[key]) for key in ("class_names", "mean", "std")}
+        return cls(**{**data, **tuples})
+
+
+class FrozenClassifier(nn.Module):
+    """A network that never changes a bit and gets no gradient on a weight, but lets gradients reach the image.
+
+    It always presents K exclusive classes: a one-logit sigmoid output z is shown as logits (0, z), whose softmax is the
+    sigmoid, and a multi-label network as one label against its absence.
+
+    Args:
+        network: Maps normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B].
+        spec: What the network expects and what its outputs mean.
+
+    Raises:
+        ValueError: If the spec names a layer that the network does not have, or a label that is not a class name.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, spec: ClassifierSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        shape = (1, spec.channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
+        if spec.label is not None and spec.label not in spec.class_names:
+            raise ValueError(f"label {spec.label!r} is not one of the class names {list(spec.class_names)}.")
+        for field, name in (("head", spec.head), ("feature_map", spec.feature_map)):
+            if name is not None:
+                self._layer(field, name)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The K presented classes in the order of the presented logits."""
+        if self.spec.label is not None:
+            return (f"not {self.spec.label}", self.spec.label)
+        return self.spec.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def train(self, mode: bool = True) -> FrozenClassifier:
+        """Stays in eval mode whatever is asked: Lightning calls this at every start of training."""
+        del mode
+        return super().train(False)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] to what the network takes: its channels, its size, its normalisation."""
+        if image.shape[1] != self.spec.channels:
+            image = _match_channels(image, self.spec.channels)
+        image = images.resize(image, self.spec.image_size)
+        return (images.to_unit(image) - self.mean) / self.std
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
+        return self._exclusive(self.network(self.prepare(image)))
+
+    def features(self, image: Tensor) -> Tensor:
+        """The head's input, [B, C, H, W] -> [B, D].
+
+        Raises:
+            ValueError: If the network has no linear layer to stop before.
+        """
+        head = self._layer("head", self.spec.head)
+        captured: list[Tensor] = []
+        with _hooked(head.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))):
+            self.network(self.prepare(image))
+        return captured[-1]
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features [B, D] to logits of K exclusive classes, [B, K]."""
+        return self._exclusive(self._layer("head", self.spec.head)(features))
+
+    def feature_map(self, image: Tensor) -> Tensor:
+        """Activations before pooling, [B, C, H, W] -> [B, D, h, w].
+
+        Raises:
+            ValueError: If the spec names no feature map.
+        """
+        layer = self._layer("feature_map", self.spec.feature_map)
+        captured: list[Tensor] = []
+        with _hooked(layer.register_forward_hook(lambda _module, _inputs, output: captured.append(output))):
+            self.network(self.prepare(image))
+        return captured[-1]
+
+    def save(self, path: str | Path) -> None:
+        """Writes spec and weights into one file that ``load_classifier`` reads."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        torch.save({"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()}, temporary)
+        temporary.replace(path)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 over spec and weights: equal exactly when the decisions are."""
+        digest = hashlib.sha256(repr(sorted(self.spec.to_dict().items())).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def with_label(self, label: str) -> FrozenClassifier:
+        """The same multi-label network, explained for another of its labels."""
+        return FrozenClassifier(self.network, replace(self.spec, label=label))
+
+    def _exclusive(self, logits: Tensor) -> Tensor:
+        if logits.ndim == 1:
+            logits = logits[:, None]
+        if self.spec.label is not None:
+            index = self.spec.class_names.index(self.spec.label)
+            logits = logits[:, index : index + 1]
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        return logits
+
+    def _layer(self, field: str, name: str | None) -> nn.Module:
+        kind = type(self.network).__name__
+        if name is None:
+            raise ValueError(
+                f"This classifier ({kind}) has no {field}: its spec names none and none was found by tracing. "
+                f"Name the layer with {field}=..., or choose a method that needs only logits (DXAI, StylEx, "
+                "DiffExplainer's black-box part, Steerable Lens)."
+            )
+        try:
+            return self.network.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"{field} names {name!r}, but {kind} has no such layer.") from error
+
+
+def _match_channels(image: Tensor, channels: int) -> Tensor:
+    """Grey to RGB by repeating; RGB to grey by the luminance weights of ITU-R 601, as Pillow does."""
+    if image.shape[1] == 1:
+        return image.expand(-1, channels, -1, -1)
+    weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (image * weights).sum(dim=1, keepdim=True)
+
+
+@contextmanager
+def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Removes the hook even after an exception: nothing may stay behind on the user's network."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """Finds the class or builder that a file names, refusing anything outside the allowed packages.
+
+    Args:
+        class_path: For example ``cfe_lightning.methods.dxai.Dxai`` or ``torchvision.models.resnet18``.
+        trusted: Packages that the user vouches for besides cfe_lightning and torchvision.
+
+    Raises:
+        ValueError: If the package is not allowed, or the path names no module class and no torchvision builder.
+    """
+    package, _, _ = class_path.partition(".")
+    if package not in (*ALLOWED_PACKAGES, *trusted):
+        raise ValueError(
+            f"The file names {class_path!r}, which is not part of {' or '.join(ALLOWED_PACKAGES)}: if you trust the "
+            f"package {package!r}, pass trusted=[{package!r}] (on the command line --trusted {package})."
+        )
+    module_path, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
+    is_module = isinstance(found, type) and issubclass(found, nn.Module)
+    is_builder = module_path.startswith("torchvision.models") and callable(found) and not isinstance(found, type)
+    if not (is_module or is_builder):
+        raise ValueError(f"{class_path!r} is neither an nn.Module class nor a torchvision.models builder.")
+    return found
+
+
+def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:
+    """Builds the spec's network without weights."""
+    return resolve_class_path(spec.class_path, trusted)(**spec.init_args)
+
+
+def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassifier:
+    """Reads a classifier file written by ``FrozenClassifier.save`` or by ``train.py --config classifier_<data>.yaml``.
+
+    Args:
+        path: The file.
+        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no classifier file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no classifier file {file}: train one with `python train.py --config classifier_<data>.yaml`, "
+            "or wrap your own network with cfe_lightning.classifier.wrap_classifier."
+        )
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        spec = ClassifierSpec.from_dict(content["classifier"])
+        weights = content["state_dict"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is not a classifier file of cfe_lightning: {reason}") from error
+    network = build_network(spec, trusted or ())
+    network.load_state_dict(weights)
+    return FrozenClassifier(network, spec)

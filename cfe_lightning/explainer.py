@@ -1,0 +1,117 @@
+"""The base of every method: a LightningModule around one frozen classifier, and its loading from one file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, resolve_class_path
+from cfe_lightning.explanation import Explanation
+
+#: Keys of a checkpoint that only a resumed training needs.
+RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
+
+
+class ExplainerModule(pl.LightningModule, ABC):
+    """A method that explains one frozen classifier; subclasses implement ``explain`` and, if they learn, training.
+
+    Args:
+        classifier: The classifier to be explained. Its weights are stored in every checkpoint, so a checkpoint alone
+            is enough; all other constructor arguments must be plain data (numbers, strings, lists).
+    """
+
+    def __init__(self, classifier: FrozenClassifier) -> None:
+        super().__init__()
+        # Records the arguments of the subclass's constructor: Lightning walks up the calling frames.
+        self.save_hyperparameters(ignore=["classifier"])
+        self.classifier = classifier
+        self.image_size = classifier.spec.image_size
+        self.channels = classifier.spec.channels
+
+    @abstractmethod
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for the runner-up class."""
+
+    @final
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:
+        """Explains one batch of the batch contract; ``target`` is used where the batch has one."""
+        return self.explain(batch["image"], batch.get("target"))
+
+    @final
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what ``load_explainer`` needs to rebuild method and classifier from this file alone."""
+        kind = type(self)
+        checkpoint["explainer"] = {
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "version": importlib.metadata.version("cfe-lightning"),
+        }
+        checkpoint["classifier"] = self.classifier.spec.to_dict()
+
+
+def load_explainer(path: str | Path, trusted: Sequence[str] = ()) -> ExplainerModule:
+    """Rebuilds an explainer and its classifier from one checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: A checkpoint written by ``train.py``.
+        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no explainer checkpoint, or names a class outside the trusted packages.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    missing = {"explainer", "classifier", "state_dict", "hyper_parameters"} - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"{path} is not an explainer checkpoint (missing: {', '.join(sorted(missing))}): give the best.ckpt or "
+            "last.ckpt that train.py wrote under checkpoints/<run>/."
+        )
+    kind = resolve_class_path(checkpoint["explainer"]["class_path"], trusted)
+    if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
+        raise ValueError(f"{path} names {checkpoint['explainer']['class_path']}, which is not an explainer.")
+    spec = ClassifierSpec.from_dict(checkpoint["classifier"])
+    classifier = FrozenClassifier(build_network(spec, trusted), spec)
+    explainer = kind(classifier, **checkpoint["hyper_parameters"])
+    try:
+        explainer.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        version = checkpoint["explainer"].get("version", "unknown")
+        raise ValueError(
+            f"The weights in {path} (written by version {version}) do not fit {kind.__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    explainer.eval()
+    return explainer
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint as plain data: ``weights_only``, so nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, no checkpoint, or holds anything but plain data and tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}: give a .ckpt file that train.py wrote.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or not plain data): {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint written by train.py.")
+    return checkpoint
+
+
+def strip_checkpoint(source: Path, destination: Path) -> None:
+    """Copies a checkpoint without the state that only a resumed training needs: smaller, explains the same."""
+    checkpoint = load_checkpoint(source)
+    torch.save({key: value for key, value in checkpoint.items() if key not in RESUME_ONLY}, destination)

@@ -1,0 +1,132 @@
+"""What every explainer answers: an ``Explanation``. Reports, metrics and callbacks know this file and no method.
+
+Shapes: B images, C channels, H, W pixels, K classes, T steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from cfe_lightning import images
+
+if TYPE_CHECKING:
+    from cfe_lightning.classifier import FrozenClassifier
+
+
+@dataclass(kw_only=True, slots=True)
+class Explanation:
+    """The answer to "what would have to change for this image to be the target?" for a batch of images.
+
+    Attributes:
+        image: The explained images as given, [B, C, H, W] in [-1, 1].
+        logits: The classifier's logits of ``image``, [B, K].
+        target: The class asked for, [B] int64.
+        attribution: How much each pixel matters for predicted versus target, non-negative, [B, 1, H, W].
+        counterfactual: Images meant to be classified as ``target``, [B, C, H, W]; None for attribution-only methods.
+        counterfactual_logits: Logits of ``counterfactual``, measured and never assumed, [B, K].
+        steps: Images along the method's path, [B, T, C, H, W]; the first one is nearest to ``image``.
+        strengths: How far along the path each step is, [B, T]; given together with ``steps``.
+        parts: Named images or image differences, each [B, C, H, W], for example ``distinct``.
+        scores: Named numbers per image, each [B].
+
+    Raises:
+        ValueError: If a field's shape disagrees with ``image`` and ``logits``; the message names the field.
+    """
+
+    image: Tensor
+    logits: Tensor
+    target: Tensor
+    attribution: Tensor
+    counterfactual: Tensor | None = None
+    counterfactual_logits: Tensor | None = None
+    steps: Tensor | None = None
+    strengths: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 4:
+            raise ValueError(f"Explanation.image must be [B, C, H, W], got {list(self.image.shape)}.")
+        batch, channels, height, width = self.image.shape
+        if self.logits.ndim != 2 or self.logits.shape[0] != batch:
+            raise ValueError(f"Explanation.logits must be [{batch}, K], got {list(self.logits.shape)}.")
+        num_classes = self.logits.shape[1]
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "target": (self.target, (batch,)),
+            "attribution": (self.attribution, (batch, 1, height, width)),
+            "counterfactual": (self.counterfactual, (batch, channels, height, width)),
+            "counterfactual_logits": (self.counterfactual_logits, (batch, num_classes)),
+        }
+        expected |= {f"parts[{name!r}]": (part, (batch, channels, height, width)) for name, part in self.parts.items()}
+        expected |= {f"scores[{name!r}]": (score, (batch,)) for name, score in self.scores.items()}
+        if (self.steps is None) != (self.strengths is None):
+            raise ValueError("Explanation.steps and Explanation.strengths must be given together.")
+        if self.steps is not None and self.strengths is not None:
+            num_steps = self.steps.shape[1] if self.steps.ndim == 5 else 0
+            expected["steps"] = (self.steps, (batch, num_steps, channels, height, width))
+            expected["strengths"] = (self.strengths, (batch, num_steps))
+        if (self.counterfactual is None) != (self.counterfactual_logits is None):
+            raise ValueError("Explanation.counterfactual and Explanation.counterfactual_logits must be given together.")
+        for name, (value, shape) in expected.items():
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"Explanation.{name} must be {list(shape)}, got {list(value.shape)}.")
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def predicted(self) -> Tensor:
+        """The classifier's class of ``image``, [B] int64."""
+        return self.logits.argmax(dim=1)
+
+    @property
+    def flipped(self) -> Tensor | None:
+        """Whether the counterfactual is classified as ``target``, [B] bool; a tie counts as not flipped."""
+        if self.counterfactual_logits is None:
+            return None
+        return decides_for(self.counterfactual_logits, self.target)
+
+    def _repr_html_(self) -> str:
+        """Shows up to eight images of the batch with counterfactual, parts and attribution in a notebook."""
+        shown = slice(0, 8)
+        columns: dict[str, Tensor] = {"image": self.image[shown]}
+        if self.counterfactual is not None:
+            columns["counterfactual"] = self.counterfactual[shown]
+        columns |= {name: part[shown] for name, part in self.parts.items()}
+        columns["attribution"] = images.heat_map(self.attribution[shown])
+        buffer = io.BytesIO()
+        images.to_pil(images.grid(list(columns.values()))).save(buffer, format="PNG")
+        caption = "columns: " + ", ".join(columns)
+        payload = base64.b64encode(buffer.getvalue()).decode()
+        return f'<figure><img src="data:image/png;base64,{payload}"><figcaption>{caption}</figcaption></figure>'
+
+
+class Explainer(Protocol):
+    """All that metrics, reports, baselines and benchmarks may assume of an explainer."""
+
+    classifier: FrozenClassifier
+
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for the runner-up class."""
+        ...
+
+
+def decides_for(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether logits [B, K] decide strictly for ``target`` [B]: larger than every other class, so a tie does not count.
+
+    Source: evaluation, section 3.1.
+    """
+    asked = logits.gather(1, target[:, None])
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    return (asked > others.amax(dim=1, keepdim=True)).squeeze(1)
+
+
+def runner_up(logits: Tensor) -> Tensor:
+    """The most probable class that is not the predicted one, [B, K] -> [B]; what ``target=None`` means."""
+    return logits.topk(2, dim=1).indices[:, 1]

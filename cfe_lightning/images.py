@@ -1,0 +1,165 @@
+"""The only door between image files and tensors.
+
+Every image tensor of the package is float32, [C, H, W] or [B, C, H, W], in [-1, 1], with one channel or RGB.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+#: File name endings that are looked at when a folder is read.
+EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+#: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
+MAX_PIXELS = 100_000_000
+
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+
+
+class UnreadableImageError(ValueError):
+    """A file that cannot become an image tensor; the message is one sentence for the user."""
+
+
+def read_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Reads any common image file: EXIF rotation applied, first frame of animations, transparency put on white.
+
+    Args:
+        path: The file. 16-bit and floating-point greys are scaled by their type's range, or by the image's own range
+            where the type has none.
+        channels: 1 for luminance, 3 for RGB.
+        max_pixels: Larger images are refused before they are decoded.
+
+    Returns:
+        The image, [C, H, W] in [-1, 1].
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty, truncated, no image or too large.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}.")
+    try:
+        if path.stat().st_size == 0:
+            raise UnreadableImageError("The file is empty.")
+        with Image.open(path) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise UnreadableImageError(f"{width} x {height} pixels are more than the {max_pixels:,} accepted.")
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            return _to_tensor(picture, channels)
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"The image is too large to decode safely: {error}") from error
+    # Decoders raise nearly anything on broken files (struct.error, SyntaxError, zlib.error, IndexError, ...).
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"Not a readable image: {text}") from error
+
+
+def _to_tensor(picture: Image.Image, channels: int) -> Tensor:
+    if picture.mode in _SIXTEEN_BIT_MODES:
+        unit = np.asarray(picture, dtype=np.float32) / 65535.0
+    elif picture.mode in ("I", "F"):
+        unit = _scale_by_range(np.asarray(picture, dtype=np.float32))
+    else:
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            rgba = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        unit = np.asarray(picture, dtype=np.float32) / 255.0
+    if unit.ndim == 2:
+        unit = np.repeat(unit[None], channels, axis=0)
+    else:
+        unit = unit.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(unit)) * 2.0 - 1.0
+
+
+def _scale_by_range(values: np.ndarray) -> np.ndarray:
+    """Scales 32-bit values to [0, 1]: by 65535 when they look like 16-bit data, else by their own range."""
+    finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(finite.min()), float(finite.max())
+    if low >= 0 and 255 < high <= 65535:
+        return finite / 65535.0
+    if low >= 0 and 1 < high <= 255:
+        return finite / 255.0
+    if low >= 0 and high <= 1:
+        return finite
+    return (finite - low) / max(high - low, 1e-12)
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """Resizes [..., C, H, W] to [..., C, size, size], antialiased bilinear, aspect ratio not kept; stays in range."""
+    if image.shape[-2:] == (size, size):
+        return image
+    batched = image if image.ndim == 4 else image[None]
+    resized = F.interpolate(batched, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return resized if image.ndim == 4 else resized[0]
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], without clamping."""
+    return image * 0.5 + 0.5
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[-1, 1] to bytes, clamped and rounded to the nearest level (truncation can undo a flip)."""
+    return to_unit(image).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def saved(image: Tensor) -> Tensor:
+    """The image as a reader of the saved 8-bit PNG sees it, still in [-1, 1]."""
+    return to_uint8(image).to(image.dtype) / 255 * 2 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[C, H, W] in [-1, 1] to a Pillow image, grey or RGB."""
+    array = to_uint8(image.detach()).cpu().numpy()
+    return Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    to_pil(image).save(temporary, format="PNG", compress_level=1)
+    temporary.replace(path)
+
+
+def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:
+    """Colours a change [B, C, H, W] blue (darker) over white (none) to red (brighter), [B, 3, H, W] in [-1, 1].
+
+    Args:
+        change: Image minus image, mean over channels is shown.
+        scale: The change drawn in full colour; None takes the largest magnitude of each image.
+    """
+    signed = change.mean(dim=1, keepdim=True)
+    limit = signed.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-6) if scale is None else scale
+    signed = (signed / limit).clamp(-1, 1)
+    white_to_red = signed.clamp_min(0)
+    white_to_blue = (-signed).clamp_min(0)
+    red, green, blue = 1 - white_to_blue, 1 - signed.abs(), 1 - white_to_red
+    return torch.cat([red, green, blue], dim=1) * 2 - 1
+
+
+def heat_map(attribution: Tensor) -> Tensor:
+    """Colours a non-negative map [B, 1, H, W], scaled per image, black-red-yellow-white, [B, 3, H, W] in [-1, 1]."""
+    peak = attribution.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+    level = (attribution / peak).clamp(0, 1) * 3
+    return torch.cat([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)], dim=1) * 2 - 1
+
+
+def grid(columns: Sequence[Tensor], padding: int = 2) -> Tensor:
+    """Lays batches [B, C, H, W] side by side: one row per image, one column per batch, [3, height, width]."""
+    coloured = [column.detach().float().cpu() for column in columns]
+    coloured = [c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c for c in coloured]
+    padded = [F.pad(c, (padding, padding, padding, padding), value=1.0) for c in coloured]
+    rows = torch.cat(padded, dim=3)
+    return torch.cat(list(rows), dim=1)
