@@ -32,7 +32,9 @@ class Explanation:
         counterfactual_logits: Logits of ``counterfactual``, measured and never assumed, [B, K].
         steps: Images along the method's path, [B, T, C, H, W]; the first one is nearest to ``image``.
         strengths: How far along the path each step is, [B, T]; given together with ``steps``.
-        parts: Named images or image differences, each [B, C, H, W], for example ``distinct``.
+        parts: Named images or image differences, each [B, C, H, W]. Reserved names: ``reconstruction`` (the method's
+            own rendering of ``image`` before any edit), and for decompositions ``agnostic``, ``distinct`` and
+            ``residual``, which sum to ``image``; ``distinct`` and ``residual`` are differences (0 is no change).
         scores: Named numbers per image, each [B].
 
     Raises:
@@ -114,6 +116,14 @@ class Explainer(Protocol):
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for the runner-up class."""
+        ...
+
+
+class Decomposer(Explainer, Protocol):
+    """An explainer that splits an image into a class-agnostic and a class-distinct part."""
+
+    def distinct(self, image: Tensor, source: Tensor) -> Tensor:
+        """The part of images [B, C, H, W] that makes them class ``source`` [B]; subtract it to remove the class."""
         ...
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: File name endings that are looked at when a folder is read.
-EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 #: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
 MAX_PIXELS = 100_000_000
 
@@ -75,10 +75,7 @@ def _to_tensor(picture: Image.Image, channels: int) -> Tensor:
             picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         picture = picture.convert("L" if channels == 1 else "RGB")
         unit = np.asarray(picture, dtype=np.float32) / 255.0
-    if unit.ndim == 2:
-        unit = np.repeat(unit[None], channels, axis=0)
-    else:
-        unit = unit.transpose(2, 0, 1)
+    unit = np.repeat(unit[None], channels, axis=0) if unit.ndim == 2 else unit.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(unit)) * 2.0 - 1.0
 
 
