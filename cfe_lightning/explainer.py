@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,11 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__()
-        # Records the arguments of the subclass's constructor: Lightning walks up the calling frames.
+        # Records the arguments of the subclass's constructor: Lightning walks up the calling frames, and so also meets
+        # those of classes in between, which the subclass does not take.
         self.save_hyperparameters(ignore=["classifier"])
+        own = inspect.signature(type(self)).parameters
+        self.save_hyperparameters(ignore=["classifier", *(name for name in self.hparams if name not in own)])
         self.classifier = classifier
         self.image_size = classifier.spec.image_size
         self.channels = classifier.spec.channels
@@ -53,6 +57,8 @@ class ExplainerModule(pl.LightningModule, ABC):
             "version": importlib.metadata.version("cfe-lightning"),
         }
         checkpoint["classifier"] = self.classifier.spec.to_dict()
+        # Lightning leaves the key out where a method takes no argument.
+        checkpoint.setdefault("hyper_parameters", {})
 
 
 def load_explainer(path: str | Path, trusted: Sequence[str] = ()) -> ExplainerModule:
