@@ -1,0 +1,351 @@
+"""Shapes with a known reason: images generated from seeds, each with its exact counterfactual and mask.
+
+Every image is nuisance plus cue. The nuisance (background gradient, body ellipse with colour and faint pattern, a
+distractor blob outside the body, noise) is drawn without looking at the class; only the cue knows it. So the image of
+any other class is the same scene with another cue, and an explanation has a right answer. Values keep so much room
+below 1 and above -1 that nothing is ever clamped: image minus counterfactual is exactly cue minus cue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cfe_lightning.data.image_data import ImageData, Sample, Split
+from cfe_lightning.images import save_image
+
+Cue = Literal["lesion", "colour", "texture"]
+
+#: A change of more than half a grey level survives saving as 8 bit, so the pixel counts as different.
+VISIBLE = 1.0 / 255.0
+#: Hue angles of equal lightness and their names.
+_HUES = {
+    2: (("rose", 0.0), ("teal", 180.0)),
+    3: (("rose", 0.0), ("green", 120.0), ("blue", 240.0)),
+    4: (("rose", 0.0), ("lime", 90.0), ("teal", 180.0), ("violet", 270.0)),
+}
+_LESIONS = ("no_lesion", "one_lesion", "two_lesions", "three_lesions")
+_BLOB_HEIGHT = 0.72
+_NOISE = 0.02
+
+
+class SyntheticShapes(ImageData):
+    """Images of a body in which one known cue decides the class.
+
+    Args:
+        image_size: Side in pixels, 28 to 256.
+        channels: 1 or 3; the cue ``colour`` needs 3.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes.
+        cue: What decides the class: ``lesion``, bright blobs inside the body (sparse, additive; class k has k blobs);
+            ``colour``, the hue of the body (dense); ``texture``, the direction of stripes in it (dense, zero mean).
+        num_classes: 2 to 4.
+        cue_size: Multiplies the lesion's radius, the colour's saturation or the stripes' amplitude, 0.5 to 1.6.
+        shortcut: With this probability a small mark sits in the corner that belongs to the class, else in the corner
+            of another class; None plants no mark. The mark is part of the nuisance: the counterfactual keeps it.
+        num_train: Training images.
+        num_val: Validation images.
+        num_test: Test images.
+        seed: Another seed gives other images.
+        balanced: See ``ImageData``; these classes are equally frequent anyway.
+        horizontal_flip: See ``ImageData``. The directions of three or four textures are not mirror-invariant.
+        vertical_flip: As ``horizontal_flip``.
+        quarter_turns: See ``ImageData``. No texture is invariant to quarter turns.
+
+    Raises:
+        ValueError: If an argument is outside its range, or the cue cannot be drawn with these channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        channels: int = 3,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        cue: Cue = "lesion",
+        num_classes: int = 2,
+        cue_size: float = 1.0,
+        shortcut: float | None = None,
+        num_train: int = 4000,
+        num_val: int = 500,
+        num_test: int = 500,
+        seed: int = 0,
+        balanced: bool = False,
+        horizontal_flip: bool = False,
+        vertical_flip: bool = False,
+        quarter_turns: bool = False,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            channels=channels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            balanced=balanced,
+            horizontal_flip=horizontal_flip,
+            vertical_flip=vertical_flip,
+            quarter_turns=quarter_turns,
+        )
+        self.class_names = _class_names(cue, num_classes)
+        self.cue = cue
+        self.cue_size = cue_size
+        self.shortcut = shortcut
+        self.seed = seed
+        self.counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
+        _check(self)
+
+    def dataset(self, split: Split) -> Shapes:
+        """The images of one split, each with ``mask`` and ``counterfactual``."""
+        return Shapes(
+            split=split,
+            count=self.counts[split],
+            image_size=self.image_size,
+            channels=self.channels,
+            cue=self.cue,
+            class_names=self.class_names,
+            cue_size=self.cue_size,
+            shortcut=self.shortcut,
+            seed=self.seed,
+        )
+
+    def write_folder(self, split: Split, folder: str | Path, count: int | None = None) -> list[Path]:
+        """Writes images as PNG files ``<folder>/<class>/<split>_<index>.png``, the layout that ``ImageFolder`` reads.
+
+        Args:
+            split: Where the images come from.
+            folder: Created if missing.
+            count: The first so many images; None writes the whole split.
+
+        Returns:
+            The files in the order of the data set.
+        """
+        shapes = self.dataset(split)
+        paths = []
+        for index in range(len(shapes) if count is None else min(count, len(shapes))):
+            sample = shapes[index]
+            paths.append(Path(folder) / f"{sample['name']}.png")
+            save_image(sample["image"], paths[-1])
+        return paths
+
+
+def _class_names(cue: Cue, num_classes: int) -> tuple[str, ...]:
+    if cue not in get_args(Cue):
+        raise ValueError(f"cue must be one of {', '.join(get_args(Cue))}, got {cue!r}.")
+    if not 2 <= num_classes <= 4:
+        raise ValueError(f"num_classes must be 2, 3 or 4, got {num_classes}.")
+    if cue == "lesion":
+        return ("healthy", "lesion") if num_classes == 2 else _LESIONS[:num_classes]
+    if cue == "colour":
+        return tuple(name for name, _ in _HUES[num_classes])
+    return tuple(f"stripes_{180 * k // num_classes}" for k in range(num_classes))
+
+
+def _check(data: SyntheticShapes) -> None:
+    if not 28 <= data.image_size <= 256:
+        raise ValueError(f"SyntheticShapes draws images of 28 to 256 pixels, got image_size={data.image_size}.")
+    if data.cue == "colour" and data.channels == 1:
+        raise ValueError(
+            "The cue 'colour' is the hue of the body and needs channels=3: choose cue='lesion' or 'texture'."
+        )
+    if not 0.5 <= data.cue_size <= 1.6:
+        raise ValueError(f"cue_size must be from 0.5 to 1.6, got {data.cue_size}.")
+    if data.shortcut is not None and not 0 <= data.shortcut <= 1:
+        raise ValueError(f"shortcut is a probability from 0 to 1, or null for no mark, got {data.shortcut}.")
+    for split, count in data.counts.items():
+        if not 1 <= count <= 2**30:
+            raise ValueError(f"num_{split} must be at least 1, got {count}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Scene:
+    """All of one image but its class."""
+
+    base: Tensor  # [C, H, W], nuisance
+    body: Tensor  # [H, W] in [0, 1], soft mask of the body
+    across: Tensor  # [H, W], pixels right of the body's centre, as a share of the side
+    down: Tensor  # [H, W], likewise downwards
+    cue_draws: list[float]  # uniform numbers that place the cue, the same for every class
+    axes: tuple[float, float, float]  # semi-axes and rotation of the body
+
+
+class Shapes(Dataset[Sample]):
+    """One split of ``SyntheticShapes``; image ``index`` depends on seed, split and index alone.
+
+    Attributes:
+        labels: The class of each image, [N] int64: the classes take turns.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        count: int,
+        image_size: int,
+        channels: int,
+        cue: Cue,
+        class_names: tuple[str, ...],
+        cue_size: float,
+        shortcut: float | None,
+        seed: int,
+    ) -> None:
+        self.split = split
+        self.channels = channels
+        self.image_size = image_size
+        self.cue = cue
+        self.class_names = class_names
+        self.cue_size = cue_size
+        self.shortcut = shortcut
+        self.labels = torch.arange(count) % len(class_names)
+        # 2**30 numbers for each split inside the 32 bits that the generator looks at: splits share no image.
+        start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+        self._first_seed = start + get_args(Split).index(split) * 2**30
+        centres = (torch.arange(image_size) + 0.5) / image_size
+        self._x = centres[None, :]
+        self._y = centres[:, None]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Image, label, name, mask [1, H, W] and counterfactual: the same scene as the next class, (label + 1) % K."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} images.")
+        label = int(self.labels[index])
+        scene = self._scene(index, label)
+        image = self._draw(scene, label)
+        counterfactual = self._draw(scene, (label + 1) % len(self.class_names))
+        difference = (image - counterfactual).abs().amax(dim=0, keepdim=True)
+        return {
+            "image": image,
+            "label": label,
+            "name": f"{self.class_names[label]}/{self.split}_{index:06d}",
+            "mask": (difference > VISIBLE).float(),
+            "counterfactual": counterfactual,
+        }
+
+    def render(self, index: int, label: int) -> Tensor:
+        """Scene ``index`` as an image of class ``label``, [C, H, W]: its own label gives the image itself."""
+        return self._draw(self._scene(index, int(self.labels[index])), label)
+
+    def _scene(self, index: int, label: int) -> _Scene:
+        generator = torch.Generator().manual_seed(_scrambled(self._first_seed + index))
+        draws = iter(torch.rand(48, generator=generator).tolist())
+
+        def between(low: float, high: float) -> float:
+            return low + (high - low) * next(draws)
+
+        # The distractor lives in one corner and the body moves away from it, so they never meet.
+        corner_x, corner_y = (1 if next(draws) < 0.5 else -1 for _ in range(2))
+        centre_x, centre_y = 0.5 - corner_x * between(0, 0.06), 0.5 - corner_y * between(0, 0.06)
+        axes = (between(0.27, 0.33), between(0.27, 0.33), between(0, math.pi))
+        across, down = self._x - centre_x, self._y - centre_y
+        body = self._ellipse(across, down, axes)
+
+        # Background: a tinted gradient. Body: one colour and an egg-crate pattern without a preferred direction.
+        heading, slope = between(0, 2 * math.pi), between(0, 0.15)
+        ramp = ((self._x - 0.5) * math.cos(heading) + (self._y - 0.5) * math.sin(heading)) * slope * math.sqrt(2)
+        background = ramp + self._colour(between(-0.72, -0.45), between(0, 360), 0.05)
+        # Under the cue `colour` the cue itself carries the hue; elsewhere a weak random hue is nuisance.
+        saturation = 0.0 if self.cue == "colour" else 0.1
+        tone = self._colour(between(-0.3, 0.02), between(0, 360), saturation)
+        turn, wave = between(0, math.pi), 2 * math.pi * between(3.0, 4.5)
+        along = across * math.cos(turn) + down * math.sin(turn)
+        athwart = down * math.cos(turn) - across * math.sin(turn)
+        pattern = 0.05 * torch.sin(along * wave + between(0, 6.28)) * torch.sin(athwart * wave + between(0, 6.28))
+        base = background + body * (tone + pattern - background)
+
+        # Half of the images have a distractor that looks like the lesion.
+        spot_x = self._x - 0.5 - corner_x * between(0.34, 0.37)
+        spot_y = self._y - 0.5 - corner_y * between(0.34, 0.37)
+        radius = self._radius(next(draws))
+        if next(draws) < 0.5:
+            base = base + _BLOB_HEIGHT * _blob(spot_x, spot_y, radius)
+        corner, agrees = next(draws), next(draws)
+        if self.shortcut is not None:
+            base = base + self._mark(label, corner, agrees)
+        noise = torch.randn(self.channels, self.image_size, self.image_size, generator=generator)
+        base = base + noise.clamp_(-3, 3).mul_(_NOISE)
+        return _Scene(base=base, body=body, across=across, down=down, cue_draws=list(draws), axes=axes)
+
+    def _draw(self, scene: _Scene, label: int) -> Tensor:
+        if self.cue == "lesion":
+            return scene.base + self._lesions(scene, label)
+        first, second, third = scene.cue_draws[:3]
+        if self.cue == "colour":
+            hue = _HUES[len(self.class_names)][label][1] + 30 * (first - 0.5)
+            return scene.base + scene.body * self._colour(0.0, hue, (0.2 + 0.08 * second) * self.cue_size)
+        angle = math.pi * (label / len(self.class_names) + (first - 0.5) / 12)
+        # Class 0 has upright stripes: brightness changes along x.
+        phase = (scene.across * math.cos(angle) + scene.down * math.sin(angle)) * (2 * math.pi * (7 + 2 * second))
+        return scene.base + scene.body * (torch.sin(phase + 2 * math.pi * third) * (0.28 * self.cue_size))
+
+    def _lesions(self, scene: _Scene, count: int) -> Tensor:
+        """The first ``count`` of three blobs around the body's centre, [H, W]; maximum, so overlaps stay in range."""
+        wide, high, turn = scene.axes
+        first_angle, *draws = scene.cue_draws
+        height = torch.zeros(self.image_size, self.image_size)
+        for k in range(count):
+            angle = 2 * math.pi * (first_angle + (k + 0.3 * (draws[3 * k] - 0.5)) / 3)
+            reach = 0.3 + 0.18 * draws[3 * k + 1]
+            u, v = wide * reach * math.cos(angle), high * reach * math.sin(angle)
+            x, y = u * math.cos(turn) - v * math.sin(turn), u * math.sin(turn) + v * math.cos(turn)
+            blob = _blob(scene.across - x, scene.down - y, self._radius(draws[3 * k + 2]))
+            height = torch.maximum(height, blob)
+        return height * _BLOB_HEIGHT
+
+    def _radius(self, draw: float) -> float:
+        # A cue other than the lesion leaves the distractor at its ordinary size.
+        return (0.107 + 0.016 * draw) * (self.cue_size if self.cue == "lesion" else 1.0)
+
+    def _ellipse(self, across: Tensor, down: Tensor, axes: tuple[float, float, float]) -> Tensor:
+        """1 inside, 0 outside, with an edge of about one pixel and a half."""
+        wide, high, turn = axes
+        u = (across * math.cos(turn) + down * math.sin(turn)) / wide
+        v = (down * math.cos(turn) - across * math.sin(turn)) / high
+        inside = 1 - torch.sqrt(u * u + v * v)
+        return (inside * (min(wide, high) * self.image_size / 1.5) + 0.5).clamp_(0, 1)
+
+    def _colour(self, tone: float, hue: float, saturation: float) -> Tensor:
+        """A colour whose channels have the mean ``tone``, [C, 1, 1]; one channel gets the tone alone."""
+        if self.channels == 1:
+            return torch.full((1, 1, 1), tone)
+        channels = [tone + saturation * math.cos(math.radians(hue - 120 * c)) for c in range(3)]
+        return torch.tensor(channels).view(3, 1, 1)
+
+    def _mark(self, label: int, corner_draw: float, agrees_draw: float) -> Tensor:
+        """A small cross in the corner that belongs to the class, or by chance in that of another class, [H, W]."""
+        num_classes = len(self.class_names)
+        assert self.shortcut is not None
+        other = (label + 1 + int(corner_draw * (num_classes - 1))) % num_classes
+        corner = label if agrees_draw < self.shortcut else other
+        arm = max(round(self.image_size * 0.09), 3)
+        mark = torch.zeros(self.image_size, self.image_size)
+        patch = torch.zeros(arm, arm)
+        stroke = slice((arm - 1) // 3, arm - (arm - 1) // 3)
+        patch[stroke] = 0.6
+        patch[:, stroke] = 0.6
+        rows = slice(1, 1 + arm) if corner in (0, 1) else slice(-1 - arm, -1)
+        columns = slice(1, 1 + arm) if corner in (0, 2) else slice(-1 - arm, -1)
+        mark[rows, columns] = patch
+        return mark
+
+
+def _scrambled(number: int) -> int:
+    """A bijection of 32-bit numbers (the finaliser of MurmurHash3): neighbouring indices get unrelated seeds."""
+    number &= 0xFFFFFFFF
+    number = ((number ^ (number >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    number = ((number ^ (number >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return number ^ (number >> 16)
+
+
+def _blob(x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """1 - (distance / radius)^4, cut off at 0: a flat top, a soft edge and exact zeros outside, [H, W]."""
+    square = (x * x + y * y) / radius**2
+    return (1 - square * square).clamp_min_(0)
