@@ -1,0 +1,46 @@
+"""Loss terms that more than one method uses, as pure functions.
+
+Shapes: B images, C channels, H, W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def adversarial_loss(logits: Tensor, real: bool) -> Tensor:
+    """Non-saturating logistic loss of critic logits that should say real (or fake): mean softplus, any shape -> []."""
+    return F.softplus(-logits if real else logits).mean()
+
+
+def r1_penalty(logits: Tensor, image: Tensor) -> Tensor:
+    """Half the squared gradient norm at real images (Mescheder et al. 2018, R1): mean over samples, sum over pixels.
+
+    Args:
+        logits: The critic's judgement of each image, [B].
+        image: The real images that ``logits`` were computed from, requiring grad, [B, C, H, W].
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL divergence from the teacher's to the student's softmax, logits [B, K] -> mean over the batch, []."""
+    return F.kl_div(
+        F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1), log_target=True, reduction="batchmean"
+    )
+
+
+def kl_from_uniform(logits: Tensor) -> Tensor:
+    """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
+    return -F.log_softmax(logits, dim=1).mean(dim=1) - math.log(logits.shape[1])
+
+
+def psnr(image: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per image for data in [-1, 1] (peak 2), [B, C, H, W] -> [B] in dB, at most 100."""
+    error = (image - other).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(4 / error.clamp_min(1e-20))).clamp_max(100.0)

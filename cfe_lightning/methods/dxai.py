@@ -1,0 +1,537 @@
+"""DXAI: an image as a class-agnostic plus a class-distinct part.
+
+Paper: "DXAI: Explaining Classification by Image Decomposition", arXiv 2401.00320. A generator of N branches renders the
+image in a class's style; blending the other branches between two classes drives everything that the classes share out
+of branch 0, which is left with what makes the class.
+
+Deviations, each with its reason in ``docs/methods/dxai.md``: the image's level can pass the generator (``stem_norm``,
+``head_norm``), explanations use the mean style of a class and the predicted class, and ``objective: neutral`` asks the
+agnostic part for an undecided classifier (the paper's Definition 1) where the published loss asks for the other class.
+
+Shapes: B images, C channels, H, W pixels, K classes, N branches, T steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, psnr, r1_penalty
+from cfe_lightning.networks.discriminators import ResidualCritic
+from cfe_lightning.networks.multi_branch import MappingNetwork, MultiBranchGenerator, Norm, single_branch
+
+Objective = Literal["paper", "neutral"]
+#: Strengths of the sweep ``image - strength * distinct`` (Eq. 9).
+SWEEP = tuple(i / 10 for i in range(11))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A published combination of critic and loss weights; see ``docs/methods/dxai.md``."""
+
+    per_class_critic: bool
+    critic_class_term: Literal["kl", "cross_entropy", "none"]
+    adversarial_weight: float
+    class_weight: float
+    reconstruction_weight: float = 4.0
+    masked_weight: float = 4.0
+    r1_weight: float = 1.0
+    orthogonality_weight: float = 0.0
+
+
+PRESETS = {
+    "paper": Preset(per_class_critic=True, critic_class_term="kl", adversarial_weight=2.0, class_weight=2.0),
+    "final": Preset(per_class_critic=False, critic_class_term="none", adversarial_weight=1.0, class_weight=4.0),
+    "first": Preset(
+        per_class_critic=True,
+        critic_class_term="kl",
+        adversarial_weight=2.0,
+        class_weight=2.0,
+        orthogonality_weight=1.0,
+    ),
+    "joint_d": Preset(
+        per_class_critic=True, critic_class_term="cross_entropy", adversarial_weight=1.0, class_weight=4.0
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blend:
+    """Renderings of one batch in its own and in an alternative class.
+
+    Attributes:
+        own: Rendering in the own class, [B, C, H, W].
+        alternative: Rendering in the alternative class, without a distinct part, [B, C, H, W].
+        distinct: Branch 0 in the own class, [B, C, H, W].
+        agnostic: Unblended sum of the other branches in the own class, [B, C, H, W].
+    """
+
+    own: Tensor
+    alternative: Tensor
+    distinct: Tensor
+    agnostic: Tensor
+
+
+def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> Blend:
+    """Alpha-blending (Eq. 5): mixes all branches but branch 0 between two classes of the same image.
+
+    Args:
+        branches_own: Branch images in the image's own class, [B, N, C, H, W].
+        branches_alternative: Branch images in the alternative class, [B, N, C, H, W]; its branch 0 is never used.
+        alpha: Share that each image keeps of its own branches, [B, N - 1, 1, 1, 1] in [0, 1].
+    """
+    own, alternative = branches_own[:, 1:], branches_alternative[:, 1:]
+    distinct = branches_own[:, 0]
+    difference = alpha * (own - alternative)
+    return Blend(
+        own=distinct + (alternative + difference).sum(dim=1),
+        alternative=(own - difference).sum(dim=1),
+        distinct=distinct,
+        agnostic=own.sum(dim=1),
+    )
+
+
+def alternative_class(label: Tensor, num_classes: int) -> Tensor:
+    """A class other than ``label`` for every sample, uniform over the others, [B] -> [B]."""
+    return (label + torch.randint(1, num_classes, label.shape, device=label.device)) % num_classes
+
+
+def distance(image: Tensor, other: Tensor) -> Tensor:
+    """Mean squared plus mean absolute difference over all elements (Eq. 7)."""
+    difference = image - other
+    return difference.square().mean() + difference.abs().mean()
+
+
+def masked_distance(distinct: Tensor, rendering: Tensor, image: Tensor) -> Tensor:
+    """Distance where the distinct part is stronger than its spatial mean, per image and channel (Eq. 12).
+
+    The mean runs over the selected elements, as in the published code; no gradient passes the mask.
+    """
+    magnitude = distinct.detach().abs()
+    mask = (magnitude > magnitude.mean(dim=(2, 3), keepdim=True)).to(image.dtype)
+    difference = (rendering - image) * mask
+    # An all-equal distinct part selects nothing: 0 / 1 instead of 0 / 0.
+    return (difference.square().sum() + difference.abs().sum()) / mask.sum().clamp_min(1.0)
+
+
+def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
+    """Mean squared correlation between the feature channels of different branches, averaged over maps.
+
+    Args:
+        maps: Grouped feature maps, each [B, N c, H, W].
+        num_branches: N.
+    """
+    total = maps[0].new_zeros(())
+    for feature in maps:
+        channels = feature.flatten(2)
+        channels = channels - channels.mean(dim=2, keepdim=True)
+        channels = channels / channels.square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
+        correlation = channels @ channels.transpose(1, 2) / channels.shape[2]
+        width = feature.shape[1] // num_branches
+        blocks = correlation.unflatten(2, (num_branches, width)).unflatten(1, (num_branches, width))
+        per_pair = blocks.square().mean(dim=(0, 2, 4))
+        total = total + per_pair.tril(diagonal=-1).sum()
+    return total / len(maps)
+
+
+class Dxai(ExplainerModule):
+    """Trains the multi-branch decomposition against a frozen classifier and explains with it.
+
+    Args:
+        classifier: The classifier to be explained. With ``preset="joint_d"`` only its class names and size are used:
+            the critic itself is trained as the classifier and explained.
+        preset: Critic and loss weights as published: "paper" (per-class critic that also imitates the classifier),
+            "final" (the authors' last code, single-head critic), "first" (with the orthogonality loss), "joint_d".
+        objective: What the classifier should say to a rendering without distinct part: "paper" asks for the
+            alternative class, "neutral" for no decision (uniform output).
+        num_branches: N >= 2; branch 0 becomes the distinct part.
+        branch_width: Channels per branch at full resolution. Paper: 7; here 8 because it vectorises.
+        max_branch_width: Upper limit of the channels per branch.
+        min_resolution: Side of the innermost feature maps, a power of two, at most half the image.
+        blocks_per_stage: Residual blocks before each of the first three down-samplings.
+        stem_norm: "instance" as published: the explanation then ignores brightness and contrast.
+        head_norm: As ``stem_norm``, for the last layer.
+        style_dim: Length of the style of one block.
+        latent_dim: Length of the random latent.
+        mapping_width: Hidden width of the mapping network.
+        mapping_shared: Its shared hidden layers.
+        mapping_unshared: Its hidden layers per class.
+        critic_width: The critic's channels at full resolution; None takes 2^14 / image size.
+        critic_max_width: Upper limit of the critic's channels.
+        adversarial_weight: None takes the preset's; so for the next five.
+        class_weight: Weight of the classifier's loss on the renderings.
+        reconstruction_weight: Weight of Eq. 8.
+        masked_weight: Weight of Eq. 12.
+        r1_weight: Weight of the gradient penalty on real images.
+        orthogonality_weight: Weight of the correlation between branches.
+        neutral_weight: Weight of KL(uniform || classifier(image - distinct)); acts with objective "neutral".
+        sparsity_weight: Weight of the mean magnitude of the distinct part.
+        counterfactual_weight: Weight of the class loss of ``image - distinct + distinct of the alternative``, through
+            the alternative's distinct part only.
+        r1_interval: Apply R1 in every n-th iteration, n times as strong.
+        learning_rate: Adam step size of the generator.
+        critic_learning_rate: Adam step size of the critic.
+        mapping_learning_rate: Adam step size of the mapping network.
+        weight_decay: Coupled L2 decay of all three.
+        source: Class an image is rendered in during training: its "label", or what the "classifier" predicts.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        classifier: FrozenClassifier,
+        *,
+        preset: Literal["paper", "final", "first", "joint_d"] = "paper",
+        objective: Objective = "paper",
+        num_branches: int = 5,
+        branch_width: int = 8,
+        max_branch_width: int = 64,
+        min_resolution: int = 16,
+        blocks_per_stage: int = 3,
+        stem_norm: Norm = "none",
+        head_norm: Norm = "none",
+        style_dim: int = 64,
+        latent_dim: int = 16,
+        mapping_width: int = 512,
+        mapping_shared: int = 4,
+        mapping_unshared: int = 3,
+        critic_width: int | None = None,
+        critic_max_width: int = 512,
+        adversarial_weight: float | None = None,
+        class_weight: float | None = None,
+        reconstruction_weight: float | None = None,
+        masked_weight: float | None = None,
+        r1_weight: float | None = None,
+        orthogonality_weight: float | None = None,
+        neutral_weight: float = 0.0,
+        sparsity_weight: float = 0.0,
+        counterfactual_weight: float = 0.0,
+        r1_interval: int = 1,
+        learning_rate: float = 1e-4,
+        critic_learning_rate: float = 1e-4,
+        mapping_learning_rate: float = 1e-6,
+        weight_decay: float = 1e-4,
+        source: Literal["label", "classifier"] = "label",
+    ) -> None:
+        super().__init__(classifier)
+        if num_branches < 2:
+            raise ValueError(f"num_branches must be at least 2 (one distinct, one agnostic), got {num_branches}.")
+        if classifier.num_classes < 2:
+            raise ValueError(f"DXAI needs a classifier with at least 2 classes, got {classifier.num_classes}.")
+        if r1_interval < 1:
+            raise ValueError(f"r1_interval must be at least 1, got {r1_interval}.")
+        self.automatic_optimization = False
+        given = {
+            "adversarial_weight": adversarial_weight,
+            "class_weight": class_weight,
+            "reconstruction_weight": reconstruction_weight,
+            "masked_weight": masked_weight,
+            "r1_weight": r1_weight,
+            "orthogonality_weight": orthogonality_weight,
+        }
+        self.weights = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+        self.neutral_weight = neutral_weight
+        self.sparsity_weight = sparsity_weight
+        self.counterfactual_weight = counterfactual_weight
+        self.objective = objective
+        self.r1_interval = r1_interval
+        self.learning_rates = (learning_rate, mapping_learning_rate, critic_learning_rate)
+        self.weight_decay = weight_decay
+        self.source = source
+
+        self.generator = MultiBranchGenerator(
+            image_size=self.image_size,
+            channels=self.channels,
+            num_branches=num_branches,
+            branch_width=branch_width,
+            max_branch_width=max_branch_width,
+            min_resolution=min_resolution,
+            blocks_per_stage=blocks_per_stage,
+            style_dim=style_dim,
+            stem_norm=stem_norm,
+            head_norm=head_norm,
+        )
+        self.mapping = MappingNetwork(
+            num_classes=classifier.num_classes,
+            num_styles=self.generator.num_styles,
+            latent_dim=latent_dim,
+            style_dim=style_dim,
+            width=mapping_width,
+            num_shared=mapping_shared,
+            num_unshared=mapping_unshared,
+        )
+        critic_args: dict[str, Any] = {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "num_heads": classifier.num_classes if self.weights.per_class_critic else 1,
+            "base_width": critic_width,
+            "max_width": critic_max_width,
+        }
+        self.critic = ResidualCritic(**critic_args)
+        if preset == "joint_d":
+            self.classifier = _critic_as_classifier(self.critic, critic_args, classifier)
+        self._mean_styles: Tensor | None = None
+
+    # Explaining
+
+    @torch.no_grad()
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """Decomposes images for their predicted class and moves them to the target's distinct part.
+
+        Args:
+            image: [B, C, H, W] in [-1, 1].
+            target: Classes asked for, [B]; None asks for the runner-up.
+
+        Returns:
+            An explanation with parts ``agnostic`` (generated), ``distinct`` and ``residual``, which sum to the image,
+            and ``reconstruction``; steps ``image - strength * distinct``; as counterfactual, the image with its
+            distinct part exchanged for the target's.
+        """
+        logits = self.classifier(image)
+        predicted = logits.argmax(dim=1)
+        target = runner_up(logits) if target is None else target
+        styles = self.mean_styles()
+        maps = self.generator.encode(image)
+        size = (image.shape[2], image.shape[3])
+        own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), size).chunk(2)
+        distinct, agnostic = own[:, 0], own[:, 1:].sum(dim=1)
+        removed = image - distinct
+        counterfactual = (removed + other[:, 0]).clamp(-1, 1)
+        strengths = image.new_tensor(SWEEP)
+        steps = image[:, None] - strengths.view(1, -1, 1, 1, 1) * distinct[:, None]
+        reconstruction = agnostic + distinct
+        undecided = self.classifier(removed).softmax(dim=1)
+        return Explanation(
+            image=image,
+            logits=logits,
+            target=target,
+            attribution=distinct.abs().mean(dim=1, keepdim=True),
+            counterfactual=counterfactual,
+            counterfactual_logits=self.classifier(counterfactual),
+            steps=steps,
+            strengths=strengths.expand(len(image), -1),
+            parts={
+                "reconstruction": reconstruction,
+                "agnostic": agnostic,
+                "distinct": distinct,
+                "residual": image - reconstruction,
+            },
+            scores={
+                "reconstruction_psnr": psnr(image, reconstruction),
+                "confidence_without_distinct": undecided.gather(1, predicted[:, None]).squeeze(1),
+            },
+        )
+
+    @torch.no_grad()
+    def distinct(self, image: Tensor, source: Tensor) -> Tensor:
+        """The distinct part of images [B, C, H, W] rendered as class ``source`` [B] (Definition 2)."""
+        return self.generator(image, self.mean_styles()[source])[:, 0]
+
+    def distinct_generator(self) -> MultiBranchGenerator:
+        """The generator of the distinct part alone: about 1 / N of the cost when nothing else is wanted."""
+        return single_branch(self.generator)
+
+    @torch.no_grad()
+    def mean_styles(self, num_samples: int = 1024) -> Tensor:
+        """The mean style of every class over fixed latents, [K, S, style_dim]; makes explanations deterministic.
+
+        Paper: a fresh random latent per image; here: the mean, because an explanation must not depend on chance.
+        """
+        if self._mean_styles is None or self._mean_styles.device != self.device:
+            latent = torch.randn(num_samples, self.mapping.latent_dim, generator=torch.Generator().manual_seed(0))
+            latent = latent.to(self.device)
+            classes = torch.arange(self.classifier.num_classes, device=self.device)
+            styles = torch.stack([self.mapping(latent, k.expand(num_samples)).mean(dim=0) for k in classes])
+            if self.training:
+                return styles
+            self._mean_styles = styles
+        return self._mean_styles
+
+    def train(self, mode: bool = True) -> Dxai:
+        """Forgets the cached styles: the weights may change after this call."""
+        self._mean_styles = None
+        return super().train(mode)
+
+    # Training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One critic step and one generator step on a shared set of renderings."""
+        image = batch["image"]
+        logits = self.classifier(image)
+        label = batch["label"] if self.source == "label" else logits.argmax(dim=1)
+        alternative = alternative_class(label, self.classifier.num_classes)
+        generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc]
+
+        # The generator does not change between the two steps: one pass serves both.
+        rendered, terms = self._render(image, label, alternative)
+
+        self.critic.requires_grad_(True)
+        critic_terms = self._critic_loss(image, label, alternative, logits, rendered)
+        critic_optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(critic_terms["critic"])
+        critic_optimizer.step()
+
+        self.critic.requires_grad_(False)
+        terms |= self._generator_loss(image, label, alternative, rendered, terms)
+        generator_optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(terms["generator"])
+        generator_optimizer.step()
+
+        logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
+        self.log_dict(logged, batch_size=len(image))
+
+    def _render(self, image: Tensor, label: Tensor, alternative: Tensor) -> tuple[Blend, dict[str, Tensor]]:
+        """Renders a batch in its own and in the alternative class; also the terms that need the branches themselves."""
+        latent = torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device)
+        styles = self.mapping(latent, torch.cat([label, alternative]))
+        maps = self.generator.encode(image)
+        branches_own, branches_other = self.generator.decode(maps, styles, (image.shape[2], image.shape[3])).chunk(2)
+        num_blended = branches_own.shape[1] - 1
+        alpha = torch.rand(len(image), num_blended, 1, 1, 1, device=image.device)
+        rendered = blend(branches_own, branches_other, alpha)
+        terms = {}
+        if self.weights.orthogonality_weight:
+            terms["orthogonality"] = branch_orthogonality(maps[:-1], self.generator.num_branches)
+        if self.counterfactual_weight:
+            moved = (image - rendered.distinct).detach() + branches_other[:, 0]
+            terms["counterfactual"] = F.cross_entropy(self.classifier(moved), alternative)
+        return rendered, terms
+
+    def _critic_loss(
+        self, image: Tensor, label: Tensor, alternative: Tensor, logits: Tensor, rendered: Blend
+    ) -> dict[str, Tensor]:
+        # Lightning counts one step per optimiser, and there are two.
+        with_r1 = self.weights.r1_weight > 0 and (self.global_step // 2) % self.r1_interval == 0
+        real = image.detach().requires_grad_(with_r1)
+        judged = self.critic(real)
+        real_logits = self._judgement(judged, label)
+        own, other = self.critic(torch.cat([rendered.own, rendered.alternative]).detach()).chunk(2)
+        fake_logits = torch.cat([self._judgement(own, label), self._judgement_without_class(other, alternative)])
+        terms = {
+            "critic_real": adversarial_loss(real_logits, real=True),
+            "critic_fake": adversarial_loss(fake_logits, real=False),
+        }
+        total = terms["critic_real"] + terms["critic_fake"]
+        if self.weights.critic_class_term == "kl":
+            terms["critic_class"] = kl_between_logits(logits, judged)
+            total = total + terms["critic_class"]
+        elif self.weights.critic_class_term == "cross_entropy":
+            terms["critic_class"] = F.cross_entropy(judged, label)
+            total = total + terms["critic_class"]
+        if with_r1:
+            terms["r1"] = r1_penalty(real_logits, real)
+            total = total + self.weights.r1_weight * self.r1_interval * terms["r1"]
+        return terms | {"critic": total}
+
+    def _generator_loss(
+        self, image: Tensor, label: Tensor, alternative: Tensor, rendered: Blend, extra: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        both = torch.cat([rendered.own, rendered.alternative])
+        own, other = self.critic(both).chunk(2)
+        fooled = torch.cat([self._judgement(own, label), self._judgement_without_class(other, alternative)])
+        own_class, other_class = self.classifier(both).chunk(2)
+        if self.objective == "paper":
+            class_term = F.cross_entropy(torch.cat([own_class, other_class]), torch.cat([label, alternative]))
+        else:
+            class_term = 0.5 * (F.cross_entropy(own_class, label) + kl_from_uniform(other_class).mean())
+        weights = self.weights
+        terms = {
+            "adversarial": adversarial_loss(fooled, real=True),
+            "class": class_term,
+            "reconstruction": 0.5 * (distance(image, rendered.own) + distance(image, rendered.alternative)),
+            "masked": masked_distance(rendered.distinct, rendered.own, image),
+            "distinct_magnitude": rendered.distinct.abs().mean(),
+        }
+        total = (
+            weights.adversarial_weight * terms["adversarial"]
+            + weights.class_weight * terms["class"]
+            + weights.reconstruction_weight * terms["reconstruction"]
+            + weights.masked_weight * terms["masked"]
+            + self.sparsity_weight * terms["distinct_magnitude"]
+        )
+        if "orthogonality" in extra:
+            total = total + weights.orthogonality_weight * extra["orthogonality"]
+        if "counterfactual" in extra:
+            total = total + self.counterfactual_weight * extra["counterfactual"]
+        if self.objective == "neutral" and self.neutral_weight:
+            terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()
+            total = total + self.neutral_weight * terms["neutral"]
+        return terms | {"generator": total}
+
+    def _judgement(self, judged: Tensor, label: Tensor) -> Tensor:
+        """The critic's logit for membership in ``label``, [B, heads] -> [B]."""
+        return judged.gather(1, label[:, None]).squeeze(1) if self.weights.per_class_critic else judged.squeeze(1)
+
+    def _judgement_without_class(self, judged: Tensor, alternative: Tensor) -> Tensor:
+        """The critic's logit for a rendering without distinct part, [B, heads] -> [B]."""
+        return self._judgement(judged, alternative) if self.objective == "paper" else judged.mean(dim=1)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measures what an explanation of unseen images would be worth, with the deterministic mean style."""
+        image, label = batch["image"], batch["label"]
+        explanation = self.explain(image)
+        distinct = explanation.parts["distinct"]
+        agnostic_logits = self.classifier(explanation.parts["agnostic"])
+        removed_logits = self.classifier(image - distinct)
+        own_class = F.cross_entropy(self.classifier(explanation.parts["reconstruction"]), label)
+        if self.objective == "paper":
+            removed_class = F.cross_entropy(agnostic_logits, runner_up(explanation.logits))
+        else:
+            removed_class = kl_from_uniform(agnostic_logits).mean()
+        reconstruction = distance(image, explanation.parts["reconstruction"])
+        loss = self.weights.class_weight * 0.5 * (own_class + removed_class)
+        loss = loss + self.weights.reconstruction_weight * reconstruction
+        predicted = explanation.predicted
+        flipped = explanation.flipped
+        assert flipped is not None, "Dxai.explain always returns a counterfactual"
+        values = {
+            "loss": loss,
+            "psnr": explanation.scores["reconstruction_psnr"].mean(),
+            "classifier_agreement": (predicted == label).float().mean(),
+            "accuracy_without_distinct": (removed_logits.argmax(dim=1) == label).float().mean(),
+            "confidence_without_distinct": removed_logits.softmax(dim=1).amax(dim=1).mean(),
+            "kl_to_uniform": kl_from_uniform(agnostic_logits).mean(),
+            "distinct_magnitude": distinct.abs().mean(),
+            "flip_rate": flipped.float().mean(),
+        }
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam for generator and mapping network (two learning rates), and for the critic."""
+        generator_rate, mapping_rate, critic_rate = self.learning_rates
+        # Both betas must be floats: recent PyTorch rejects mixed types.
+        options: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": self.weight_decay}
+        groups = [
+            {"params": self.generator.parameters(), "lr": generator_rate},
+            {"params": self.mapping.parameters(), "lr": mapping_rate},
+        ]
+        self.critic.requires_grad_(True)
+        return [torch.optim.Adam(groups, **options), torch.optim.Adam(self.critic.parameters(), critic_rate, **options)]
+
+
+def _critic_as_classifier(
+    critic: ResidualCritic, critic_args: dict[str, Any], classifier: FrozenClassifier
+) -> FrozenClassifier:
+    """The critic's class heads seen as the classifier to be explained (paper, appendix B, third kind)."""
+    half = (0.5,) * critic_args["channels"]
+    spec = replace(
+        classifier.spec,
+        class_path=f"{ResidualCritic.__module__}.{ResidualCritic.__qualname__}",
+        init_args=critic_args,
+        class_names=classifier.class_names,
+        head="heads",
+        feature_map=None,
+        label=None,
+        mean=half,
+        std=half,
+    )
+    return FrozenClassifier(critic, spec)
