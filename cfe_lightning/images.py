@@ -5,8 +5,9 @@ Every image tensor of the package is float32, [C, H, W] or [B, C, H, W], in [-1,
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,91 @@ EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm",
 #: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
 MAX_PIXELS = 100_000_000
 
+_log = logging.getLogger(__name__)
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class UnreadableImageError(ValueError):
     """A file that cannot become an image tensor; the message is one sentence for the user."""
+
+
+def find_images(folder: Path) -> Iterator[str]:
+    """Walks a folder and yields every file with an image ending, readable or not, holding one directory at a time.
+
+    Hidden files and folders (a leading dot) are left out. Files are judged by name alone: a file without an image
+    ending is not listed, a PNG called ``.jpg`` is. Links to files are followed, broken ones listed (they fail when they
+    are read). A linked folder is entered when it leads out of ``folder``, and only once; a link to a place inside is
+    not, because its files are met there, nor is a link to a folder around it, so no loop is endless.
+
+    Args:
+        folder: Where to look, with everything below.
+
+    Returns:
+        Names relative to ``folder`` with forward slashes, ordered by their parts. Bytes that are no UTF-8 arrive as
+        the surrogates that ``os.fsdecode`` makes of them.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        NotADirectoryError: If it is a file.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder: give the folder that holds the images.")
+    return _walk(folder)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    root = os.path.realpath(folder)
+    entered_links = set[str]()
+    # A stack instead of recursion: a folder may nest deeper than Python's calls.
+    pending = [("", iter(_entries(str(folder))))]
+    while pending:
+        prefix, entries = pending[-1]
+        entry = next(entries, None)
+        if entry is None:
+            pending.pop()
+        elif not _is_folder(entry):
+            if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and _may_be_file(entry):
+                yield prefix + entry.name
+        elif not entry.is_symlink() or _leads_elsewhere(entry.path, root, entered_links):
+            pending.append((f"{prefix}{entry.name}/", iter(_entries(entry.path))))
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        _log.warning("The folder %s cannot be listed and is left out: %s", directory, error.strerror)
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    """False for pipes, sockets and devices; a link that leads nowhere counts as a file that cannot be read."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def _leads_elsewhere(link: str, root: str, entered_links: set[str]) -> bool:
+    target = os.path.realpath(link)
+    if _is_within(target, root) or _is_within(root, target) or any(_is_within(target, seen) for seen in entered_links):
+        return False
+    entered_links.add(target)
+    return True
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def read_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
