@@ -22,6 +22,7 @@ from cfe_lightning.data.image_data import ImageData, Sample, Split
 from cfe_lightning.images import save_image
 
 Cue = Literal["lesion", "colour", "texture"]
+LesionPlace = Literal["landmark", "anywhere"]
 
 #: A change of more than half a grey level survives saving as 8 bit, so the pixel counts as different.
 VISIBLE = 1.0 / 255.0
@@ -48,6 +49,9 @@ class SyntheticShapes(ImageData):
             ``colour``, the hue of the body (dense); ``texture``, the direction of stripes in it (dense, zero mean).
         num_classes: 2 to 4.
         cue_size: Multiplies the lesion's radius, the colour's saturation or the stripes' amplitude, 0.5 to 1.6.
+        lesion_place: Where lesions sit: at a "landmark" of the body (upper right of its centre, then a third of a turn
+            on, with some jitter), or "anywhere" around it. Anywhere, a healthy image does not tell where its lesion
+            would be, so no explanation can be right about it: the exact counterfactual is one of many.
         shortcut: With this probability a small mark sits in the corner that belongs to the class, else in the corner
             of another class; None plants no mark. The mark is part of the nuisance: the counterfactual keeps it.
         num_train: Training images.
@@ -73,6 +77,7 @@ class SyntheticShapes(ImageData):
         cue: Cue = "lesion",
         num_classes: int = 2,
         cue_size: float = 1.0,
+        lesion_place: LesionPlace = "landmark",
         shortcut: float | None = None,
         num_train: int = 4000,
         num_val: int = 500,
@@ -96,6 +101,7 @@ class SyntheticShapes(ImageData):
         self.class_names = _class_names(cue, num_classes)
         self.cue = cue
         self.cue_size = cue_size
+        self.lesion_place = lesion_place
         self.shortcut = shortcut
         self.seed = seed
         self.counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
@@ -111,6 +117,7 @@ class SyntheticShapes(ImageData):
             cue=self.cue,
             class_names=self.class_names,
             cue_size=self.cue_size,
+            lesion_place=self.lesion_place,
             shortcut=self.shortcut,
             seed=self.seed,
         )
@@ -156,6 +163,8 @@ def _check(data: SyntheticShapes) -> None:
         )
     if not 0.5 <= data.cue_size <= 1.6:
         raise ValueError(f"cue_size must be from 0.5 to 1.6, got {data.cue_size}.")
+    if data.lesion_place not in get_args(LesionPlace):
+        raise ValueError(f"lesion_place must be one of {', '.join(get_args(LesionPlace))}, got {data.lesion_place!r}.")
     if data.shortcut is not None and not 0 <= data.shortcut <= 1:
         raise ValueError(f"shortcut is a probability from 0 to 1, or null for no mark, got {data.shortcut}.")
     for split, count in data.counts.items():
@@ -192,6 +201,7 @@ class Shapes(Dataset[Sample]):
         cue: Cue,
         class_names: tuple[str, ...],
         cue_size: float,
+        lesion_place: LesionPlace,
         shortcut: float | None,
         seed: int,
     ) -> None:
@@ -290,6 +300,9 @@ class Shapes(Dataset[Sample]):
         """The first ``count`` of three blobs around the body's centre, [H, W]; maximum, so overlaps stay in range."""
         wide, high, turn = scene.axes
         first_angle, *draws = scene.cue_draws
+        if self.lesion_place == "landmark":
+            # Undo the body's own rotation, which a nearly round body does not show.
+            first_angle = -1 / 8 - turn / (2 * math.pi) + 0.06 * (first_angle - 0.5)
         height = torch.zeros(self.image_size, self.image_size)
         for k in range(count):
             angle = 2 * math.pi * (first_angle + (k + 0.3 * (draws[3 * k] - 0.5)) / 3)
