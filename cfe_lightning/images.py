@@ -5,8 +5,10 @@ Every image tensor of the package is float32, [C, H, W] or [B, C, H, W], in [-1,
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from torch.nn import functional as F
 EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 #: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
 MAX_PIXELS = 100_000_000
+
+#: Pillow opens more, but hands some of it (EPS) to other programs: a stranger's file must not choose those.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_STRIP_PIXELS = 1 << 20
 
 _log = logging.getLogger(__name__)
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -108,56 +114,88 @@ def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def read_image(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Reads any common image file: EXIF rotation applied, first frame of animations, transparency put on white.
 
+    The content decides the format, not the file name's ending.
+
     Args:
-        path: The file. 16-bit and floating-point greys are scaled by their type's range, or by the image's own range
-            where the type has none.
+        path: The file. 16-bit greys are scaled by their type's range, 32-bit ones by ``_scale_by_range``.
         channels: 1 for luminance, 3 for RGB.
+        size: Resizes to [C, size, size] like ``resize``, in strips: a photograph of 50 million pixels then needs its
+            own bytes, not four times as much for floating-point copies. None keeps the size.
         max_pixels: Larger images are refused before they are decoded.
 
     Returns:
         The image, [C, H, W] in [-1, 1].
 
     Raises:
-        UnreadableImageError: If the file is missing, empty, truncated, no image or too large.
+        UnreadableImageError: If the file is missing, empty, truncated, no image or too large. The message does not
+            repeat the path.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}.")
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImageError("Not a file but a folder, pipe or device.")
+        if status.st_size == 0:
             raise UnreadableImageError("The file is empty.")
-        with Image.open(path) as opened:
+        Image.init()  # Pillow knows the rarer formats only after this; later calls return at once
+        with Image.open(path, formats=_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise UnreadableImageError(f"{width} x {height} pixels are more than the {max_pixels:,} accepted.")
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            return _to_tensor(picture, channels)
+            ImageOps.exif_transpose(opened, in_place=True)
+            values = _to_array(opened, channels)
+        image = _to_tensor(values) if size is None else _resize_in_strips(values, size)
+        return image if image.shape[0] == channels else image.repeat(channels, 1, 1)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"The image is too large to decode safely: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImageError(f"The content is no image in a format read here: {', '.join(_FORMATS)}.") from error
     # Decoders raise nearly anything on broken files (struct.error, SyntaxError, zlib.error, IndexError, ...).
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(f"Not a readable image: {text}") from error
+        # The system's own message would repeat the path.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImageError(
+            f"Not a readable image: {' '.join(reason.split()) or type(error).__name__}"
+        ) from error
 
 
-def _to_tensor(picture: Image.Image, channels: int) -> Tensor:
+def _to_array(picture: Image.Image, channels: int) -> np.ndarray:
+    """Bytes, or floats in [0, 1] where the file has more than 8 bits; [H, W] or [H, W, 3]."""
     if picture.mode in _SIXTEEN_BIT_MODES:
-        unit = np.asarray(picture, dtype=np.float32) / 65535.0
-    elif picture.mode in ("I", "F"):
-        unit = _scale_by_range(np.asarray(picture, dtype=np.float32))
-    else:
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        picture = picture.convert("L" if channels == 1 else "RGB")
-        unit = np.asarray(picture, dtype=np.float32) / 255.0
-    unit = np.repeat(unit[None], channels, axis=0) if unit.ndim == 2 else unit.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(unit)) * 2.0 - 1.0
+        return np.asarray(picture, dtype=np.float32) / 65535.0
+    if picture.mode in ("I", "F"):
+        return _scale_by_range(np.asarray(picture, dtype=np.float32))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    mode = "L" if channels == 1 else "RGB"
+    return np.asarray(picture if picture.mode == mode else picture.convert(mode))
+
+
+def _to_tensor(values: np.ndarray) -> Tensor:
+    """[H, W] or [H, W, 3] to [C, H, W] in [-1, 1]."""
+    # A copy, because Pillow's memory is read-only.
+    tensor = torch.from_numpy(np.array(values[None] if values.ndim == 2 else values.transpose(2, 0, 1), order="C"))
+    unit = tensor.float().div_(255.0) if tensor.dtype == torch.uint8 else tensor
+    return unit.mul_(2.0).sub_(1.0)
+
+
+def _resize_in_strips(values: np.ndarray, size: int) -> Tensor:
+    """``resize(_to_tensor(values), size)``, floating point held for one strip of rows: the filter is separable."""
+    rows = max(_STRIP_PIXELS // values.shape[1], 1)
+    strips = []
+    for top in range(0, values.shape[0], rows):
+        strip = _to_tensor(values[top : top + rows])[None]
+        strips.append(_interpolate(strip, strip.shape[2], size))
+    # Rounding of the filter's weights may leave the range by one unit in the last place.
+    return _interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
 
 
 def _scale_by_range(values: np.ndarray) -> np.ndarray:
@@ -174,12 +212,14 @@ def _scale_by_range(values: np.ndarray) -> np.ndarray:
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """Resizes [..., C, H, W] to [..., C, size, size], antialiased bilinear, aspect ratio not kept; stays in range."""
+    """Resizes [C, H, W] or [B, C, H, W] to a square, antialiased bilinear; the aspect ratio is not kept."""
     if image.shape[-2:] == (size, size):
         return image
-    batched = image if image.ndim == 4 else image[None]
-    resized = F.interpolate(batched, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return resized if image.ndim == 4 else resized[0]
+    return _interpolate(image, size, size) if image.ndim == 4 else _interpolate(image[None], size, size)[0]
+
+
+def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(image, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -206,7 +246,9 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: Path) -> None:
     """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not the file's own name with an ending: that could be longer than a file system takes.
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{name}.{os.getpid()}.part")
     to_pil(image).save(temporary, format="PNG", compress_level=1)
     temporary.replace(path)
 
@@ -215,10 +257,10 @@ def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:
     """Colours a change [B, C, H, W] blue (darker) over white (none) to red (brighter), [B, 3, H, W] in [-1, 1].
 
     Args:
-        change: Image minus image, mean over channels is shown.
+        change: Image minus image. The channel that changes most is shown: a mean would hide a change of hue.
         scale: The change drawn in full colour; None takes the largest magnitude of each image.
     """
-    signed = change.mean(dim=1, keepdim=True)
+    signed = change.gather(1, change.abs().argmax(dim=1, keepdim=True))
     limit = signed.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-6) if scale is None else scale
     signed = (signed / limit).clamp(-1, 1)
     white_to_red = signed.clamp_min(0)
