@@ -7,14 +7,15 @@ stable strings) and, where the truth is known, ``mask`` [B, 1, H, W] in {0, 1} a
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Split = Literal["train", "val", "test"]
 Sample = dict[str, Any]
@@ -70,22 +71,36 @@ class ImageData(pl.LightningDataModule):
         """
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled (or class-balanced) and augmented; the last incomplete batch is dropped."""
+        """Shuffled (or class-balanced) and augmented; the last incomplete batch is dropped.
+
+        Order and augmentation depend on the global seed, the epoch and the process only, so a resumed run sees the
+        same images as one that was never interrupted.
+
+        Raises:
+            ValueError: If the split holds fewer images than one batch per process.
+        """
         dataset = self.dataset("train")
-        sampler = None
+        weights = None
         if self.balanced:
             labels = torch.as_tensor(dataset.labels)  # type: ignore[attr-defined]
             weights = 1.0 / labels.bincount(minlength=len(self.class_names)).clamp_min(1)[labels]
-            sampler = WeightedRandomSampler(weights.tolist(), num_samples=len(labels), replacement=True)
-        return DataLoader(
-            dataset=_Augmented(dataset, self._augment) if self._augments else dataset,
+        num_processes, process = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = _EpochSampler(dataset, num_processes, process, weights)
+        if len(sampler) < self.batch_size:
+            raise ValueError(
+                f"The training split has {len(dataset)} images for {num_processes} process(es), fewer than one batch "  # type: ignore[arg-type]
+                f"of {self.batch_size} each: lower batch_size or add images."
+            )
+        augmentation = _Augmentation(self.horizontal_flip, self.vertical_flip, self.quarter_turns)
+        return _ResumableLoader(
+            dataset=_Drawn(dataset, augmentation if any(augmentation) else None),
             batch_size=self.batch_size,
-            shuffle=sampler is None,
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             drop_last=True,
+            generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -103,35 +118,100 @@ class ImageData(pl.LightningDataModule):
             shuffle=False,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Its own generator: a loader without one draws from the global state whenever it is iterated.
+            generator=torch.Generator(),
         )
 
-    @property
-    def _augments(self) -> bool:
-        return self.horizontal_flip or self.vertical_flip or self.quarter_turns
 
-    def _augment(self, image: Tensor) -> Tensor:
+class _Augmentation(NamedTuple):
+    """Label-preserving changes, each at random: no method of the data module, so loader processes can pickle it."""
+
+    horizontal_flip: bool
+    vertical_flip: bool
+    quarter_turns: bool
+
+    def apply(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Changes one image, [C, H, W] -> [C, H, W]."""
+        turns, horizontal, vertical = torch.randint(4, (3,), generator=generator).tolist()
         if self.quarter_turns:
-            image = torch.rot90(image, int(torch.randint(4, ())), dims=(-2, -1))
-        if self.horizontal_flip and torch.rand(()) < 0.5:
+            image = torch.rot90(image, turns, dims=(-2, -1))
+        if self.horizontal_flip and horizontal % 2:
             image = image.flip(-1)
-        if self.vertical_flip and torch.rand(()) < 0.5:
+        if self.vertical_flip and vertical % 2:
             image = image.flip(-2)
         return image
 
 
-class _Augmented(Dataset[Sample]):
-    """Applies one label-preserving change to the image only; truth fields are dropped because they would not match."""
+class _Drawn(Dataset[Sample]):
+    """Training samples by (index, random number); truth fields are dropped where augmentation would not match them."""
 
-    def __init__(self, dataset: Dataset[Sample], augment: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, dataset: Dataset[Sample], augmentation: _Augmentation | None) -> None:
         self.dataset = dataset
-        self.augment = augment
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, draw: tuple[int, int] | int) -> Sample:
+        # Trainer(overfit_batches=...) exchanges our sampler for one that yields plain indices.
+        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
         sample = self.dataset[index]
-        return {key: sample[key] for key in ("label", "name")} | {"image": self.augment(sample["image"])}
+        if self.augmentation is None:
+            return sample
+        image = self.augmentation.apply(sample["image"], torch.Generator().manual_seed(seed))
+        return {key: sample[key] for key in ("label", "name")} | {"image": image}
+
+
+class _EpochSampler(DistributedSampler[tuple[int, int]]):
+    """Draws (index, random number) pairs; Lightning announces each epoch by ``set_epoch`` and leaves this sampler be.
+
+    Args:
+        dataset: What is drawn from.
+        num_processes: Processes that share an epoch; each draws its own part.
+        process: This one.
+        weights: Draw with replacement and these weights, [N]; None shuffles.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], num_processes: int, process: int, weights: Tensor | None) -> None:
+        # Lightning hands the seed of ``seed_everything`` to all processes in this variable.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        super().__init__(dataset, num_replicas=num_processes, rank=process, seed=seed, drop_last=True)
+        self.weights = weights
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.weights is None:
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        else:
+            order = self.weights.multinomial(len(self.weights), replacement=True, generator=generator)
+        seeds = torch.randint(2**62, (len(order),), generator=generator)
+        mine = slice(self.rank, self.total_size, self.num_replicas)
+        skip, self.skip = self.skip, 0
+        return zip(order[mine][skip:].tolist(), seeds[mine][skip:].tolist(), strict=True)
+
+
+class _ResumableLoader(DataLoader[Sample]):
+    """Counts the batches it has delivered, so that a checkpoint in mid-epoch continues with the next one.
+
+    Lightning stores and loads the state of any loader that has one.
+    """
+
+    delivered = 0
+
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
+        self.delivered = getattr(self.sampler, "skip", 0) // self.batch_size  # type: ignore[operator]
+        for batch in super().__iter__():
+            self.delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches of the current epoch that were delivered; a finished epoch counts as none of the next."""
+        return {"delivered": self.delivered % len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass starts after the delivered batches."""
+        self.sampler.skip = state["delivered"] * self.batch_size  # type: ignore[attr-defined, operator]
 
 
 def split_by_group(groups: Sequence[str], fractions: dict[Split, float], seed: int = 0) -> list[Split]:

@@ -1,0 +1,357 @@
+"""What a training run does besides training: averaged weights, sample grids, throughput, the guard, the W&B run.
+
+Iterations are counted in training batches: Lightning's ``global_step`` counts optimiser steps, two per batch for a GAN.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from cfe_lightning import images
+from cfe_lightning.explanation import Explanation
+
+log = logging.getLogger(__name__)
+
+
+def iteration(trainer: pl.Trainer) -> int:
+    """Training batches finished so far, over all epochs; call it after a batch or before the first."""
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights; checkpoints and validation hold the average, buffers are copied.
+
+    The first average is the model after one batch; from then on the decay grows as (1 + n) / (10 + n), so a short run
+    is not dominated by its random start. Frozen weights stay bit-identical: ``lerp`` between equal numbers is exact,
+    which Lightning's own average is not.
+
+    Args:
+        decay: The largest share of the old average that is kept per training batch.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=self._blend)
+        if not 0 <= decay < 1:
+            raise ValueError(f"The decay of EMA must be in [0, 1), got {decay}.")
+        self.decay = decay
+
+    def _blend(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        del num_averaged  # the copy on the accelerator: reading it would wait for the device
+        assert self._average_model is not None, "EMA averages only during fit"
+        count = int(self._average_model.n_averaged)
+        weight = 1 - min(self.decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keeps the counter on the CPU: it is read after every batch."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    @contextmanager
+    def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        """The module holds the averaged weights inside, and exactly its own again after."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
+
+
+class SampleGrid(pl.Callback):
+    """Explains the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
+
+    One row per image: the image, its parts, the counterfactual, the steps, the attribution; the predicted class with
+    its probability and that of the target before and after. Written to ``<folder>/samples/<iteration>.png`` and to W&B
+    where that is a logger. Uses the averaged weights when ``EMA`` is a callback too (list ``EMA`` first). Random state,
+    training mode and gradients are left as they were, so a run is the same with and without.
+
+    Args:
+        every_n_batches: Training batches between two grids.
+        num_images: Rows, taken evenly over the validation split.
+        folder: Where the pictures go; None takes the trainer's ``default_root_dir``, the run folder of ``train.py``.
+    """
+
+    def __init__(self, every_n_batches: int = 1000, num_images: int = 8, folder: str | None = None) -> None:
+        if every_n_batches < 1 or num_images < 1:
+            raise ValueError(
+                f"every_n_batches and num_images must be positive, got {every_n_batches} and {num_images}."
+            )
+        self.every_n_batches = every_n_batches
+        self.num_images = num_images
+        self.folder = folder
+        self._image: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Explains with the untrained weights; not again when a run is resumed."""
+        if trainer.is_global_zero and iteration(trainer) == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Explains every ``every_n_batches``."""
+        if trainer.is_global_zero and iteration(trainer) % self.every_n_batches == 0:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        averaging = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
+        with isolate_rng(), _evaluating(pl_module), torch.no_grad():
+            if self._image is None:
+                self._image = self._fixed_images(trainer)
+            image = self._image.to(pl_module.device)
+            with averaging.averaged(pl_module) if averaging else nullcontext():
+                explanation: Explanation = pl_module.explain(image)  # type: ignore[operator]
+            picture = draw_samples(explanation, pl_module.classifier.class_names)  # type: ignore[union-attr, arg-type]
+        step = iteration(trainer)
+        path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key="samples", images=[picture], step=step, caption=[f"after {step} batches"])
+
+    def _fixed_images(self, trainer: pl.Trainer) -> Tensor:
+        """Evenly spaced over the split: folders are often sorted by class."""
+        dataset = trainer.datamodule.val_dataloader().dataset  # type: ignore[attr-defined]
+        count = min(self.num_images, len(dataset))
+        indices = [position * len(dataset) // count for position in range(count)]
+        return default_collate([dataset[index]["image"] for index in indices])
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every layer's own mode again after: some layers stay in eval mode during training."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int = 96) -> Image.Image:
+    """Draws explanations as a labelled table, one row per image.
+
+    Args:
+        explanation: What to draw; columns are left out where it has none.
+        class_names: K names in logit order.
+        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+    """
+    columns = _columns(explanation)
+    enlarge = max(1, -(-tile // explanation.image.shape[-1]))
+    enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]
+    padding = 2
+    table = images.to_pil(images.grid(enlarged, padding))
+    width = enlarged[0].shape[-1] + 2 * padding
+    height = enlarged[0].shape[-2] + 2 * padding
+    margin, header = 150, 18
+    picture = Image.new("RGB", (table.width + margin, table.height + header), "white")
+    picture.paste(table, (margin, header))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=11)
+    for index, name in enumerate(columns):
+        draw.text((margin + index * width + 2, 2), name[: width // 6], fill="black", font=font)
+    for index, text in enumerate(_row_labels(explanation, class_names)):
+        draw.multiline_text((4, header + index * height + 4), text, fill="black", font=font)
+    return picture
+
+
+def _columns(explanation: Explanation) -> dict[str, Tensor]:
+    columns = {"image": explanation.image}
+    for name, part in explanation.parts.items():
+        # These two are differences by definition, often too faint to be seen as an image.
+        columns[name] = images.signed_difference(part) if name in ("distinct", "residual") else part
+    if explanation.counterfactual is not None:
+        columns["counterfactual"] = explanation.counterfactual
+    if explanation.steps is not None and explanation.strengths is not None:
+        for index in range(explanation.steps.shape[1]):
+            columns[f"step {float(explanation.strengths[0, index]):.2g}"] = explanation.steps[:, index]
+    columns["attribution"] = images.heat_map(explanation.attribution)
+    return columns
+
+
+def _row_labels(explanation: Explanation, class_names: Sequence[str]) -> list[str]:
+    before = explanation.logits.softmax(dim=1)
+    logits = explanation.counterfactual_logits
+    after = None if logits is None else logits.softmax(dim=1)
+    labels = []
+    for row, (predicted, target) in enumerate(
+        zip(explanation.predicted.tolist(), explanation.target.tolist(), strict=True)
+    ):
+        lines = [f"{class_names[predicted][:20]}", f"  {before[row, predicted]:.2f}", f"to {class_names[target][:20]}"]
+        change = f"  {before[row, target]:.2f}"
+        lines.append(change if after is None else f"{change} -> {after[row, target]:.2f}")
+        lines += [f"{name[:14]} {float(score[row]):.3g}" for name, score in list(explanation.scores.items())[:2]]
+        labels.append("\n".join(lines))
+    return labels
+
+
+class Throughput(pl.Callback):
+    """Logs ``images_per_second`` of training, over all processes and without validation.
+
+    Args:
+        every_n_batches: Training batches per measurement; a window hides that accelerators run behind.
+    """
+
+    def __init__(self, every_n_batches: int = 50) -> None:
+        self.every_n_batches = every_n_batches
+        self._images = 0
+        self._start: float | None = None
+        self._paused = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts a window after the first batch, which is slower than all others, and logs at its end."""
+        now = time.perf_counter()
+        if self._start is None:
+            self._images, self._start, self._paused = 0, now, 0.0
+            return
+        self._images += len(batch["image"]) * trainer.world_size
+        if iteration(trainer) % self.every_n_batches == 0:
+            elapsed = now - self._start - self._paused
+            pl_module.log("images_per_second", self._images / max(elapsed, 1e-9), batch_size=1)
+            self._images, self._start, self._paused = 0, now, 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops the clock."""
+        self._paused -= time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock again."""
+        self._paused += time.perf_counter()
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became infinite or not a number; the message names iteration and term."""
+
+
+class NonFiniteGuard(pl.Callback):
+    """Stops a run whose loss is no number, and never lets such weights replace a good checkpoint.
+
+    The first bad iteration of every ``train/<term>`` is noted on the device and read only every ``every_n_batches`` and
+    before a checkpoint is written, so the device is not waited for after every batch. The broken state is saved as
+    ``nonfinite.ckpt`` for inspection; ``last.ckpt`` stays from before.
+
+    Args:
+        every_n_batches: Training batches between two looks.
+    """
+
+    def __init__(self, every_n_batches: int = 50) -> None:
+        self.every_n_batches = every_n_batches
+        self._first_bad: dict[str, Tensor] = {}
+        self._saving = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes this batch's terms, looks at what was noted when it is time."""
+        step = iteration(trainer)
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("train/"):
+                never = torch.full_like(value, torch.inf, dtype=torch.float32)
+                now = torch.where(value.isfinite(), never, float(step))
+                self._first_bad[name] = torch.minimum(self._first_bad.get(name, never), now)
+        if step % self.every_n_batches == 0:
+            self._look(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks before anything is written."""
+        if not self._saving:
+            self._look(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the last batches."""
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        steps = torch.stack(list(self._first_bad.values())).tolist() if self._first_bad else []
+        bad = sorted((step, name) for step, name in zip(steps, self._first_bad, strict=True) if step < float("inf"))
+        if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            return
+        path = Path(trainer.default_root_dir) / "nonfinite.ckpt"
+        self._saving = True
+        trainer.save_checkpoint(path)
+        step, name = bad[0] if bad else (float("nan"), "a loss of another process")
+        raise NonFiniteLossError(
+            f"{name} is not finite at iteration {step:.0f}: training stopped and its state was saved as {path}; the "
+            "checkpoints before are untouched. Lower the learning rate or use 32-bit precision, then --resume."
+        )
+
+
+class WandbRun(pl.Callback):
+    """Keeps the id of the W&B run in the checkpoint, so that a resumed training continues the same curves."""
+
+    def __init__(self) -> None:
+        self._id: str | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the id of the run that the logger has started."""
+        ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        self._id = ids[0] if ids else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The id; None without W&B."""
+        return {"id": self._id}
+
+    @staticmethod
+    def run_id(checkpoint: dict[str, Any]) -> str | None:
+        """The id that a checkpoint holds."""
+        return checkpoint.get("callbacks", {}).get("WandbRun", {}).get("id")
+
+
+def choose_wandb_mode() -> None:
+    """Sets W&B to offline, saying so in one line, where it could only ask for a key or wait for a network.
+
+    A ``WANDB_MODE`` of the user is respected.
+    """
+    if "WANDB_MODE" in os.environ:
+        return
+    import wandb
+
+    reason = None
+    host = str(wandb.setup().settings.base_url)
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            reason = "no API key is configured (WANDB_API_KEY or `wandb login`)"
+        elif not _reachable(host):
+            reason = f"{host} cannot be reached"
+        else:
+            wandb.login(prompt=False, verify=True)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+    if reason is not None:
+        os.environ["WANDB_MODE"] = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")
+        log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
+
+
+def _reachable(host: str, seconds: float = 5.0) -> bool:
+    try:
+        with urllib.request.urlopen(host, timeout=seconds):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
