@@ -1,0 +1,266 @@
+"""``explain.py``: explains every image of a folder with one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from cfe_lightning.explainer import ExplainerModule
+    from cfe_lightning.manifest import OutputFolder
+
+FAILED_ROWS = 3
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy, so that ``--help`` is immediate."""
+    parser = argparse.ArgumentParser(
+        prog="explain.py",
+        description="Explains every image below a folder: what would have to change for it to be another class? "
+        "Writes manifest.csv, summary.json, report.html and images/. The same command again does what is missing.",
+        epilog="Exit code: 0 every image was explained, 3 some could not be read or explained (see the manifest), "
+        "2 nothing could be done, 130 interrupted.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="best.ckpt or last.ckpt of a run of train.py")
+    parser.add_argument("--input", type=Path, required=True, help="folder of images, read with everything below it")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
+    parser.add_argument("--target", metavar="CLASS", help="class to ask for (default: each image's runner-up)")
+    parser.add_argument("--limit", metavar="N", type=_positive, help="explain only the first N images")
+    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--devices", metavar="N", type=_positive, default=1, help="GPUs or processes (default: 1)")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
+    parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
+    parser.add_argument("--num-workers", metavar="N", type=_count, default=0, help="processes that read images")
+    parser.add_argument(
+        "--trusted",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="package besides cfe_lightning and torchvision whose classes the checkpoint may name; can be repeated",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return _explain(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {_sentence(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: what is finished is kept, the same command again does the rest\n")
+        return INTERRUPTED
+
+
+def _explain(options: argparse.Namespace) -> int:
+    _check_folders(options.input, options.output)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from cfe_lightning.data.image_stream import ImageStream
+    from cfe_lightning.explainer import load_explainer
+    from cfe_lightning.explanation_writer import ExplanationWriter
+    from cfe_lightning.images import find_images
+    from cfe_lightning.manifest import OutputFolder
+
+    started = time.perf_counter()
+    explainer = load_explainer(options.checkpoint, options.trusted)
+    target = _target(options.target, explainer.classifier.class_names)
+    output = OutputFolder(options.output)
+    names: list[str] = []
+    batches: list[list[str]] = []
+    # Only the first process touches the output folder; ImageStream hands its list to the others.
+    is_first = rank_zero_only.rank == 0
+    if is_first:
+        names = list(islice(find_images(options.input), options.limit))
+        if not names:
+            raise ValueError(f"There is no image below {options.input}: give a folder that holds some.")
+        output.prepare(_header(options, explainer), options.overwrite)
+        batches = _missing(names, options, output)
+    stream = ImageStream(
+        folder=options.input,
+        batches=batches,
+        image_size=explainer.image_size,
+        channels=explainer.channels,
+        target=target,
+        num_workers=options.num_workers,
+    )
+    writer = ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])))
+    _predict(options, explainer, stream, writer)
+    return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
+
+
+def _predict(
+    options: argparse.Namespace, explainer: ExplainerModule, stream: pl.LightningDataModule, writer: pl.Callback
+) -> None:
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    try:
+        pl.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            # A process that is through waits for the slowest, however long that takes.
+            strategy="auto" if options.devices == 1 else DDPStrategy(timeout=timedelta(days=7)),
+            precision=options.precision,
+            inference_mode=False,
+            deterministic="warn",
+            callbacks=[writer],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).predict(explainer, datamodule=stream, return_predictions=False)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The device ran out of memory at --batch-size {options.batch_size}: the same command with a smaller "
+            "--batch-size does the rest."
+        ) from error
+    except SystemExit as error:
+        # Lightning turns Ctrl-C and SIGTERM into this once it has stopped the other processes.
+        raise KeyboardInterrupt from error
+
+
+def _finish(
+    options: argparse.Namespace, output: OutputFolder, explainer: ExplainerModule, num_images: int, seconds: float
+) -> int:
+    from cfe_lightning.report import write_html
+
+    output.merge()
+    output.write_table()
+    summary = output.write_summary(
+        n_planned=num_images,
+        checkpoint=str(options.checkpoint),
+        image_size=explainer.image_size,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "lightning")},
+        batch_size=options.batch_size,
+        device=str(explainer.device),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+    )
+    report = write_html(output.path)
+    sys.stdout.write(_table(summary, report))
+    if summary["n_done"] == 0:
+        first = next(output.rows())
+        raise ValueError(
+            f"None of the {num_images} images below {options.input} could be explained; {first['name']!r} failed "
+            f"with: {first['error']}"
+        )
+    return FAILED_ROWS if summary["n_failed"] else 0
+
+
+def _table(summary: dict[str, Any], report: Path) -> str:
+    lines = [("explained", str(summary["n_done"])), ("failed", str(summary["n_failed"]))]
+    for title, key in (("flip rate", "flip_rate"), ("flip rate, saved", "flip_rate_saved"), ("mean L1", "l1")):
+        measured = summary[key]
+        if "value" in measured:
+            low, high = measured.get("interval", (None, None))
+            interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+            lines.append((title, f"{measured['value']:.4f}{interval}"))
+    if "median" in summary["s_per_image"]:
+        lines.append(("seconds per image", f"{summary['s_per_image']['median']:.3g}"))
+    if "warning" in summary:
+        lines.append(("warning", summary["warning"]))
+    return "".join(f"{title:<18} {value}\n" for title, value in [*lines, ("report", str(report))])
+
+
+def _missing(names: list[str], options: argparse.Namespace, output: OutputFolder) -> list[list[str]]:
+    """The batches still to be explained: images without a row or changed since, then the failed ones once more.
+
+    An interrupted run leaves whole batches behind, so the same images meet again and give the same numbers.
+    """
+    from cfe_lightning.data.image_stream import source_of
+
+    recorded = {row["name"]: (row["status"], row["source"]) for row in output.rows()}
+    new: list[str] = []
+    failed: list[str] = []
+    for name in names:
+        status, source = recorded.get(name, ("missing", None))
+        if source != source_of(options.input / name):
+            new.append(name)
+        elif status == "failed":
+            failed.append(name)
+    size = options.batch_size
+    return [group[i : i + size] for group in (new, failed) for i in range(0, len(group), size)]
+
+
+def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str, Any]:
+    """What makes two runs the same; the batch size and the devices are free to change."""
+    with options.checkpoint.open("rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    kind = type(explainer)
+    return {
+        "checkpoint_sha256": checkpoint,
+        "method": f"{kind.__module__}.{kind.__qualname__}",
+        "version": importlib.metadata.version("cfe-lightning"),
+        "classes": list(explainer.classifier.class_names),
+        "input": str(options.input.resolve()),
+        "target": options.target,
+        "precision": options.precision,
+    }
+
+
+def _check_folders(source: Path, output: Path) -> None:
+    if not source.exists():
+        raise FileNotFoundError(f"There is no input folder {source}.")
+    if not source.is_dir():
+        raise NotADirectoryError(f"The input {source} is a file: give the folder that holds the images.")
+    inner, outer = output.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ValueError(
+            f"The input {source} and the output {output} lie within one another, so results would be read as images: "
+            "give an --output elsewhere."
+        )
+
+
+def _target(name: str | None, class_names: Sequence[str]) -> int | None:
+    if name is None:
+        return None
+    if name not in class_names:
+        raise ValueError(f"--target {name!r} is not a class of this classifier: choose from {', '.join(class_names)}.")
+    return class_names.index(name)
+
+
+def _sentence(error: Exception) -> str:
+    """The message on one line; errors of the system name the file after the reason, as a sentence does."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where} (what is finished is kept, the same command again does the rest)"
+    return " ".join(str(error).split())
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)

@@ -1,0 +1,268 @@
+"""Turns the explanations of ``Trainer.predict`` into pictures on the disk and rows of the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+from tqdm import tqdm
+
+from cfe_lightning import images
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explanation import Explanation, decides_for
+from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
+
+#: Parts that are differences: 0 is no change, drawn as mid grey, amplified so that the strongest pixel is in full.
+DIFFERENCES = frozenset({"distinct", "residual"})
+#: Weaker differences are amplified no further: it would be rounding errors that one sees.
+LARGEST_GAIN = 64.0
+
+Batch = dict[str, Any]
+
+
+class ExplanationWriter(BasePredictionWriter):
+    """Saves every explained image, judges it once more as saved, and records it; knows no method.
+
+    Every process writes its own rows; they are merged when all are through. Each batch starts from its own random
+    seed, so that an explanation with random numbers does not depend on what was explained before it.
+
+    Args:
+        output: Where to, prepared.
+        num_images: How many images this process expects, for the progress bar; None shows no bar.
+    """
+
+    def __init__(self, output: OutputFolder, *, num_images: int | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.output = output
+        self.num_images = num_images
+        self._started = 0.0
+        self._progress: tqdm[Any] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shows the progress of the first process, which is about that of all."""
+        if self.num_images is not None and trainer.is_global_zero:
+            self._progress = tqdm(total=self.num_images, desc="explaining", unit="image", dynamic_ncols=True)
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Seeds the batch and starts its clock."""
+        digest = hashlib.sha256("\n".join(batch["name"]).encode("utf-8", "surrogateescape")).digest()
+        torch.manual_seed(int.from_bytes(digest[:4], "big"))
+        self._started = _clock(pl_module.device)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Explanation,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Saves the pictures of one batch, then records its rows."""
+        count = len(batch["name"])
+        rows: list[Row] = [{**failure, "status": "failed"} for failure in batch["failed"]]
+        if count:
+            seconds = (_clock(pl_module.device) - self._started) / count
+            classifier = pl_module.classifier
+            assert isinstance(classifier, FrozenClassifier), "every explainer has one"
+            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds)
+        self.output.append(trainer.global_rank, rows)
+        if self._progress is not None:
+            self._progress.update(len(rows))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits until every process has written its last row."""
+        self._close()
+        trainer.strategy.barrier("explanations written")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the terminal tidy after an interruption."""
+        self._close()
+
+    def save(
+        self,
+        explanation: Explanation,
+        classifier: FrozenClassifier,
+        names: Sequence[str],
+        sources: Sequence[Sequence[int]],
+        seconds: float,
+    ) -> list[Row]:
+        """Saves the pictures of a batch and returns its rows.
+
+        Args:
+            explanation: The batch's explanation.
+            classifier: Judges the saved pixels.
+            names: The B names.
+            sources: The B files' sizes and modification times.
+            seconds: Time per image.
+        """
+        judged = _judge(explanation, classifier)
+        pictures, gains = _pictures(explanation)
+        finite = _finite(explanation).tolist()
+
+        def save_one(index: int) -> Row:
+            row: Row = {"name": names[index], "source": list(sources[index]), "status": "ok"}
+            if not finite[index]:
+                return row | {"status": "failed", "error": "The explanation holds values that are not finite."}
+            folder = image_folder(names[index])
+            for file, picture in pictures.items():
+                images.save_image(picture[index], self.output.path / folder / file)
+            row |= judged.row(index, classifier.class_names)
+            row |= {
+                "seconds": _number(seconds),
+                "folder": folder,
+                "files": {key: key_file for key, key_file in _keys(explanation).items() if key_file in pictures},
+                "gains": {name: _number(gain[index]) for name, gain in gains.items()},
+                "scores": {name: _number(score[index]) for name, score in explanation.scores.items()},
+            }
+            return row
+
+        return list(self._pool.map(save_one, range(len(names))))
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Judged:
+    """What the classifier says about a batch, on the CPU; None where there is no counterfactual or no path."""
+
+    predicted: Tensor  # [B]
+    target: Tensor  # [B]
+    before: Tensor  # probabilities, [B, K]
+    after: Tensor | None  # [B, K]
+    flipped: Tensor | None  # [B] bool
+    flipped_saved: Tensor | None  # [B] bool
+    distance: Tensor | None  # [B], mean absolute change on [0, 1]
+    scale: Tensor | None  # [B], the change in full colour on the difference picture, on [0, 1]
+    path: Tensor | None  # probabilities of the saved steps, [B, T, K]
+    strengths: Tensor | None  # [B, T]
+
+    def row(self, index: int, class_names: Sequence[str]) -> Row:
+        """The part of the manifest's row that concerns decisions."""
+        predicted, target = int(self.predicted[index]), int(self.target[index])
+        same = predicted == target
+        after = None if self.after is None else self.after[index]
+        row: Row = {
+            "predicted": class_names[predicted],
+            "p_predicted_before": _number(self.before[index, predicted]),
+            "p_predicted_after": None if after is None else _number(after[predicted]),
+            "target": class_names[target],
+            "p_target_before": _number(self.before[index, target]),
+            "p_target_after": None if after is None else _number(after[target]),
+            "flipped": None if self.flipped is None or same else bool(self.flipped[index]),
+            "flipped_saved": None if self.flipped_saved is None or same else bool(self.flipped_saved[index]),
+            "l1": None if self.distance is None else _number(self.distance[index]),
+            "note": "already predicted as the target: nothing to flip" if same else None,
+            "difference_scale": None if self.scale is None else _number(self.scale[index]),
+        }
+        if self.path is not None and self.strengths is not None:
+            row["curve"] = {
+                "strength": [_number(value) for value in self.strengths[index]],
+                "predicted": [_number(value) for value in self.path[index, :, predicted]],
+                "target": [_number(value) for value in self.path[index, :, target]],
+            }
+        return row
+
+
+@torch.no_grad()
+def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
+    counterfactual, logits_after, steps = (
+        explanation.counterfactual,
+        explanation.counterfactual_logits,
+        explanation.steps,
+    )
+    flipped_saved = distance = scale = path = None
+    if counterfactual is not None:
+        # The image that is judged is the image that is saved (evaluation, rule R4).
+        flipped_saved = decides_for(classifier(images.saved(counterfactual.float())), explanation.target).cpu()
+        change = _change(explanation.image, counterfactual)
+        distance = change.abs().mean(dim=(1, 2, 3)).cpu()
+        scale = change.mean(dim=1).abs().amax(dim=(1, 2)).cpu()
+    if steps is not None:
+        # One step of all images at a time: the classifier then needs no more memory than for the images.
+        judged = [classifier(images.saved(step.float())).softmax(dim=1) for step in steps.unbind(dim=1)]
+        path = torch.stack(judged, dim=1).cpu()
+    return _Judged(
+        predicted=explanation.predicted.cpu(),
+        target=explanation.target.cpu(),
+        before=explanation.logits.float().softmax(dim=1).cpu(),
+        after=None if logits_after is None else logits_after.float().softmax(dim=1).cpu(),
+        flipped=None if explanation.flipped is None else explanation.flipped.cpu(),
+        flipped_saved=flipped_saved,
+        distance=distance,
+        scale=scale,
+        path=path,
+        strengths=None if explanation.strengths is None else explanation.strengths.cpu(),
+    )
+
+
+def _change(image: Tensor, counterfactual: Tensor) -> Tensor:
+    """What was added, on [0, 1] units; what leaves the range cannot be seen and does not count."""
+    return images.to_unit(counterfactual.float()).clamp(0, 1) - images.to_unit(image.float()).clamp(0, 1)
+
+
+def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every picture to be saved by file name, [B, C, H, W] in [-1, 1], and the gains of the differences, [B]."""
+    pictures = {"image.png": explanation.image, "attribution.png": images.heat_map(explanation.attribution.float())}
+    gains: dict[str, Tensor] = {}
+    if explanation.counterfactual is not None:
+        pictures["counterfactual.png"] = explanation.counterfactual
+        pictures["difference.png"] = images.signed_difference(_change(explanation.image, explanation.counterfactual))
+    if explanation.steps is not None:
+        # One strip, first step on the left: a file per step would make folders of a million files.
+        pictures["steps.png"] = torch.cat(explanation.steps.unbind(dim=1), dim=3)
+    for name, part in explanation.parts.items():
+        if name in DIFFERENCES:
+            peak = part.float().abs().amax(dim=(1, 2, 3))
+            gains[name] = (1 / peak.clamp_min(1 / LARGEST_GAIN)).clamp_min(1.0)
+            part = part * gains[name][:, None, None, None]
+        pictures[part_file(name)] = part
+    return {file: picture.float().cpu() for file, picture in pictures.items()}, gains
+
+
+def _keys(explanation: Explanation) -> dict[str, str]:
+    """The manifest's key of every picture's file."""
+    fixed = ("image", "counterfactual", "difference", "attribution", "steps")
+    return {key: f"{key}.png" for key in fixed} | {f"part_{name}": part_file(name) for name in explanation.parts}
+
+
+def _finite(explanation: Explanation) -> Tensor:
+    """Which images' explanations are numbers throughout, [B] bool."""
+    given = [explanation.logits, explanation.attribution, explanation.counterfactual, explanation.steps]
+    given += [explanation.counterfactual_logits, *explanation.parts.values(), *explanation.scores.values()]
+    checks = [
+        value.isfinite().flatten(1).all(dim=1) if value.ndim > 1 else value.isfinite()
+        for value in given
+        if value is not None
+    ]
+    return torch.stack([check.cpu() for check in checks]).all(dim=0)
+
+
+def _number(value: Tensor | float) -> float:
+    """Six significant digits: what the measurement is good for, and short rows."""
+    number = float(value)
+    assert math.isfinite(number), "only finite explanations become rows"
+    return float(f"{number:.6g}")
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,338 @@
+"""The output folder of an explanation run: which images are done, the manifest and the summary. Knows no tensors.
+
+The folder holds::
+
+    manifest.jsonl          header, then one row per image: what resuming and the report read
+    manifest.<rank>.jsonl   rows of the run in progress, one file per process; merged into manifest.jsonl
+    manifest.csv            the same rows as a table
+    summary.json            counts and means
+    report.html             see ``cfe_lightning.report``
+    images/<name>/...       pictures of one image, see ``image_folder``
+
+A batch of rows counts only with the line that closes it, so whatever kills a run costs at most the batch in flight.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+SCHEMA = 1
+#: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
+COLUMNS = (
+    *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
+    *("target", "p_target_before", "p_target_after", "flipped", "flipped_saved", "l1", "seconds", "note", "error"),
+    *("image", "counterfactual", "difference", "attribution", "steps"),
+)
+#: Flip rates of floats and of the saved pixels that differ by more than this hint at changes below one grey level.
+QUANTISATION_GAP = 0.005
+
+Row = dict[str, Any]
+Source = list[int]
+
+_OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images")
+_PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|part_.+)\.png|\..+\.part")
+_PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+_LONGEST_COMPONENT = 80
+_LONGEST_FOLDER = 160
+
+
+class OutputFolder:
+    """Where explanations of one input folder by one checkpoint are collected, over as many runs as it takes.
+
+    Args:
+        path: The folder; need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.jsonl"
+
+    def prepare(self, header: dict[str, Any], overwrite: bool = False) -> None:
+        """Makes the folder ready for a run: new, or continued when an earlier run had the same header.
+
+        Args:
+            header: What makes two runs the same: checkpoint, classes, options.
+            overwrite: Remove what an earlier run wrote, and nothing else, instead of continuing it.
+
+        Raises:
+            ValueError: If the folder is a file, holds files of these names from elsewhere, or another run's results.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"The output {self.path} is a file: give a folder.")
+        header = json.loads(json.dumps({"schema": SCHEMA, **header}))
+        earlier = self.header()
+        if earlier is None:
+            foreign = [name for name in _OURS if os.path.lexists(self.path / name)]
+            if foreign:
+                raise ValueError(
+                    f"The output folder {self.path} holds {' and '.join(foreign)} that no run of explain.py left "
+                    "there: give another --output."
+                )
+        elif overwrite:
+            self._remove()
+        elif earlier != header:
+            changed = [key for key in (*header, *earlier) if header.get(key) != earlier.get(key)]
+            described = ", ".join(
+                f"{key} was {_short(earlier.get(key))} and is now {_short(header.get(key))}"
+                for key in dict.fromkeys(changed)
+            )
+            raise ValueError(
+                f"The output folder {self.path} holds explanations made otherwise ({described}): give another "
+                "--output, or pass --overwrite to start again."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.header() is None:
+            self._replace(self.manifest_path, lambda file: _write_lines(file, [header]))
+        self.merge()
+
+    def header(self) -> dict[str, Any] | None:
+        """What the run that wrote this folder was, or None where there was no run."""
+        try:
+            with self.manifest_path.open(encoding="utf-8") as file:
+                header = json.loads(file.readline())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return header if isinstance(header, dict) and "schema" in header else None
+
+    def append(self, rank: int, rows: Sequence[Row]) -> None:
+        """Records a finished batch of one process; call it when the pictures are on the disk."""
+        content = "".join(json.dumps(line) + "\n" for line in (*rows, {"end": len(rows)}))
+        # Opened anew each time: the file may have been merged and removed by a second run on the same folder.
+        with (self.path / f"manifest.{rank}.jsonl").open("ab") as file:
+            file.write(content.encode())
+
+    def rows(self) -> Iterator[Row]:
+        """The merged rows, ordered by name."""
+        for _, row in _committed(self.manifest_path):
+            yield row
+
+    def merge(self) -> None:
+        """Moves the rows of all processes into manifest.jsonl, each name once; a later row replaces an earlier one."""
+        parts = sorted(self.path.glob("manifest.[0-9]*.jsonl"))
+        if not parts:
+            return
+        # Only names and places are held in memory, so 100,000 images fit everywhere.
+        places: dict[str, tuple[Path, int]] = {}
+        for path in (self.manifest_path, *parts):
+            places |= {row["name"]: (path, offset) for offset, row in _committed(path)}
+        header = self.header()
+        assert header is not None, "prepare() writes the header before any process appends"
+        files = {path: path.open("rb") for path in (self.manifest_path, *parts)}
+
+        def write(file: TextIO) -> None:
+            _write_lines(file, [header])
+            for name in sorted(places, key=lambda name: name.split("/")):
+                path, offset = places[name]
+                files[path].seek(offset)
+                file.write(files[path].readline().decode())
+            _write_lines(file, [{"end": len(places)}])
+
+        try:
+            self._replace(self.manifest_path, write)
+        finally:
+            for opened in files.values():
+                opened.close()
+        for path in parts:
+            path.unlink()
+
+    def write_table(self) -> None:
+        """Writes manifest.csv from the merged rows.
+
+        Cells are data as they are: a file name that starts with ``=`` is a formula to a spreadsheet that is told to
+        run formulas. Bytes of names that are no UTF-8 appear as ``\\udcXX``.
+        """
+        extra: dict[str, None] = {}
+        for row in self.rows():
+            extra |= dict.fromkeys(key for key in _cells(row) if key not in COLUMNS)
+        columns = [*COLUMNS, *sorted(extra)]
+
+        def write(file: TextIO) -> None:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(map(_cells, self.rows()))
+
+        self._replace(self.path / "manifest.csv", write)
+
+    def write_summary(self, **facts: Any) -> dict[str, Any]:
+        """Writes summary.json, the statistics of the merged rows after the given facts, and returns it."""
+        summary = {**(self.header() or {}), **facts, **summarise(self.rows())}
+        self._replace(self.path / "summary.json", lambda file: file.write(json.dumps(summary, indent=2) + "\n"))
+        return summary
+
+    def _remove(self) -> None:
+        """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
+        for directory, _, names in os.walk(self.path / "images", topdown=False):
+            for name in names:
+                if _PICTURE.fullmatch(name):
+                    os.unlink(os.path.join(directory, name))
+            if not os.listdir(directory):
+                os.rmdir(directory)
+        written = [self.path / name for name in ("manifest.csv", "summary.json", "report.html")]
+        # The header goes last: without it the folder could no longer be recognised as ours.
+        for path in [*written, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
+            path.unlink(missing_ok=True)
+
+    def _replace(self, path: Path, write: Callable[[TextIO], object]) -> None:
+        """Writes a file that appears whole or not at all."""
+        temporary = path.with_name(f".{path.name}.part")
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            write(file)
+        temporary.replace(path)
+
+
+def image_folder(name: str) -> str:
+    """The folder of one image's pictures, relative to the output folder, unique for every name on every file system.
+
+    Names of lower-case letters, digits, ``_ . -`` and inner spaces are kept, so the input tree is mirrored. Any other
+    name keeps what is safe of it and ends in ``~`` and a hash of the whole name: ``A.PNG`` and ``a.png`` differ on
+    file systems that ignore case, and no name can leave the folder.
+    """
+    components = name.split("/")
+    kept = "/".join(components)
+    if len(kept) <= _LONGEST_FOLDER and all(map(_is_plain, components)):
+        return f"images/{kept}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    safe = [_safe(component) for component in components]
+    path = "/".join(safe)
+    return f"images/{path}~{digest}" if len(path) <= _LONGEST_FOLDER else f"images/long/{safe[-1][:40]}~{digest}"
+
+
+def part_file(name: str) -> str:
+    """The file of a named part inside ``image_folder``."""
+    if _is_plain(name):
+        return f"part_{name}.png"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"part_{_safe(name)[:40]}~{digest}.png"
+
+
+def _is_plain(component: str) -> bool:
+    plain = len(component) <= _LONGEST_COMPONENT and _PLAIN.fullmatch(component)
+    return bool(plain) and not _RESERVED.fullmatch(component)
+
+
+def _safe(component: str) -> str:
+    """What is safe of a file name; two names may share it."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", component)[:_LONGEST_COMPONENT].strip(".") or "_"
+    return f"_{safe}" if _RESERVED.fullmatch(safe.lower()) else safe
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+    """Counts, flip rates with 95 % Wilson intervals, and means (keys and formulas: evaluation, sections 2 to 4).
+
+    Images that the classifier already gives to the target have nothing to flip and are in no flip rate and no mean.
+    A value that cannot be computed is ``{"undefined": reason}``, never a zero.
+    """
+    done = failed = already = 0
+    flipped: list[bool] = []
+    flipped_saved: list[bool] = []
+    distances: list[float] = []
+    gains: list[float] = []
+    seconds: list[float] = []
+    for row in rows:
+        if row["status"] != "ok":
+            failed += 1
+            continue
+        done += 1
+        seconds.append(row["seconds"])
+        already += row["predicted"] == row["target"]
+        if row["flipped"] is not None:
+            flipped.append(row["flipped"])
+            flipped_saved.append(row["flipped_saved"])
+            distances.append(row["l1"])
+            gains.append(row["p_target_after"] - row["p_target_before"])
+    summary = {
+        "n_done": done,
+        "n_failed": failed,
+        "n_already_target": already,
+        "flip_rate": _share(flipped),
+        "flip_rate_saved": _share(flipped_saved),
+        "delta_p": _mean(gains),
+        "l1": _mean(distances),
+        "s_per_image": _quantiles(seconds),
+    }
+    if flipped and abs(sum(flipped) - sum(flipped_saved)) / len(flipped) > QUANTISATION_GAP:
+        summary["warning"] = (
+            "The flip rate of the saved 8-bit pixels differs from that of the computed images by more than half a "
+            "point: some flips live in changes smaller than one grey level."
+        )
+    return summary
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share (evaluation, section 3.1)."""
+    z = 1.959963984540054
+    share = successes / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+_NOTHING_TO_FLIP = {"undefined": "No explained image has a counterfactual for a class other than its own."}
+
+
+def _share(values: Sequence[bool]) -> dict[str, Any]:
+    if not values:
+        return _NOTHING_TO_FLIP
+    low, high = wilson(sum(values), len(values))
+    return {"value": sum(values) / len(values), "interval": [low, high], "n": len(values), "population": "all"}
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    if not values:
+        return _NOTHING_TO_FLIP
+    return {"value": math.fsum(values) / len(values), "n": len(values), "population": "all"}
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, Any]:
+    if not seconds:
+        return {"undefined": "No image was explained."}
+    p95 = sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+    return {"median": statistics.median(seconds), "p95": p95, "n": len(seconds)}
+
+
+def _committed(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows of closed batches with their byte offsets; what a kill tore is passed over."""
+    batch: list[tuple[int, Row]] = []
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                content = {}
+            if "end" in content:
+                if content["end"] == len(batch):
+                    yield from batch
+                batch = []
+            elif "name" in content:
+                batch.append((offset, content))
+            offset += len(line)
+
+
+def _write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    """One row of manifest.csv."""
+    cells = {key: value for key, value in row.items() if key in COLUMNS and value is not None}
+    cells |= {key: f"{row['folder']}/{file}" for key, file in row.get("files", {}).items()}
+    cells |= {f"gain_{name}": gain for name, gain in row.get("gains", {}).items()}
+    cells |= {f"score_{name}": score for name, score in row.get("scores", {}).items()}
+    return {key: str(value).lower() if isinstance(value, bool) else value for key, value in cells.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return repr(text if len(text) <= 40 else f"{text[:12]}...{text[-12:]}")
