@@ -211,6 +211,7 @@ class Shapes(Dataset[Sample]):
         self.cue = cue
         self.class_names = class_names
         self.cue_size = cue_size
+        self.lesion_place = lesion_place
         self.shortcut = shortcut
         self.labels = torch.arange(count) % len(class_names)
         # 2**30 numbers for each split inside the 32 bits that the generator looks at: splits share no image.
@@ -303,13 +304,16 @@ class Shapes(Dataset[Sample]):
         if self.lesion_place == "landmark":
             # Undo the body's own rotation, which a nearly round body does not show.
             first_angle = -1 / 8 - turn / (2 * math.pi) + 0.06 * (first_angle - 0.5)
+        # One blob may lie anywhere but at the rim; several keep to their third of the body and are smaller.
+        single = len(self.class_names) == 2
+        scale, nearest, spread, jitter = (1.0, 0.3, 0.18, 0.3) if single else (0.75, 0.46, 0.08, 0.1)
         height = torch.zeros(self.image_size, self.image_size)
         for k in range(count):
-            angle = 2 * math.pi * (first_angle + (k + 0.3 * (draws[3 * k] - 0.5)) / 3)
-            reach = 0.3 + 0.18 * draws[3 * k + 1]
+            angle = 2 * math.pi * (first_angle + (k + jitter * (draws[3 * k] - 0.5)) / 3)
+            reach = nearest + spread * draws[3 * k + 1]
             u, v = wide * reach * math.cos(angle), high * reach * math.sin(angle)
             x, y = u * math.cos(turn) - v * math.sin(turn), u * math.sin(turn) + v * math.cos(turn)
-            blob = _blob(scene.across - x, scene.down - y, self._radius(draws[3 * k + 2]))
+            blob = _blob(scene.across - x, scene.down - y, self._radius(draws[3 * k + 2]) * scale)
             height = torch.maximum(height, blob)
         return height * _BLOB_HEIGHT
 
