@@ -1,7 +1,8 @@
 """The base of every data source: the batch contract, loaders and splits by group.
 
 Batch contract: a dictionary with ``image`` [B, C, H, W] in [-1, 1], ``label`` [B] int64, ``name`` (list of unique,
-stable strings) and, where the truth is known, ``mask`` [B, 1, H, W] in {0, 1} and ``counterfactual`` [B, C, H, W].
+stable strings) and, where the truth is known, ``mask`` [B, 1, H, W] in {0, 1} and ``counterfactual`` [B, C, H, W],
+the same scene as class (label + 1) % K.
 """
 
 from __future__ import annotations

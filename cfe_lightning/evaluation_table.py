@@ -1,0 +1,179 @@
+"""An evaluation as files: a short table with its legend, a full table, JSON, curves and one line per image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfe_lightning.evaluation import Evaluation
+from cfe_lightning.metrics.catalogue import METRICS, Metric
+from cfe_lightning.metrics.statistics import Measurement
+from cfe_lightning.tally import Row
+
+_ARROWS = {"higher": "higher is better", "lower": "lower is better", "neither": "for context"}
+_SECONDS = "s/image"
+
+
+def short_table(evaluation: Evaluation) -> str:
+    """The headline numbers as a Markdown table, one row per explainer, and under it what every column means."""
+    columns = [metric for metric in METRICS if metric.title and _has_value(evaluation, metric)]
+    heading = ["explainer", *(metric.title for metric in columns), _SECONDS]
+    lines = [
+        [row.name, *(_number(row.measurements[metric.key]) for metric in columns), _seconds(row)]
+        for row in evaluation.rows
+    ]
+    return f"{_markdown(heading, lines)}\n{_legend(columns, evaluation)}"
+
+
+def full_table(evaluation: Evaluation) -> str:
+    """Every number with interval and n as Markdown, one row per metric, and the reasons for what is missing."""
+    heading = ["metric", "better", "range", *(row.name for row in evaluation.rows)]
+    lines = [
+        [
+            metric.key,
+            metric.better,
+            metric.value_range,
+            *(_with_interval(row.measurements[metric.key]) for row in evaluation.rows),
+        ]
+        for metric in METRICS
+        if _has_value(evaluation, metric)
+    ]
+    reasons = {
+        (row.name, measurement.reason): None
+        for row in evaluation.rows
+        for measurement in row.measurements.values()
+        if measurement.status != "ok"
+    }
+    missing = "".join(f"- {name}: {reason}\n" for name, reason in reasons)
+    meanings = "".join(f"- `{metric.key}`: {metric.meaning}\n" for metric in METRICS)
+    return f"{_markdown(heading, lines)}\n{meanings}" + (f"\nNot computed:\n\n{missing}" if missing else "")
+
+
+def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes ``table.csv``, ``table.md``, ``metrics.json``, ``per_image.csv`` and ``curves.npz``.
+
+    Args:
+        evaluation: What was measured.
+        folder: Created if missing; files of an earlier evaluation are replaced.
+        settings: Plain data that say how it was measured; kept in ``metrics.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(
+        f"# Evaluation\n\n{short_table(evaluation)}\n## All metrics\n\n{full_table(evaluation)}", encoding="utf-8"
+    )
+    (folder / "table.csv").write_text(_csv(evaluation), encoding="utf-8")
+    (folder / "per_image.csv").write_text(_per_image_csv(evaluation), encoding="utf-8")
+    content = {**settings, "n_images": len(evaluation.image_names), "class_names": list(evaluation.class_names)}
+    content["rows"] = [
+        {
+            "name": row.name,
+            "seconds_per_image": row.seconds_per_image,
+            "notes": row.notes,
+            "metrics": {key: asdict(measurement) for key, measurement in row.measurements.items()},
+        }
+        for row in evaluation.rows
+    ]
+    # allow_nan=False: a NaN that got this far is our mistake and must not be written.
+    (folder / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
+    np.savez(folder / "curves.npz", allow_pickle=False, **curves)
+
+
+def _has_value(evaluation: Evaluation, metric: Metric) -> bool:
+    return any(row.measurements[metric.key].status == "ok" for row in evaluation.rows)
+
+
+def _legend(columns: Sequence[Metric], evaluation: Evaluation) -> str:
+    lines = [
+        f"- {metric.title} (`{metric.key}`, {metric.value_range}, {_ARROWS[metric.better]}): {metric.meaning}"
+        for metric in columns
+    ]
+    lines.append(f"- {_SECONDS}: median time of one explanation, without reading and measuring")
+    lines += [f"- note: {note}" for row in evaluation.rows for note in row.notes]
+    return f"{len(evaluation.image_names)} images; images count as [0, 1].\n\n" + "\n".join(lines) + "\n"
+
+
+def _markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Aligned, so that it also reads well in a terminal."""
+    cells = [[cell.replace("|", "/") for cell in line] for line in (heading, *lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
+    rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    rows = [cells[0], rule, *cells[1:]]
+    padded = (
+        [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    )
+    return "".join(f"| {' | '.join(row)} |\n" for row in padded)
+
+
+def _number(measurement: Measurement) -> str:
+    if measurement.value is None:
+        return ""
+    value = measurement.value
+    # Three decimals for what lives near 1, three significant digits for what is much smaller or larger.
+    if value == 0 or 0.01 <= abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def _with_interval(measurement: Measurement) -> str:
+    if measurement.value is None:
+        return ""
+    ends = "" if measurement.low is None else f" [{measurement.low:.3g}, {measurement.high:.3g}]"
+    some = "" if measurement.n_used == measurement.n_total else f" (n {measurement.n_used}/{measurement.n_total})"
+    return f"{_number(measurement)}{ends}{some}"
+
+
+def _seconds(row: Row) -> str:
+    return "" if row.seconds_per_image is None else f"{row.seconds_per_image:.2g}"
+
+
+def _csv(evaluation: Evaluation) -> str:
+    """One line per explainer; an empty cell is a number that does not exist."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    suffixes = ("", "_low", "_high", "_n")
+    keys = [metric.key for metric in METRICS]
+    writer.writerow(["explainer", "seconds_per_image", *(key + suffix for key in keys for suffix in suffixes)])
+    for row in evaluation.rows:
+        cells: list[object] = [row.name, row.seconds_per_image]
+        for key in keys:
+            found = row.measurements[key]
+            cells += [found.value, found.low, found.high, found.n_used if found.status == "ok" else None]
+        writer.writerow(cells)
+    return buffer.getvalue()
+
+
+def _per_image_csv(evaluation: Evaluation) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    keys = [metric.key for metric in METRICS if any(metric.key in row.per_image for row in evaluation.rows)]
+    writer.writerow(["explainer", "image", "label", *keys])
+    labels = [evaluation.class_names[index] for index in evaluation.labels.tolist()]
+    for row in evaluation.rows:
+        if not row.per_image:
+            continue
+        columns = [row.per_image[key].tolist() if key in row.per_image else None for key in keys]
+        for index, (image, label) in enumerate(zip(evaluation.image_names, labels, strict=True)):
+            writer.writerow([row.name, image, label, *(_cell(column, index) for column in columns)])
+    return buffer.getvalue()
+
+
+def _cell(column: list[float] | list[bool] | None, index: int) -> object:
+    if column is None:
+        return None
+    value = column[index]
+    if isinstance(value, bool):
+        return int(value)
+    return None if math.isnan(value) else f"{value:.6g}"

@@ -1,0 +1,195 @@
+"""Every number that an evaluation can report: its key, direction, range, meaning and what it needs.
+
+Keys follow evaluation, section 2; adding one is allowed, renaming is a breaking change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["higher", "lower", "neither"]
+Need = Literal[
+    "explanation", "counterfactual", "decomposition", "agnostic", "reconstruction", "curves", "mask", "truth"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the catalogue.
+
+    Attributes:
+        key: Its name everywhere: tables, JSON, logs.
+        better: Which direction is better; ``neither`` for context.
+        value_range: As a reader writes it.
+        meaning: One line under the table.
+        needs: What must be there; otherwise it is skipped with the reason of ``MISSING``.
+        title: Heading in the short table; empty for what is only in the full one.
+    """
+
+    key: str
+    better: Better
+    value_range: str
+    meaning: str
+    needs: tuple[Need, ...]
+    title: str = ""
+
+
+#: The sentence that a skipped metric gets for the first need that is not met.
+MISSING: dict[Need, str] = {
+    "explanation": "the explainer gave no explanation",
+    "counterfactual": "this explainer makes no counterfactual image",
+    "decomposition": "this explainer does not split an image into parts",
+    "agnostic": "this explainer shows no agnostic part",
+    "reconstruction": "this explainer does not render the image itself",
+    "curves": "switched off: evaluate with curve steps of at least 1",
+    "mask": "the data has no known mask: only synthetic data has",
+    "truth": "the data has no known counterfactual: only synthetic data has",
+}
+
+_EDIT: tuple[Need, ...] = ("counterfactual",)
+_SPLIT: tuple[Need, ...] = ("decomposition",)
+_TRUE_SPLIT: tuple[Need, ...] = ("decomposition", "truth")
+_MASKED_SPLIT: tuple[Need, ...] = ("decomposition", "mask")
+
+METRICS: tuple[Metric, ...] = (
+    # --- removing the class-distinct part (DXAI, section 5; evaluation, section 7.4) ---
+    Metric(
+        "dxai_auc_label",
+        "lower",
+        "[0, 1/A(0)]",
+        "area under accuracy while the true class's distinct part is removed, over clean accuracy A(0); 1 = no effect",
+        _SPLIT,
+        "AUC label",
+    ),
+    Metric(
+        "dxai_auc_prediction",
+        "lower",
+        "[0, 1/A(0)]",
+        "as dxai_auc_label with the distinct part of the predicted class",
+        _SPLIT,
+        "AUC pred.",
+    ),
+    Metric(
+        "dxai_auc_fidelity",
+        "lower",
+        "[0, 1]",
+        "as dxai_auc_prediction, counting agreement with the decision on the image instead of accuracy",
+        _SPLIT,
+        "AUC fid.",
+    ),
+    Metric("dxai_auc_label_raw", "lower", "[0, 1]", "area of dxai_auc_label, not divided by A(0)", _SPLIT),
+    Metric("dxai_auc_prediction_raw", "lower", "[0, 1]", "area of dxai_auc_prediction, not divided by A(0)", _SPLIT),
+    Metric(
+        "removal_auc",
+        "lower",
+        "[0, 0.2/A(0)]",
+        "area under accuracy over A(0) while up to 20 % of the pixels, largest distinct part first, turn grey; "
+        "0.2 = no effect",
+        _SPLIT,
+        "removal",
+    ),
+    Metric("outside_range", "neither", "[0, 1]", "share of the sweep's values that no image file could hold", _SPLIT),
+    Metric("additivity", "lower", "[0, inf)", "largest |image - sum of the parts|, in [0, 1] units", ("agnostic",)),
+    # --- is the agnostic part undecided? ---
+    Metric(
+        "kl_agnostic", "lower", "[0, inf)", "KL(uniform || classifier) of the generated agnostic part", ("agnostic",)
+    ),
+    Metric("kl_removed", "lower", "[0, inf)", "KL(uniform || classifier) of image - distinct", _SPLIT, "KL"),
+    Metric("max_p_agnostic", "lower", "[1/K, 1]", "largest class probability of the agnostic part", ("agnostic",)),
+    Metric("max_p_removed", "lower", "[1/K, 1]", "largest class probability of image - distinct", _SPLIT, "max p"),
+    Metric("accuracy_agnostic", "neither", "[0, 1]", "share of agnostic parts decided as the label", ("agnostic",)),
+    Metric("accuracy_removed", "neither", "[0, 1]", "share of image - distinct decided as the label", _SPLIT),
+    Metric(
+        "former_p_agnostic", "neither", "[0, 1]", "probability of the former class on the agnostic part", ("agnostic",)
+    ),
+    Metric("former_p_removed", "neither", "[0, 1]", "probability of the former class on image - distinct", _SPLIT),
+    # --- counterfactual: decision ---
+    Metric("flip_rate", "higher", "[0, 1]", "share of counterfactuals decided as their target", _EDIT, "flip"),
+    Metric("flip_rate_saved", "higher", "[0, 1]", "as flip_rate, judged on the saved 8-bit image", _EDIT),
+    Metric("flip_rate_any", "higher", "[0, 1]", "share of counterfactuals decided as any other class", _EDIT),
+    Metric("delta_p", "higher", "[-1, 1]", "signed change of the target's probability", _EDIT),
+    Metric("mad", "higher", "[0, 1]", "absolute change of the target's probability; blind to the wrong way", _EDIT),
+    Metric("bkl", "lower", "[0, 1]", "1 - probability of the target on the counterfactual", _EDIT),
+    # --- counterfactual: closeness, on [0, 1] images ---
+    Metric("l1", "lower", "[0, 1]", "mean absolute change of a pixel", _EDIT, "l1"),
+    Metric("l2", "lower", "[0, 1]", "root of the mean squared change", _EDIT),
+    Metric("linf", "lower", "[0, 1]", "largest change", _EDIT),
+    Metric("changed_area", "lower", "[0, 1]", "share of pixels with a change above 8/255", _EDIT),
+    Metric("area90", "lower", "(0, 1]", "smallest share of pixels that holds 90 % of the change", _EDIT),
+    Metric("gini", "higher", "[0, 1)", "concentration of the change", _EDIT),
+    # --- curves ---
+    Metric(
+        "cout",
+        "higher",
+        "[-1, 1]",
+        "do the few most-changed pixels carry the decision? exact areas",
+        ("counterfactual", "curves"),
+    ),
+    Metric(
+        "ins_auc",
+        "higher",
+        "[0, 1]",
+        "probability while pixels are inserted into a blurred image, attribution first",
+        ("explanation", "curves"),
+    ),
+    Metric(
+        "del_auc",
+        "lower",
+        "[0, 1]",
+        "probability while pixels are blurred, attribution first",
+        ("explanation", "curves"),
+    ),
+    # --- reconstruction ---
+    Metric(
+        "psnr", "higher", "dB", "of the method's own rendering of the image, at most 100", ("reconstruction",), "PSNR"
+    ),
+    Metric("ssim", "higher", "[-1, 1]", "of the method's own rendering of the image", ("reconstruction",), "SSIM"),
+    Metric(
+        "recon_flip", "lower", "[0, 1]", "share of images decided otherwise after rendering alone", ("reconstruction",)
+    ),
+    # --- known truth, in [0, 1] units ---
+    Metric("mask_mass", "higher", "[0, 1]", "share of |distinct| inside the true mask", _MASKED_SPLIT, "mask"),
+    Metric("mask_chance", "neither", "[0, 1]", "what an even map scores in mask_mass", ("mask",)),
+    Metric("mask_lift", "higher", "[0, 1/chance]", "mask_mass over chance", _MASKED_SPLIT),
+    Metric("leak", "lower", "[0, 1]", "mean |distinct| outside the mask", _MASKED_SPLIT),
+    Metric(
+        "mask_mass_cf",
+        "higher",
+        "[0, 1]",
+        "share of |image - counterfactual| inside the mask",
+        ("counterfactual", "mask"),
+    ),
+    Metric(
+        "mask_mass_attribution",
+        "higher",
+        "[0, 1]",
+        "share of the attribution inside the mask",
+        ("explanation", "mask"),
+    ),
+    Metric(
+        "correlation",
+        "higher",
+        "[-1, 1]",
+        "over pixels, of |distinct| and |image - true counterfactual|",
+        _TRUE_SPLIT,
+        "corr.",
+    ),
+    Metric(
+        "signed_cosine",
+        "higher",
+        "[-1, 1]",
+        "of distinct and image - true counterfactual, mean-free, with sign",
+        _TRUE_SPLIT,
+    ),
+    Metric("amplitude", "neither", "[0, 1]", "mean |distinct|", _SPLIT),
+    Metric("true_amplitude", "neither", "[0, 1]", "mean |image - true counterfactual|", ("truth",)),
+    Metric(
+        "l1_truth",
+        "lower",
+        "[0, 1]",
+        "l1 between counterfactual and the exact one (images the classifier has right)",
+        ("counterfactual", "truth"),
+        "l1 truth",
+    ),
+)

@@ -1,0 +1,350 @@
+"""Measures one explainer's answers batch by batch and keeps a few numbers per image.
+
+Sources: evaluation, sections 3, 4, 7, 9 and 12; DXAI, section 5.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics as stdlib_statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from cfe_lightning import images
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explanation import Decomposer, Explainer, Explanation, runner_up
+from cfe_lightning.metrics import counterfactual as change
+from cfe_lightning.metrics import faithfulness, localisation, reconstruction
+from cfe_lightning.metrics.catalogue import METRICS, MISSING, Need
+from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
+
+_log = logging.getLogger(__name__)
+
+#: Flip rates before and after saving that differ by more than this earn a warning (evaluation, R4).
+SAVED_GAP = 0.005
+_WARM_UP = 2
+_NO_CLEAN_HIT = "the classifier is right on none of these images"
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One explainer's results.
+
+    Attributes:
+        name: The explainer's name in the table.
+        measurements: One per key of ``METRICS``.
+        curves: Mean curves by name, and ``class_probability`` [A, K, K]: strength, true class, class.
+        per_image: Values per image by metric key, [N] each; NaN where undefined.
+        seconds_per_image: Median over batches, of ``explain`` alone; None where nothing ran.
+        notes: What a reader must know.
+    """
+
+    name: str
+    measurements: dict[str, Measurement]
+    curves: dict[str, Tensor] = field(default_factory=dict)
+    per_image: dict[str, Tensor] = field(default_factory=dict)
+    seconds_per_image: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Tally:
+    """Measures one explainer batch by batch and keeps a few numbers per image."""
+
+    def __init__(self, explainer: Explainer, judge: FrozenClassifier, curve_steps: int, max_batch: int) -> None:
+        self.explainer = explainer
+        self.judge = judge
+        self.curve_steps = curve_steps
+        self.max_batch = max_batch
+        self.failure: str | None = None
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.curves: dict[str, list[Tensor]] = defaultdict(list)
+        self.available: set[Need] = {"explanation"}
+        self.seconds: list[float] = []
+        self.num_images = 0
+        strengths = len(faithfulness.STRENGTHS)
+        self.class_sums = torch.zeros(strengths, judge.num_classes, judge.num_classes, dtype=torch.float64)
+        self.class_counts = torch.zeros(judge.num_classes, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, name: str, batch: dict[str, Any]) -> None:
+        """Explains and measures one batch; images that came back broken end the tally with a reason."""
+        self.num_images += len(batch["image"])
+        if self.failure is not None:
+            return
+        image, label = batch["image"], batch["label"]
+        logits = self.judge(image)
+        started = _now(image.device)
+        explanation = self.explainer.explain(image, _target(batch, self.explainer.classifier(image)))
+        self.seconds.append((_now(image.device) - started) / len(image))
+        broken = _broken(explanation)
+        if broken is not None:
+            culprit = batch["name"][broken[1]]
+            self.failure = f"gave a {broken[0]} that is not finite for image {culprit!r}"
+            _log.warning("%s %s: it is left out of the table.", name, self.failure)
+            return
+        self._decision(explanation, logits, label, batch)
+        self._attribution(explanation, logits, batch)
+        self._rendering(explanation, logits, label)
+        if is_decomposer(self.explainer):
+            self._decomposition(self.explainer, explanation, logits, batch)
+
+    def _keep(self, **values: Tensor) -> None:
+        for key, value in values.items():
+            self.values[key].append(value.cpu())
+
+    def _decision(self, explanation: Explanation, logits: Tensor, label: Tensor, batch: dict[str, Any]) -> None:
+        if "counterfactual" in batch:
+            self.available.add("truth")
+            self._keep(true_amplitude=localisation.amplitude(batch["image"] - batch["counterfactual"]))
+        if "mask" in batch:
+            self.available.add("mask")
+            self._keep(mask_chance=localisation.chance(batch["mask"]))
+        if explanation.counterfactual is None:
+            return
+        self.available.add("counterfactual")
+        image, target, source = explanation.image, explanation.target, logits.argmax(dim=1)
+        # What leaves the range cannot be shown: closeness is that of the image that can.
+        shown = explanation.counterfactual.clamp(-1, 1)
+        after = self.judge(explanation.counterfactual)
+        gain = change.delta_p(logits, after, target)
+        self._keep(
+            flip_rate=change.flipped(after, target),
+            flip_rate_saved=change.flipped(self.judge(images.saved(shown)), target),
+            flip_rate_any=change.flipped_any(logits, after),
+            delta_p=gain,
+            mad=gain.abs(),
+            bkl=change.bkl(after, target),
+            l1=change.l1(image, shown),
+            l2=change.l2(image, shown),
+            linf=change.linf(image, shown),
+            changed_area=change.changed_area(image, shown),
+            area90=change.area90(change.change_map(image, shown)),
+            gini=change.gini(change.change_map(image, shown)),
+        )
+        if self.curve_steps:
+            score, source_curve, target_curve = faithfulness.cout(
+                self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
+            )
+            self._keep(cout=score)
+            self.curves["cout_source"].append(source_curve.cpu())
+            self.curves["cout_target"].append(target_curve.cpu())
+        if "mask" in batch:
+            self._keep(mask_mass_cf=localisation.mask_mass(change.change_map(image, shown), batch["mask"]))
+        if "counterfactual" in batch:
+            right = (explanation.predicted == label) & (target == _true_target(label, logits.shape[1]))
+            self._keep(l1_truth=torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan))
+
+    def _attribution(self, explanation: Explanation, logits: Tensor, batch: dict[str, Any]) -> None:
+        if "mask" in batch:
+            self._keep(mask_mass_attribution=localisation.mask_mass(explanation.attribution, batch["mask"]))
+        if not self.curve_steps:
+            return
+        self.available.add("curves")
+        image, source = explanation.image, logits.argmax(dim=1)
+        baseline = faithfulness.blurred(image)
+        for key, curve_of in (("ins_auc", faithfulness.insertion), ("del_auc", faithfulness.deletion)):
+            value, curve = curve_of(
+                self.judge,
+                image,
+                explanation.attribution,
+                source,
+                baseline,
+                steps=self.curve_steps,
+                max_batch=self.max_batch,
+            )
+            self._keep(**{key: value})
+            self.curves[key].append(curve.cpu())
+
+    def _rendering(self, explanation: Explanation, logits: Tensor, label: Tensor) -> None:
+        image, parts = explanation.image, explanation.parts
+        if "reconstruction" in parts:
+            self.available.add("reconstruction")
+            rendering = parts["reconstruction"]
+            self._keep(
+                psnr=reconstruction.psnr(image, rendering),
+                recon_flip=change.flipped_any(logits, self.judge(rendering)),
+            )
+            if min(image.shape[-2:]) >= reconstruction.SSIM_MIN_SIZE:
+                self._keep(ssim=reconstruction.ssim(image, rendering))
+        if "agnostic" in parts:
+            self.available.add("agnostic")
+            summands = [parts[name] for name in ("agnostic", "distinct", "residual") if name in parts]
+            gap = (image - torch.stack(summands).sum(dim=0)).abs().flatten(1).amax(dim=1) / 2
+            self._keep(additivity=gap, **self._undecided("agnostic", self.judge(parts["agnostic"]), logits, label))
+
+    def _undecided(self, what: str, after: Tensor, before: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {
+            f"kl_{what}": faithfulness.kl_to_uniform(after),
+            f"max_p_{what}": after.softmax(dim=1).amax(dim=1),
+            f"accuracy_{what}": after.argmax(dim=1) == label,
+            f"former_p_{what}": change.probability(after, before.argmax(dim=1)),
+        }
+
+    def _decomposition(
+        self, explainer: Decomposer, explanation: Explanation, logits: Tensor, batch: dict[str, Any]
+    ) -> None:
+        self.available.add("decomposition")
+        image, label = batch["image"], batch["label"]
+        predicted = explanation.predicted
+        distinct = explainer.distinct(image, label)
+        along_label = faithfulness.sweep_logits(self.judge, image, distinct, max_batch=self.max_batch)
+        # The two modes differ only where the classifier is wrong.
+        distinct_predicted, along_predicted = distinct.clone(), along_label.clone()
+        wrong = (predicted != label).nonzero().squeeze(1)
+        if len(wrong):
+            distinct_predicted[wrong] = explainer.distinct(image[wrong], predicted[wrong])
+            along_predicted[wrong] = faithfulness.sweep_logits(
+                self.judge, image[wrong], distinct_predicted[wrong], max_batch=self.max_batch
+            )
+        importance = localisation.magnitude(distinct)
+        removed = faithfulness.removal_logits(self.judge, image, importance, max_batch=self.max_batch)
+        for key, along, wanted in (
+            ("dxai_label", along_label, label),
+            ("dxai_prediction", along_predicted, label),
+            ("dxai_fidelity", along_predicted, logits.argmax(dim=1)),
+            ("removal", removed, label),
+        ):
+            self.curves[key].append((along.argmax(dim=2) == wanted[:, None]).cpu())
+        self._count_classes(along_label.softmax(dim=2), label)
+        self._keep(
+            amplitude=localisation.amplitude(distinct),
+            outside_range=faithfulness.outside_range(image, distinct),
+            **self._undecided("removed", along_predicted[:, -1], logits, label),
+        )
+        if "mask" in batch:
+            self._keep(
+                mask_mass=localisation.mask_mass(importance, batch["mask"]),
+                mask_lift=localisation.lift(importance, batch["mask"]),
+                leak=localisation.leak(importance, batch["mask"]),
+            )
+        if "counterfactual" in batch:
+            truth = image - batch["counterfactual"]
+            self._keep(
+                correlation=localisation.correlation(distinct, truth),
+                signed_cosine=localisation.signed_cosine(distinct, truth),
+            )
+
+    def _count_classes(self, probabilities: Tensor, label: Tensor) -> None:
+        """Adds [B, A, K] to the sums per true class."""
+        label = label.cpu()
+        self.class_sums.index_add_(1, label, probabilities.double().cpu().transpose(0, 1))
+        self.class_counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
+
+    def row(self, name: str, resamples: int, seed: int) -> Row:
+        """All measurements of this explainer."""
+        if self.failure is not None:
+            broken = {metric.key: undefined(self.failure, self.num_images) for metric in METRICS}
+            return Row(name=name, measurements=broken, notes=[f"{name} {self.failure}"])
+        per_image = {key: torch.cat(values) for key, values in self.values.items()}
+        measured = summarise(per_image, {"l1_truth": "correct"}, resamples=resamples, seed=seed)
+        curves = {key: torch.cat(values) for key, values in self.curves.items()}
+        measured |= _areas(curves, resamples, seed)
+        row = Row(
+            name=name,
+            measurements={metric.key: measured.get(metric.key) or self._absent(metric.needs) for metric in METRICS},
+            curves={key: values.float().mean(dim=0) for key, values in curves.items()},
+            per_image=per_image,
+            seconds_per_image=stdlib_statistics.median(self.seconds[_WARM_UP:] or self.seconds),
+        )
+        if "decomposition" in self.available:
+            counts = self.class_counts.clamp_min(1)[None, :, None]
+            row.curves["class_probability"] = (self.class_sums / counts).float()
+        row.notes = _notes(row)
+        return row
+
+    def _absent(self, needs: tuple[Need, ...]) -> Measurement:
+        missing = [need for need in needs if need not in self.available]
+        if missing:
+            return skipped(MISSING[missing[0]])
+        return skipped(f"images of less than {reconstruction.SSIM_MIN_SIZE} pixels a side are too small for it")
+
+
+def _areas(curves: dict[str, Tensor], resamples: int, seed: int) -> dict[str, Measurement]:
+    """The areas under accuracy curves; with intervals over images, since an accuracy exists for a set only."""
+    if "dxai_label" not in curves:
+        return {}
+    strengths = torch.tensor(faithfulness.STRENGTHS, dtype=torch.float64)
+    fractions = torch.tensor(faithfulness.REMOVED, dtype=torch.float64)
+    measured = {
+        f"dxai_auc_{mode}": statistic(
+            curves[f"dxai_{mode}"],
+            lambda curve: faithfulness.normalised_area(curve, strengths),
+            _NO_CLEAN_HIT,
+            resamples=resamples,
+            seed=seed,
+        )
+        for mode in ("label", "prediction", "fidelity")
+    }
+    for mode in ("label", "prediction"):
+        measured[f"dxai_auc_{mode}_raw"] = statistic(
+            curves[f"dxai_{mode}"],
+            lambda curve: faithfulness.area(curve, strengths),
+            _NO_CLEAN_HIT,
+            resamples=resamples,
+            seed=seed,
+        )
+    measured["removal_auc"] = statistic(
+        curves["removal"],
+        lambda curve: faithfulness.removal_area(curve, fractions),
+        _NO_CLEAN_HIT,
+        resamples=resamples,
+        seed=seed,
+    )
+    return measured
+
+
+def _notes(row: Row) -> list[str]:
+    notes = []
+    tensor, saved = row.measurements["flip_rate"].value, row.measurements["flip_rate_saved"].value
+    if tensor is not None and saved is not None and abs(tensor - saved) > SAVED_GAP:
+        notes.append(
+            f"{row.name}: flip rate {tensor:.3f} on tensors but {saved:.3f} on saved 8-bit images; "
+            "some flips live below the resolution of a file"
+        )
+    if "psnr" in row.per_image:
+        capped = int((row.per_image["psnr"] >= reconstruction.PSNR_CAP).sum())
+        if capped:
+            notes.append(
+                f"{row.name}: {capped} images are rendered exactly and count as {reconstruction.PSNR_CAP:g} dB"
+            )
+    return notes
+
+
+def _true_target(label: Tensor, num_classes: int) -> Tensor:
+    """The class of the exact counterfactual of synthetic data (see the batch contract)."""
+    return (label + 1) % num_classes
+
+
+def _target(batch: dict[str, Any], logits: Tensor) -> Tensor | None:
+    """The class to ask for: that of the exact counterfactual where there is one and the classifier is right."""
+    if "counterfactual" not in batch:
+        return None
+    wanted = _true_target(batch["label"], logits.shape[1])
+    return torch.where(logits.argmax(dim=1) == batch["label"], wanted, runner_up(logits))
+
+
+def _broken(explanation: Explanation) -> tuple[str, int] | None:
+    """The first field that is not finite, and the position of its image in the batch."""
+    named = {"attribution": explanation.attribution, "counterfactual": explanation.counterfactual, **explanation.parts}
+    for name, value in named.items():
+        if value is not None:
+            finite = value.flatten(1).isfinite().all(dim=1)
+            if not finite.all():
+                return name, int((~finite).nonzero()[0])
+    return None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def is_decomposer(explainer: Explainer) -> TypeGuard[Decomposer]:
+    """Whether an explainer can give the part of an image that makes it a class."""
+    return callable(getattr(explainer, "distinct", None))
