@@ -158,6 +158,7 @@ class Dxai(ExplainerModule):
         blocks_per_stage: Residual blocks before each of the first three down-samplings.
         stem_norm: "instance" as published: the explanation then ignores brightness and contrast.
         head_norm: As ``stem_norm``, for the last layer.
+        image_skip: Let the image itself enter the agnostic branches, so that the network learns what to take out.
         style_dim: Length of the style of one block.
         latent_dim: Length of the random latent.
         mapping_width: Hidden width of the mapping network.
@@ -199,6 +200,7 @@ class Dxai(ExplainerModule):
         blocks_per_stage: int = 3,
         stem_norm: Norm = "none",
         head_norm: Norm = "none",
+        image_skip: bool = False,
         style_dim: int = 64,
         latent_dim: int = 16,
         mapping_width: int = 512,
@@ -259,6 +261,7 @@ class Dxai(ExplainerModule):
             style_dim=style_dim,
             stem_norm=stem_norm,
             head_norm=head_norm,
+            image_skip=image_skip,
         )
         self.mapping = MappingNetwork(
             num_classes=classifier.num_classes,
@@ -301,8 +304,7 @@ class Dxai(ExplainerModule):
         target = runner_up(logits) if target is None else target
         styles = self.mean_styles()
         maps = self.generator.encode(image)
-        size = (image.shape[2], image.shape[3])
-        own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), size).chunk(2)
+        own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), image).chunk(2)
         distinct, agnostic = own[:, 0], own[:, 1:].sum(dim=1)
         removed = image - distinct
         counterfactual = (removed + other[:, 0]).clamp(-1, 1)
@@ -394,7 +396,7 @@ class Dxai(ExplainerModule):
         latent = torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device)
         styles = self.mapping(latent, torch.cat([label, alternative]))
         maps = self.generator.encode(image)
-        branches_own, branches_other = self.generator.decode(maps, styles, (image.shape[2], image.shape[3])).chunk(2)
+        branches_own, branches_other = self.generator.decode(maps, styles, image).chunk(2)
         num_blended = branches_own.shape[1] - 1
         alpha = torch.rand(len(image), num_blended, 1, 1, 1, device=image.device)
         rendered = blend(branches_own, branches_other, alpha)

@@ -121,6 +121,8 @@ class MultiBranchGenerator(nn.Module):
         style_dim: Length of one block's style.
         stem_norm: "instance" as published: the output then ignores the image's brightness and contrast.
         head_norm: As ``stem_norm``, for the last layer.
+        image_skip: Add the image, in equal shares, to every branch but branch 0, and start the last layer at zero: the
+            network then learns what to take out of the image instead of how to draw it. Not in the paper.
 
     Raises:
         ValueError: If the image is too small.
@@ -139,6 +141,7 @@ class MultiBranchGenerator(nn.Module):
         style_dim: int = 64,
         stem_norm: Norm = "none",
         head_norm: Norm = "none",
+        image_skip: bool = False,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -152,7 +155,9 @@ class MultiBranchGenerator(nn.Module):
             "style_dim": style_dim,
             "stem_norm": stem_norm,
             "head_norm": head_norm,
+            "image_skip": image_skip,
         }
+        self.image_skip = image_skip
         # Sizes between powers of two are padded up to a multiple of the total stride, so they need no extra stage.
         num_stages = math.floor(math.log2(image_size / min_resolution))
         if num_stages < 1:
@@ -193,6 +198,8 @@ class MultiBranchGenerator(nn.Module):
         self.head_norm = nn.InstanceNorm2d(widths[0], affine=True) if head_norm == "instance" else nn.Identity()
         self.head = nn.Conv2d(widths[0], num_branches * channels, 1, groups=num_branches)
         initialise(self)
+        if image_skip:
+            nn.init.zeros_(self.head.weight)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """The style-free half, once per image: [B, C, H, W] -> skips of every stage and, last, the bottleneck."""
@@ -212,11 +219,11 @@ class MultiBranchGenerator(nn.Module):
         maps.append(self.encoder_bottleneck(h))
         return maps
 
-    def decode(self, maps: Sequence[Tensor], styles: Tensor, size: tuple[int, int]) -> Tensor:
+    def decode(self, maps: Sequence[Tensor], styles: Tensor, image: Tensor) -> Tensor:
         """The styled half: maps of ``encode`` and styles [B, S, style_dim] -> branches [B, N, C, H, W].
 
-        The batch of ``styles`` may be m times that of ``maps``: every image is then decoded with m styles, ordered
-        style-major (all images with their first style, then all with their second).
+        The batch of ``styles`` may be m times that of ``maps`` and ``image``: every image is then decoded with m
+        styles, ordered style-major (all images with their first style, then all with their second).
         """
         *skips, h = maps
         repeats = styles.shape[0] // h.shape[0]
@@ -228,13 +235,16 @@ class MultiBranchGenerator(nn.Module):
                 h = concat_per_branch(skips[1 - index], h, self.num_branches)
             h = block(h, styles[:, index])
         h = self.head(torch.tanh(self.head_norm(h)))
-        height, width = size
-        return h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
+        height, width = image.shape[-2:]
+        branches = h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
+        if self.image_skip and self.num_branches > 1:
+            share = image.repeat(repeats, 1, 1, 1).unsqueeze(1) / (self.num_branches - 1)
+            branches = torch.cat([branches[:, :1], branches[:, 1:] + share], dim=1)
+        return branches
 
     def forward(self, image: Tensor, styles: Tensor) -> Tensor:
         """Images [B, C, H, W] and styles [B, S, style_dim] -> branch images [B, N, C, H, W], unbounded."""
-        height, width = image.shape[-2:]
-        return self.decode(self.encode(image), styles, (height, width))
+        return self.decode(self.encode(image), styles, image)
 
 
 class MappingNetwork(nn.Module):
