@@ -1,0 +1,163 @@
+"""The page that shows a folder of explanations: one HTML file that opens without a network, made from the manifest.
+
+``report.css`` and ``report.js`` beside this file become part of the page. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from cfe_lightning.manifest import OutputFolder, Row
+
+#: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
+EMBEDDED_BYTES = 16 * 2**20
+#: Longest side of an embedded picture, or of one step, in pixels.
+THUMBNAIL = 160
+#: Up to this side pictures are embedded without loss: of a small image every pixel is seen.
+_LOSSLESS = 64
+_WIDEST_WEBP = 16_383
+
+
+def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
+    """Writes ``report.html`` from the manifest, the summary and the pictures of an output folder.
+
+    Args:
+        output: A folder that ``explain.py`` wrote.
+        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: If the folder holds no manifest or no summary.
+    """
+    folder = OutputFolder(output)
+    header = folder.header()
+    if header is None or not (output / "summary.json").is_file():
+        raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    files = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
+    package = resources.files("cfe_lightning")
+    style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((package / "report.html.j2").read_text(encoding="utf-8"))
+    parts = template.generate(
+        summary=summary,
+        tiles=_tiles(summary),
+        method=str(summary["method"]).rpartition(".")[2],
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+        page=_json({"classes": summary["classes"], "files": files, "size": summary["image_size"]}),
+        rows=_rows(folder, files, embedded_bytes),
+    )
+    path = output / "report.html"
+    temporary = output / ".report.html.part"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
+    temporary.replace(path)
+    return path
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy: our own style and script, pictures from here, and nothing else at all."""
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
+    )
+    return (
+        f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers on top of the page."""
+    tiles = [_rate("Flip rate", summary["flip_rate"]), _rate("Flip rate, saved pixels", summary["flip_rate_saved"])]
+    tiles.append(_measured("Gain of the target", summary["delta_p"], "{:+.3f}", "mean change of its probability"))
+    tiles.append(_measured("Change L1", summary["l1"], "{:.4f}", "mean absolute change of a pixel, range 0 to 1"))
+    seconds = summary["s_per_image"]
+    text = f"{seconds['median']:.3g} s" if "median" in seconds else "–"
+    tiles.append({"title": "Time per image", "value": text, "note": f"median, on {summary['device']}"})
+    return tiles
+
+
+def _rate(title: str, rate: dict[str, Any]) -> dict[str, Any]:
+    if "value" not in rate:
+        return {"title": title, "value": "–", "note": rate["undefined"]}
+    low, high = rate["interval"]
+    flipped = round(rate["value"] * rate["n"])
+    return {
+        "title": title,
+        "value": f"{rate['value']:.1%}",
+        "note": f"{flipped:,} of {rate['n']:,}, 95% interval {100 * low:.1f}–{high:.1%}",
+        "meter": {"low": 100 * low, "high": 100 * high, "value": 100 * rate["value"]},
+    }
+
+
+def _measured(title: str, mean: dict[str, Any], form: str, note: str) -> dict[str, Any]:
+    if "value" not in mean:
+        return {"title": title, "value": "–", "note": mean["undefined"]}
+    return {"title": title, "value": form.format(mean["value"]), "note": note}
+
+
+def _rows(folder: OutputFolder, files: dict[str, str], embedded_bytes: int) -> Iterator[Markup]:
+    """The rows as elements of a JSON list, one after the other."""
+    separator = ""
+    for row in folder.rows():
+        del row["source"]
+        if row.get("files") == files:
+            del row["files"]
+        if row["status"] == "ok" and embedded_bytes > 0:
+            row["thumbs"] = _thumbnails(folder.path / row["folder"], row.get("files", files), row)
+            embedded_bytes -= sum(map(len, row["thumbs"].values()))
+        yield Markup(separator) + _json(row)
+        separator = ",\n"
+
+
+def _thumbnails(folder: Path, files: dict[str, str], row: Row) -> dict[str, str]:
+    """Every picture of a row as a data address; pictures that cannot be read are left to the browser."""
+    frames = {"steps": len(row["curve"]["strength"])} if "curve" in row else {}
+    thumbs = {}
+    for key, file in files.items():
+        try:
+            thumbs[key] = _thumbnail(folder / file, frames.get(key, 1))
+        except OSError:
+            continue
+    return thumbs
+
+
+def _thumbnail(path: Path, frames: int) -> str:
+    """A picture, or a strip of ``frames`` pictures, as a data address."""
+    buffer = io.BytesIO()
+    with Image.open(path) as opened:
+        picture: Image.Image = opened
+        width, height = opened.width // frames, opened.height
+        longest = max(width, height)
+        if longest > THUMBNAIL:
+            width, height = (max(1, round(side * THUMBNAIL / longest)) for side in (width, height))
+            # Step by step: resizing the strip as a whole would blend neighbouring steps.
+            picture = Image.new("RGB", (width * frames, height))
+            for index in range(frames):
+                box = (index * opened.width // frames, 0, (index + 1) * opened.width // frames, opened.height)
+                picture.paste(opened.crop(box).resize((width, height), Image.Resampling.BOX), (index * width, 0))
+        lossless = longest <= _LOSSLESS
+        form = "WEBP" if width * frames <= _WIDEST_WEBP else "PNG"
+        picture.save(buffer, format=form, lossless=lossless, quality=0 if lossless else 88, method=1)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _json(value: object) -> Markup:
+    """JSON that is safe inside a script element, whatever the names are: no tag can open or close there."""
+    text = json.dumps(value, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
