@@ -123,7 +123,9 @@ class SampleGrid(pl.Callback):
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        temporary = path.with_name(f".{path.name}.part")
+        picture.save(temporary, format="PNG")
+        temporary.replace(path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key="samples", images=[picture], step=step, caption=[f"after {step} batches"])
@@ -321,30 +323,32 @@ class WandbRun(pl.Callback):
         return checkpoint.get("callbacks", {}).get("WandbRun", {}).get("id")
 
 
-def choose_wandb_mode() -> None:
-    """Sets W&B to offline, saying so in one line, where it could only ask for a key or wait for a network.
+def wandb_must_be_offline() -> bool:
+    """Whether W&B could only ask for a key or wait for a network, which is said in one line.
 
     A ``WANDB_MODE`` of the user is respected.
     """
     if "WANDB_MODE" in os.environ:
-        return
+        return False
     import wandb
 
+    settings = wandb.setup().settings
     reason = None
-    host = str(wandb.setup().settings.base_url)
     try:
         if not wandb.login(prompt=False, verify=False):
             reason = "no API key is configured (WANDB_API_KEY or `wandb login`)"
-        elif not _reachable(host):
-            reason = f"{host} cannot be reached"
+        elif not _reachable(str(settings.base_url)):
+            reason = f"{settings.base_url} cannot be reached"
         else:
             wandb.login(prompt=False, verify=True)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-    if reason is not None:
-        os.environ["WANDB_MODE"] = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")
-        log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
+    if reason is None:
+        return False
+    log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
+    # It would say the same again in more words.
+    settings.silent = True
+    return True
 
 
 def _reachable(host: str, seconds: float = 5.0) -> bool:

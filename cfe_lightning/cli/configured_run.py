@@ -1,0 +1,221 @@
+"""A training run built from YAML: LightningCLI used narrowly, with what every run of ours has."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from cfe_lightning.callbacks import NonFiniteGuard, Throughput, WandbRun, wandb_must_be_offline
+from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
+from cfe_lightning.classifier_check import check_classifier
+from cfe_lightning.csv_log import CsvLog
+from cfe_lightning.data.image_data import ImageData
+from cfe_lightning.explainer import ExplainerModule, load_checkpoint
+
+log = logging.getLogger(__name__)
+
+_WANDB = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "cfe-lightning"}}
+
+
+class ConfiguredRun(LightningCLI):
+    """LightningCLI without subcommands, argument links, automatic optimisers and its own checkpoint rebuilding.
+
+    Args:
+        configs: YAML files, later ones over earlier ones.
+        overrides: Command line arguments over all of them.
+        folder: Where the run writes.
+        checkpoint_path: What is resumed, if anything.
+
+    Raises:
+        ValueError: If config or overrides are wrong; one sentence.
+    """
+
+    def __init__(
+        self, configs: Sequence[Path], overrides: Sequence[str], folder: Path, checkpoint_path: Path | None
+    ) -> None:
+        _quiet()
+        self.folder = folder
+        self.checkpoint_path = checkpoint_path
+        self.checkpoint: dict[str, Any] = load_checkpoint(checkpoint_path) if checkpoint_path else {}
+        self.continues = checkpoint_path is not None and checkpoint_path.resolve().parent == folder.resolve()
+        try:
+            super().__init__(
+                pl.LightningModule,
+                ImageData,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={"prog": "train.py", "exit_on_error": False, "allow_abbrev": False},
+                args=[*(argument for path in configs for argument in ("--config", str(path))), *overrides],
+                run=False,
+            )
+        except ArgumentError as error:
+            raise ValueError(f"{_shortened(str(error))} (--print_config shows every option)") from error
+        except (ValueError, MisconfigurationException) as error:
+            raise ValueError(_shortened(str(error))) from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sets our defaults."""
+        # Explainers may need gradients while they validate.
+        parser.set_defaults({"trainer.inference_mode": False, "trainer.logger": _WANDB})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses without Lightning's warning about arguments that are given as a list."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Keeps the config as the user gave it, then tells W&B where the run is."""
+        self.config_text = self.parser.dump(self.config, skip_none=False)
+        loggers = self.config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+                self._prepare_wandb(logger.init_args)
+
+    def _prepare_wandb(self, arguments: Namespace) -> None:
+        if is_first_process() and not arguments.offline and wandb_must_be_offline():
+            arguments.mode = "offline"
+        arguments.save_dir = str(self.folder)
+        arguments.name = arguments.name or self.folder.name
+        if self.continues and not arguments.id:
+            arguments.id = WandbRun.run_id(self.checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Adds what every run has, after the callbacks that the config shows; one listed there replaces ours."""
+        given = self.config_init.trainer
+        callbacks: list[Callback] = [*(given.callbacks or [])]
+        if is_overridden("validation_step", self.model) and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(ModelCheckpoint(monitor="val/loss", filename="best", enable_version_counter=False))
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder)
+        for kind in (RandomState, WandbRun, Throughput, NonFiniteGuard, LastCheckpoint):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(kind())
+        loggers = given.logger if isinstance(given.logger, list) else [given.logger]
+        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(
+            callbacks=callbacks,
+            logger=[
+                *(logger for logger in loggers if logger and not isinstance(logger, bool)),
+                CsvLog(self.folder / "metrics.csv", resume=self.continues),
+            ],
+            plugins=[plugin for plugin in plugins if plugin is not None],
+            default_root_dir=str(self.folder),
+        )
+
+    def check_classifier(self) -> None:
+        """Measures the classifier on validation images before hours are spent on explaining it.
+
+        Raises:
+            ValueError: If it is near chance, or its classes are not those of the data.
+        """
+        if not isinstance(self.model, ExplainerModule) or self.continues or not is_first_process():
+            return
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        check_classifier(self.model.classifier, self.datamodule.val_dataloader(), self.datamodule.class_names)
+
+    def fit(self) -> None:
+        """Writes the config and trains; an explainer with nothing to train is saved at once.
+
+        Raises:
+            ValueError: If the checkpoint to resume does not fit.
+        """
+        explainer = self.model if isinstance(self.model, ExplainerModule) else None
+        if explainer and self.checkpoint:
+            check_checkpoint(explainer, self.checkpoint, str(self.checkpoint_path))
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(self.config_text, encoding="utf-8")
+        try:
+            if explainer and not any(parameter.requires_grad for parameter in explainer.parameters()):
+                self.trainer.strategy.connect(explainer)
+                self.trainer.save_checkpoint(self.folder / "best.ckpt")
+            else:
+                self.trainer.fit(
+                    self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, weights_only=True
+                )
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+
+
+def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], path: str) -> None:
+    """Refuses to resume another method or architecture, and says which other settings have changed.
+
+    Raises:
+        ValueError: If the checkpoint's weights do not fit.
+    """
+    weights = checkpoint.get("current_model_state") or checkpoint.get("state_dict") or {}
+    ours = explainer.state_dict()
+    differing = {name for name in weights.keys() | ours.keys() if _shape(weights, name) != _shape(ours, name)}
+    if differing:
+        raise ValueError(
+            f"{path} cannot be resumed with this config: {len(differing)} weights differ in name or shape, for example "
+            f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
+        )
+    before, now = checkpoint.get("hyper_parameters", {}), dict(explainer.hparams)
+    changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if changes:
+        log.warning("Resuming with other settings than the checkpoint's: %s.", ", ".join(changes))
+
+
+def _shape(weights: dict[str, Any], name: str) -> list[int] | None:
+    return list(weights[name].shape) if name in weights else None
+
+
+def is_first_process() -> bool:
+    """Before there is a trainer; Lightning reads the rank from the environment that its launchers set."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _shortened(message: str) -> str:
+    """What a person needs of jsonargparse's report about every type that it has tried."""
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "Expected a path",
+    )
+    kept: list[str] = []
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if line.startswith("Not a valid subclass"):
+            break
+        if line and not line.startswith(noise):
+            kept.append(line)
+    return " ".join(kept)
+
+
+def _quiet() -> None:
+    """Leaves of Lightning's start-up talk what concerns this run."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_news)
+    # A frozen classifier stays in eval mode and the run folder holds config.yaml: both are meant.
+    for message in (".*in eval mode at the start.*", ".*exists and is not empty.*", ".*LeafSpec.*", ".*many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(
+        ("\N{ELECTRIC LIGHT BULB}", "`weights_only`", "TPU", "Found current_model")
+    )

@@ -1,0 +1,90 @@
+"""The log that is always kept: ``metrics.csv``, one row per logged step, one column per quantity."""
+
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class CsvLog(Logger):
+    """Appends to a CSV file; continuing a file first drops the steps that a resumed run is about to log again.
+
+    Lightning's ``CSVLogger`` deletes the file of the run that is being continued.
+
+    Args:
+        path: The file.
+        resume: Continue an existing file instead of starting a new one.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        super().__init__()
+        self.path = path
+        self._resume = resume
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}
+        self._row_start = 0
+
+    @property
+    def name(self) -> str:
+        """Lightning's name of this logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """No versions: one run, one file."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the file."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` stands beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Writes at once, because a run may be killed; numbers of the same step share a row."""
+        if not self._columns:
+            self._start(step or 0)
+        if step != self._row.get("step"):
+            self._row = {"step": step}
+            self._row_start = self.path.stat().st_size
+        self._row |= metrics
+        if new := [name for name in self._row if name not in self._columns]:
+            rows = [row for row in self._read() if row["step"] != str(step)]
+            self._columns += new
+            self._write(rows)
+            self._row_start = self.path.stat().st_size
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._row_start)
+            file.truncate()
+            csv.DictWriter(file, self._columns).writerow(self._row)
+
+    def _start(self, step: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._columns = ["step"]
+        rows: list[dict[str, str]] = []
+        if self._resume and self.path.is_file():
+            rows = [row for row in self._read() if int(row["step"]) < step]
+            self._columns = list(rows[0]) if rows else self._columns
+        self._write(rows)
+
+    def _read(self) -> list[dict[str, str]]:
+        with self.path.open(newline="") as file:
+            # A kill can leave half a line behind.
+            return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
