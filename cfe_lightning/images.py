@@ -148,9 +148,7 @@ def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels
                 raise UnreadableImageError(f"{width} x {height} pixels are more than the {max_pixels:,} accepted.")
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
-            values = _to_array(opened, channels)
-        image = _to_tensor(values) if size is None else _resize_in_strips(values, size)
-        return image if image.shape[0] == channels else image.repeat(channels, 1, 1)
+            return from_pil(opened, channels, size=size)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -164,6 +162,13 @@ def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels
         raise UnreadableImageError(
             f"Not a readable image: {' '.join(reason.split()) or type(error).__name__}"
         ) from error
+
+
+def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
+    """A decoded Pillow image of any mode as [C, H, W] in [-1, 1]; the arguments are those of ``read_image``."""
+    values = _to_array(picture, channels)
+    image = _to_tensor(values) if size is None else _resize_in_strips(values, size)
+    return image if image.shape[0] == channels else image.repeat(channels, 1, 1)
 
 
 def _to_array(picture: Image.Image, channels: int) -> np.ndarray:

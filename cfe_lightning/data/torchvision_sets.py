@@ -1,0 +1,255 @@
+"""Any classification set of torchvision by its name: MNIST, FashionMNIST, CIFAR10, STL10, EuroSAT, ..."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torchvision.datasets
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+
+from cfe_lightning import images
+from cfe_lightning.data.image_data import ImageData, Split, split_by_group
+from cfe_lightning.data.image_files import LabelledImages, take_turns
+
+#: What torchvision's sets call their splits, best first.
+_SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "trainval"),
+    "val": ("val", "valid"),
+    "test": ("test",),
+}
+#: Where torchvision's sets keep their labels.
+_LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
+
+
+class TorchvisionData(ImageData):
+    """A classification set of torchvision; splits that it lacks are taken out of its training images by a hash.
+
+    Args:
+        name: The class in ``torchvision.datasets``, for example ``MNIST``.
+        root: Where torchvision keeps the set.
+        image_size: Side of the square images, in pixels.
+        channels: 1 for grey, 3 for RGB.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes.
+        class_names: The classes to read, in the order of the classifier's logits; None takes all in the set's own
+            order. Digits are called "0" to "9"; classes without names are called by their numbers.
+        options: Further arguments of the torchvision class, for example ``{split: letters}`` for EMNIST.
+        val_fraction: Share of the training images for validation where the set has no such split.
+        test_fraction: Share of the training images for testing where the set has no such split.
+        split_seed: Another seed splits otherwise.
+        download: Let torchvision fetch what is missing.
+        cache: See ``ImageFolder``.
+        balanced: See ``ImageData``.
+        horizontal_flip: See ``ImageData``.
+        vertical_flip: See ``ImageData``.
+        quarter_turns: See ``ImageData``.
+
+    Raises:
+        ValueError: If torchvision has no such set, it is not there and not to be downloaded, it is no classification
+            set, or it has no such class.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str,
+        image_size: int,
+        channels: int = 3,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        class_names: list[str] | None = None,
+        options: dict[str, Any] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        download: bool = False,
+        cache: bool = True,
+        balanced: bool = False,
+        horizontal_flip: bool = False,
+        vertical_flip: bool = False,
+        quarter_turns: bool = False,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            channels=channels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            balanced=balanced,
+            horizontal_flip=horizontal_flip,
+            vertical_flip=vertical_flip,
+            quarter_turns=quarter_turns,
+        )
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
+                f"and {test_fraction}."
+            )
+        self.set_name = name
+        self.cache = cache
+        sources = _open(_find_class(name), Path(root), download, options or {})
+        every_class = _class_names(sources["train"])
+        self.class_names = tuple(class_names if class_names is not None else every_class)
+        for wanted in self.class_names:
+            if wanted not in every_class:
+                raise ValueError(f"class_names asks for {wanted!r}, but {name} has {', '.join(every_class[:30])}.")
+        if len(set(self.class_names)) < max(len(self.class_names), 2):
+            raise ValueError(f"At least two different classes are needed, got {list(self.class_names)}.")
+        numbers = [every_class.index(wanted) for wanted in self.class_names]
+        shares: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
+        carved = {split: share for split, share in shares.items() if split not in sources}
+        self._datasets = self._divide(sources, numbers, carved, split_seed)
+
+    def dataset(self, split: Split) -> LabelledImages:
+        """The images of one split.
+
+        Raises:
+            ValueError: If the split holds no image.
+        """
+        if len(self._datasets[split]) == 0:
+            raise ValueError(f"The {split} split of {self.set_name} is empty: raise {split}_fraction.")
+        return self._datasets[split]
+
+    def _divide(
+        self, sources: dict[Split, VisionDataset], numbers: list[int], carved: dict[Split, float], seed: int
+    ) -> dict[Split, LabelledImages]:
+        indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
+        labels = {split: _labels(source, self.set_name) for split, source in sources.items()}
+        shares: dict[Split, float] = {"train": 1.0 - sum(carved.values()), **carved}
+        for split, values in labels.items():
+            wanted = torch.isin(values, torch.tensor(numbers)).nonzero()[:, 0].tolist()
+            chosen = (
+                split_by_group([f"{i:06d}" for i in wanted], shares, seed)
+                if split == "train"
+                else [split] * len(wanted)
+            )
+            for index, choice in zip(wanted, chosen, strict=True):
+                indices[choice].append(index)
+        renumber = torch.full((max(numbers) + 1,), -1)
+        renumber[torch.tensor(numbers)] = torch.arange(len(numbers))
+        datasets: dict[Split, LabelledImages] = {}
+        for split, found in indices.items():
+            origin: Split = "train" if split in carved else split
+            order = take_turns(renumber[labels[origin][found]].tolist())
+            members = [found[position] for position in order]
+            datasets[split] = _Members(
+                sources[origin],
+                members,
+                [f"{origin}_{index:06d}" for index in members],
+                renumber[labels[origin][members]],
+                image_size=self.image_size,
+                channels=self.channels,
+                num_copies=max(self.num_workers, 1) if self.cache else 0,
+            )
+        return datasets
+
+
+class _Members(LabelledImages):
+    """Some images of a torchvision set."""
+
+    def __init__(
+        self,
+        source: VisionDataset,
+        members: Sequence[int],
+        names: Sequence[str],
+        labels: Tensor,
+        *,
+        image_size: int,
+        channels: int,
+        num_copies: int,
+    ) -> None:
+        super().__init__(names, labels, image_size=image_size, channels=channels, num_copies=num_copies)
+        self.source = source
+        self.members = members
+
+    def load(self, index: int) -> Tensor:
+        picture = self.source[self.members[index]][0]
+        return images.from_pil(picture, self.channels, size=self.image_size)
+
+
+def _find_class(name: str) -> type[VisionDataset]:
+    found = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
+    if not (isinstance(found, type) and issubclass(found, VisionDataset)):
+        lower = {known.lower(): known for known in torchvision.datasets.__all__}
+        near = [lower[known] for known in difflib.get_close_matches(name.lower(), list(lower), n=3)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "its documentation lists the names."
+        raise ValueError(f"torchvision has no data set {name!r}: {hint}")
+    return found
+
+
+def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[str, Any]) -> dict[Split, VisionDataset]:
+    """The splits that the set has; one without splits is all training."""
+    parameters = inspect.signature(kind).parameters
+    unknown = [option for option in options if option not in parameters]
+    if unknown:
+        raise ValueError(f"torchvision's {kind.__name__} takes no option {unknown[0]!r} but {', '.join(parameters)}.")
+    common = {"root": str(root), **({"download": download} if "download" in parameters else {}), **options}
+    if "train" in parameters:
+        return {"train": _build(kind, common | {"train": True}), "test": _build(kind, common | {"train": False})}
+    if "split" not in parameters or "split" in options:
+        return {"train": _build(kind, common)}
+    sources: dict[Split, VisionDataset] = {}
+    for split, words in _SPLIT_WORDS.items():
+        for word in words:
+            try:
+                sources[split] = _build(kind, common | {"split": word})
+                break
+            except _NoSuchSplitError:
+                continue
+    if "train" not in sources:
+        raise ValueError(f"torchvision's {kind.__name__} has no training split: name one with options={{split: ...}}.")
+    return sources
+
+
+class _NoSuchSplitError(ValueError):
+    pass
+
+
+def _build(kind: type[VisionDataset], arguments: dict[str, Any]) -> VisionDataset:
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        # torchvision refuses an unknown split with a ValueError that names the argument.
+        refused = _NoSuchSplitError if "argument split" in str(error) else ValueError
+        raise refused(f"torchvision's {kind.__name__}: {error}; further arguments go into options.") from error
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{kind.__name__} is not complete below {arguments['root']} ({reason}): set download=true, or put its "
+            "files there as torchvision expects them."
+        ) from error
+
+
+def _class_names(source: VisionDataset) -> list[str]:
+    names = getattr(source, "classes", None)
+    if not names:
+        return [str(number) for number in range(int(_labels(source, type(source).__name__).max()) + 1)]
+    # ImageNet gives several words for a class, MNIST "3 - three".
+    words = [name if isinstance(name, str) else name[0] for name in names]
+    short = [re.sub(r"^(\d+) - .*", r"\1", word) for word in words]
+    return short if len(set(short)) == len(short) else words
+
+
+def _labels(source: VisionDataset, name: str) -> Tensor:
+    """The class number of every image, [N] int64, without decoding images where the set keeps them."""
+    if len(source) == 0:
+        raise ValueError(f"torchvision's {name} is empty.")
+    picture, first = source[0]
+    if not isinstance(picture, Image.Image) or not isinstance(first, Integral):
+        raise ValueError(
+            f"torchvision's {name} is no classification set: it does not yield an image and a class number."
+        )
+    for attribute in _LABEL_ATTRIBUTES:
+        values = getattr(source, attribute, None)
+        if values is not None and len(values) == len(source) and int(values[0]) == first:
+            return torch.as_tensor(values).to(torch.int64)
+    return torch.tensor([label for _, label in source], dtype=torch.int64)
