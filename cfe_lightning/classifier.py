@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning import images
+from cfe_lightning.classifier_tracing import FeatureMapTransform, as_feature_map
 
 #: Packages whose classes a checkpoint may name; others must be named by the user.
 ALLOWED_PACKAGES = ("cfe_lightning", "torchvision")
+#: The class that runs a stored TorchScript or torch.export program, and the word by which a user trusts it.
+EXPORTED_NETWORK = "cfe_lightning.networks.exported.ExportedNetwork"
+TRUST_EXPORTED = "exported_program"
+
+_GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
+_LOGITS_METHODS = "DiffExplainer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +37,13 @@ class ClassifierSpec:
         image_size: Side of the square image the network expects, in pixels.
         mean: One number per channel on the [0, 1] scale; its length is the number of channels.
         std: As ``mean``.
-        feature_map: Dotted name of the layer whose output is [B, D, h, w]; None where there is none.
+        feature_map: Dotted name of the layer whose output is the map [B, D, h, w]; None where there is none.
+        feature_map_transform: What turns that layer's output into the map, for example ``relu`` for a DenseNet.
         label: One attribute of a multi-label network, seen as two classes ("not label", "label").
+        bgr: The network takes colours as blue, green, red; mean and std are given as red, green, blue all the same.
+
+    Raises:
+        ValueError: If the fields contradict each other.
     """
 
     class_path: str
@@ -43,7 +54,27 @@ class ClassifierSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     feature_map: str | None = None
+    feature_map_transform: FeatureMapTransform = "none"
     label: str | None = None
+    bgr: bool = False
+
+    def __post_init__(self) -> None:
+        names = list(self.class_names)
+        if self.label is not None and self.label not in names:
+            raise ValueError(f"label {self.label!r} is not one of the class names {names}.")
+        if len(names) < 2 and self.label is None:
+            raise ValueError(f"class_names needs one name per logit and at least two, got {names}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"class_names must differ from each other, got {names}.")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}.")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std need one number per channel (1 for grey, 3 for RGB) on the [0, 1] scale and a positive "
+                f"std, got mean {list(self.mean)} and std {list(self.std)}."
+            )
+        if self.bgr and len(self.mean) != 3:
+            raise ValueError("bgr is for networks that take three channels, but mean has one number.")
 
     @property
     def channels(self) -> int:
@@ -68,11 +99,12 @@ class FrozenClassifier(nn.Module):
     sigmoid, and a multi-label network as one label against its absence.
 
     Args:
-        network: Maps normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B].
+        network: Maps normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. A network that ``torch.compile``
+            returned is taken back to the original, whose layers can be watched and whose weights keep their names.
         spec: What the network expects and what its outputs mean.
 
     Raises:
-        ValueError: If the spec names a layer that the network does not have, or a label that is not a class name.
+        ValueError: If the spec names a layer that the network does not have.
     """
 
     mean: Tensor
@@ -80,17 +112,14 @@ class FrozenClassifier(nn.Module):
 
     def __init__(self, network: nn.Module, spec: ClassifierSpec) -> None:
         super().__init__()
-        self.network = network
+        self.network: nn.Module = getattr(network, "_orig_mod", network)
         self.spec = spec
         shape = (1, spec.channels, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
-        if spec.label is not None and spec.label not in spec.class_names:
-            raise ValueError(f"label {spec.label!r} is not one of the class names {list(spec.class_names)}.")
         for field, name in (("head", spec.head), ("feature_map", spec.feature_map)):
             if name is not None:
                 self._layer(field, name)
-        self.requires_grad_(False)
         self.eval()
 
     @property
@@ -106,16 +135,14 @@ class FrozenClassifier(nn.Module):
         return len(self.class_names)
 
     def train(self, mode: bool = True) -> FrozenClassifier:
-        """Stays in eval mode whatever is asked: Lightning calls this at every start of training."""
+        """Stays frozen and in eval mode whatever is asked: Lightning calls this at every start of training."""
         del mode
+        self.requires_grad_(False)
         return super().train(False)
 
     def prepare(self, image: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] to what the network takes: its channels, its size, its normalisation."""
-        if image.shape[1] != self.spec.channels:
-            image = _match_channels(image, self.spec.channels)
-        image = images.resize(image, self.spec.image_size)
-        return (images.to_unit(image) - self.mean) / self.std
+        return prepare(image, self.spec, self.mean, self.std)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
@@ -127,11 +154,8 @@ class FrozenClassifier(nn.Module):
         Raises:
             ValueError: If the network has no linear layer to stop before.
         """
-        head = self._layer("head", self.spec.head)
-        captured: list[Tensor] = []
-        with _hooked(head.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))):
-            self.network(self.prepare(image))
-        return captured[-1]
+        inputs, _ = self._watch(self._layer("head", self.spec.head), image)
+        return inputs
 
     def head(self, features: Tensor) -> Tensor:
         """Features [B, D] to logits of K exclusive classes, [B, K]."""
@@ -143,11 +167,21 @@ class FrozenClassifier(nn.Module):
         Raises:
             ValueError: If the spec names no feature map.
         """
-        layer = self._layer("feature_map", self.spec.feature_map)
-        captured: list[Tensor] = []
-        with _hooked(layer.register_forward_hook(lambda _module, _inputs, output: captured.append(output))):
-            self.network(self.prepare(image))
-        return captured[-1]
+        _, output = self._watch(self._layer("feature_map", self.spec.feature_map), image)
+        return as_feature_map(output, self.spec.feature_map_transform)
+
+    def require_gradient(self) -> None:
+        """Raises a ValueError if no gradient reaches the image, as with a program exported without one."""
+        size = self.spec.image_size
+        image = torch.zeros(1, self.spec.channels, size, size, device=self.mean.device, requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            reached = self(image).requires_grad
+        if not reached:
+            raise ValueError(
+                f"No gradient reaches the image through this classifier ({type(self.network).__name__}), and this "
+                f"method needs one: export the network so that it can be differentiated, or choose {_LOGITS_METHODS}, "
+                "which needs only logits."
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes spec and weights into one file that ``load_classifier`` reads."""
@@ -183,31 +217,52 @@ class FrozenClassifier(nn.Module):
         kind = type(self.network).__name__
         if name is None:
             raise ValueError(
-                f"This classifier ({kind}) has no {field}: its spec names none and none was found by tracing. "
-                f"Name the layer with {field}=..., or choose a method that needs only logits (DXAI, StylEx, "
-                "DiffExplainer's black-box part, Steerable Lens)."
+                f"This classifier ({kind}) has no {field.replace('_', ' ')} that this method could read, because none "
+                f"was found by tracing: name the layer with {field}=..., or choose a method that needs only logits "
+                f"({_GRADIENT_METHODS}, {_LOGITS_METHODS})."
             )
         try:
             return self.network.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"{field} names {name!r}, but {kind} has no such layer.") from error
 
+    @torch.compiler.disable
+    def _watch(self, layer: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's input and output in one pass; the hook is gone even after an exception."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        # A copy, because a network may go on to change its activations in place.
+        handle = layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
+        try:
+            self.network(self.prepare(image))
+        finally:
+            handle.remove()
+        return seen[-1]
+
+
+def prepare(image: Tensor, spec: ClassifierSpec, mean: Tensor, std: Tensor) -> Tensor:
+    """Images [B, C, H, W] in [-1, 1] to the channels, the size and the normalisation that a spec asks for.
+
+    Args:
+        image: Grey or RGB images of any size.
+        spec: What the network expects.
+        mean: ``spec.mean`` as [1, C, 1, 1] on the image's device.
+        std: ``spec.std``, as ``mean``.
+    """
+    if image.shape[1] != spec.channels:
+        image = _match_channels(image, spec.channels)
+    image = images.resize(image, spec.image_size)
+    image = (images.to_unit(image) - mean) / std
+    return image.flip(1) if spec.bgr else image
+
 
 def _match_channels(image: Tensor, channels: int) -> Tensor:
     """Grey to RGB by repeating; RGB to grey by the luminance weights of ITU-R 601, as Pillow does."""
+    if image.shape[1] not in (1, 3):
+        raise ValueError(f"Images must be grey (1 channel) or RGB (3 channels), got {image.shape[1]} channels.")
     if image.shape[1] == 1:
         return image.expand(-1, channels, -1, -1)
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (image * weights).sum(dim=1, keepdim=True)
-
-
-@contextmanager
-def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """Removes the hook even after an exception: nothing may stay behind on the user's network."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
@@ -226,21 +281,42 @@ def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable
             f"The file names {class_path!r}, which is not part of {' or '.join(ALLOWED_PACKAGES)}: if you trust the "
             f"package {package!r}, pass trusted=[{package!r}] (on the command line --trusted {package})."
         )
+    if class_path == EXPORTED_NETWORK and TRUST_EXPORTED not in trusted:
+        raise ValueError(
+            "The file holds a TorchScript or torch.export program, which can do anything on this machine when it is "
+            f"loaded: if you trust its author, pass trusted=[{TRUST_EXPORTED!r}] (on the command line --trusted "
+            f"{TRUST_EXPORTED})."
+        )
     module_path, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
-    is_builder = module_path.startswith("torchvision.models") and callable(found) and not isinstance(found, type)
+    is_builder = package == "torchvision" and _is_torchvision_builder(found)
     if not (is_module or is_builder):
         raise ValueError(f"{class_path!r} is neither an nn.Module class nor a torchvision.models builder.")
     return found
 
 
+def _is_torchvision_builder(found: Any) -> bool:
+    """True for registered builders only: torchvision's modules also hold functions that download and unpickle."""
+    import torchvision.models
+
+    return found in [torchvision.models.get_model_builder(name) for name in torchvision.models.list_models()]
+
+
 def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:
-    """Builds the spec's network without weights."""
-    return resolve_class_path(spec.class_path, trusted)(**spec.init_args)
+    """Builds the spec's network without weights.
+
+    Raises:
+        ValueError: If the class path is refused (see ``resolve_class_path``) or does not take the spec's arguments.
+    """
+    kind = resolve_class_path(spec.class_path, trusted)
+    try:
+        return kind(**spec.init_args)
+    except TypeError as error:
+        raise ValueError(f"{spec.class_path} cannot be built with init_args {spec.init_args}: {error}.") from error
 
 
 def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassifier:
@@ -248,17 +324,18 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
 
     Args:
         path: The file.
-        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name.
+        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name; the word
+            ``exported_program`` lets it hold a TorchScript or torch.export program.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no classifier file.
+        ValueError: If the file is no classifier file, or names what is not trusted.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no classifier file {file}: train one with `python train.py --config classifier_<data>.yaml`, "
-            "or wrap your own network with cfe_lightning.classifier.wrap_classifier."
+            "or take your own network with cfe_lightning.classifier_sources.wrap_classifier."
         )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -266,7 +343,14 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
         weights = content["state_dict"]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is not a classifier file of cfe_lightning: {reason}") from error
+        raise ValueError(
+            f"{file} is not a classifier file of cfe_lightning ({reason}): for a plain state dict use "
+            "cfe_lightning.classifier_sources.wrap_classifier or torchvision_classifier."
+        ) from error
     network = build_network(spec, trusted or ())
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"The weights in {file} do not fit {spec.class_path}: {reason}") from error
     return FrozenClassifier(network, spec)

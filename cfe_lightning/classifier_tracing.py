@@ -1,0 +1,205 @@
+"""Finds a network's head and feature map by watching forward passes, so that no layer name has to be known.
+
+Source: Mirror-CFE, section 9.1, rules 1 to 3. Letters: D features, L tokens, h, w cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+#: How a layer's output becomes the map [B, D, h, w] whose spatial mean the head sees.
+FeatureMapTransform = Literal["none", "relu", "channels_last", "tokens", "tokens_without_first"]
+
+_TOLERANCE = 1e-5
+_LARGEST_PROBE = 512
+_VIEWS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "Reshape", "Select", "Slice", "Alias")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedLayers:
+    """What watching reveals.
+
+    Attributes:
+        head: Dotted name of the last linear layer, whose output is the logits and whose input is [B, D]; or None.
+        feature_map: Dotted name of the layer whose (transformed) output averages to the head's input; or None.
+        feature_map_transform: What is to be done with that layer's output.
+    """
+
+    head: str | None
+    feature_map: str | None
+    feature_map_transform: FeatureMapTransform = "none"
+
+
+def probe_image(network: nn.Module, channels: int, image_size: int, batch_size: int = 2) -> Tensor:
+    """Noise that is the same every time, on the network's device and in its precision, [B, C, S, S]."""
+    noise = torch.randn(batch_size, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    floating = (parameter for parameter in network.parameters() if parameter.is_floating_point())
+    return noise.to(next(floating, noise))
+
+
+def trace_layers(
+    network: nn.Module, channels: int, image_size: int, *, head: str | None = None, feature_map: str | None = None
+) -> TracedLayers:
+    """Watches forward passes in eval mode; neither hooks nor a changed mode stay behind, even after an exception.
+
+    Args:
+        network: Maps [B, C, S, S] to logits [B, K], [B, 1] or [B].
+        channels: C.
+        image_size: S. Where the map has a single cell (and so cannot be told from its average) the network is watched
+            at larger sizes too.
+        head: Takes this layer for the head instead of looking for one.
+        feature_map: Takes this layer for the feature map and finds only what is to be done with its output.
+
+    Raises:
+        ValueError: If the ``head`` given does not produce the logits.
+    """
+    with _evaluating(network), torch.no_grad():
+        image = probe_image(network, channels, image_size)
+        found_head, features = _find_head(network, image, head)
+        if features is None:
+            return TracedLayers(head=found_head, feature_map=feature_map)
+        name, transform, single_cell = _find_map(network, image, features, feature_map)
+        size = 2 * image_size
+        while name is None and single_cell and size <= _LARGEST_PROBE:
+            image = probe_image(network, channels, size)
+            try:
+                _, features = _find_head(network, image, found_head)
+                assert features is not None, "the head was found at the smaller size"
+                name, transform, single_cell = _find_map(network, image, features, feature_map)
+            # A network for one size only refuses others, each in its own words; then there is no map to be found.
+            except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+                break
+            size *= 2
+    return TracedLayers(head=found_head, feature_map=name or feature_map, feature_map_transform=transform)
+
+
+def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
+    """A layer's output [B, D, h, w], [B, h, w, D] or [B, L, D] (h = w = sqrt(L)) to the feature map [B, D, h, w]."""
+    if transform == "relu":
+        return output.relu()
+    if transform == "channels_last":
+        return output.permute(0, 3, 1, 2)
+    if transform in ("tokens", "tokens_without_first"):
+        tokens = output[:, 1:] if transform == "tokens_without_first" else output
+        side = math.isqrt(tokens.shape[1])
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+    return output
+
+
+def returns_probabilities(network: nn.Module, image: Tensor) -> bool:
+    """Whether the network ends in a softmax or sigmoid, so that its output is no logits.
+
+    Args:
+        network: The network.
+        image: Any input of it; a one-output network is judged by its last operation, others also by their sums.
+    """
+    with _evaluating(network), torch.enable_grad():
+        output = network(image.clone().requires_grad_())
+    last = output.grad_fn
+    while last is not None and last.name().startswith(_VIEWS):
+        last = last.next_functions[0][0]
+    if last is not None and last.name().startswith(("Softmax", "Sigmoid")):
+        return True
+    if output.ndim != 2 or output.shape[1] < 2:
+        return False
+    sums = output.detach().sum(dim=1)
+    return bool((output >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4))
+
+
+def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str | None, Tensor | None]:
+    """Rule 2: the last linear layer whose output is the logits, and its input [B, D]."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        wanted = name == only if only is not None else isinstance(module, nn.Linear)
+        if wanted and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            calls.append((name, inputs[0].clone(), output.clone()))
+
+    logits = _watch(network, image, look)
+    for name, features, output in reversed(calls):
+        if features.ndim != 2 or output.numel() != logits.numel():
+            continue
+        # A head that starts at zero (torchvision's ViT) has logits 0, which no relative error can compare.
+        if torch.equal(output.flatten(), logits.flatten()) or _equal(output.flatten(), logits.flatten()):
+            return name, features
+    if only is not None and only in dict(network.named_modules()):
+        raise ValueError(
+            f"head names {only!r}, but that layer does not turn features [B, D] into the logits of "
+            f"{type(network).__name__}: name its last linear layer, or leave head out."
+        )
+    return only, None
+
+
+def _find_map(
+    network: nn.Module, image: Tensor, features: Tensor, only: str | None
+) -> tuple[str | None, FeatureMapTransform, bool]:
+    """Rule 3: the last output that averages to the features; and whether one with a single cell does."""
+    found: list[tuple[str | None, FeatureMapTransform]] = [(None, "none")]
+    single_cell: list[str] = []
+
+    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or (only is not None and name != only):
+            return
+        for transform in get_args(FeatureMapTransform):
+            if not _fits(output, transform, features.shape[1]):
+                continue
+            candidate = as_feature_map(output, transform)
+            if _equal(candidate.mean(dim=(2, 3)), features):
+                if candidate.shape[2] * candidate.shape[3] == 1:
+                    single_cell.append(name)
+                else:
+                    found.append((name, transform))
+                return
+
+    _watch(network, image, look)
+    name, transform = found[-1]
+    return name, transform, bool(single_cell)
+
+
+def _fits(output: Tensor, transform: FeatureMapTransform, num_features: int) -> bool:
+    """Whether an output has the rank, the features and the cells that a transform needs."""
+    if transform in ("none", "relu"):
+        return output.ndim == 4 and output.shape[1] == num_features
+    if transform == "channels_last":
+        return output.ndim == 4 and output.shape[3] == num_features
+    if output.ndim != 3 or output.shape[2] != num_features:
+        return False
+    cells = output.shape[1] - (transform == "tokens_without_first")
+    return cells > 0 and math.isqrt(cells) ** 2 == cells
+
+
+def _equal(value: Tensor, reference: Tensor) -> bool:
+    """Relative error below 1e-5; all zeros equal nothing, or a dead network would match everywhere."""
+    scale = reference.norm()
+    return bool(scale > 0 and (value - reference).norm() <= _TOLERANCE * scale)
+
+
+def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Any], None]) -> Tensor:
+    """Runs the network and shows every layer's input and output to ``look`` at the moment they exist."""
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if name:
+                handle = module.register_forward_hook(
+                    lambda module, inputs, output, name=name: look(name, module, inputs, output)
+                )
+                hooks.callback(handle.remove)
+        return network(image)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode for a moment."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
