@@ -70,13 +70,13 @@ class Blend:
         own: Rendering in the own class, [B, C, H, W].
         alternative: Rendering in the alternative class, without a distinct part, [B, C, H, W].
         distinct: Branch 0 in the own class, [B, C, H, W].
-        agnostic: Unblended sum of the other branches in the own class, [B, C, H, W].
+        distinct_alternative: Branch 0 in the alternative class, in neither rendering, [B, C, H, W].
     """
 
     own: Tensor
     alternative: Tensor
     distinct: Tensor
-    agnostic: Tensor
+    distinct_alternative: Tensor
 
 
 def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> Blend:
@@ -84,7 +84,7 @@ def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> 
 
     Args:
         branches_own: Branch images in the image's own class, [B, N, C, H, W].
-        branches_alternative: Branch images in the alternative class, [B, N, C, H, W]; its branch 0 is never used.
+        branches_alternative: Branch images in the alternative class, [B, N, C, H, W]; its branch 0 enters no rendering.
         alpha: Share that each image keeps of its own branches, [B, N - 1, 1, 1, 1] in [0, 1].
     """
     own, alternative = branches_own[:, 1:], branches_alternative[:, 1:]
@@ -94,7 +94,7 @@ def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> 
         own=distinct + (alternative + difference).sum(dim=1),
         alternative=(own - difference).sum(dim=1),
         distinct=distinct,
-        agnostic=own.sum(dim=1),
+        distinct_alternative=branches_alternative[:, 0],
     )
 
 
@@ -227,12 +227,10 @@ class Dxai(ExplainerModule):
         super().__init__(classifier)
         if num_branches < 2:
             raise ValueError(f"num_branches must be at least 2 (one distinct, one agnostic), got {num_branches}.")
-        if classifier.num_classes < 2:
-            raise ValueError(f"DXAI needs a classifier with at least 2 classes, got {classifier.num_classes}.")
         if r1_interval < 1:
             raise ValueError(f"r1_interval must be at least 1, got {r1_interval}.")
         self.automatic_optimization = False
-        given = {
+        given: dict[str, Any] = {
             "adversarial_weight": adversarial_weight,
             "class_weight": class_weight,
             "reconstruction_weight": reconstruction_weight,
@@ -371,10 +369,10 @@ class Dxai(ExplainerModule):
         logits = self.classifier(image)
         label = batch["label"] if self.source == "label" else logits.argmax(dim=1)
         alternative = alternative_class(label, self.classifier.num_classes)
-        generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc]
+        generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
 
         # The generator does not change between the two steps: one pass serves both.
-        rendered, terms = self._render(image, label, alternative)
+        rendered, orthogonality = self._render(image, label, alternative)
 
         self.critic.requires_grad_(True)
         critic_terms = self._critic_loss(image, label, alternative, logits, rendered)
@@ -383,7 +381,7 @@ class Dxai(ExplainerModule):
         critic_optimizer.step()
 
         self.critic.requires_grad_(False)
-        terms |= self._generator_loss(image, label, alternative, rendered, terms)
+        terms = self._generator_loss(image, label, alternative, rendered, orthogonality)
         generator_optimizer.zero_grad(set_to_none=True)
         self.manual_backward(terms["generator"])
         generator_optimizer.step()
@@ -391,22 +389,17 @@ class Dxai(ExplainerModule):
         logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
         self.log_dict(logged, batch_size=len(image))
 
-    def _render(self, image: Tensor, label: Tensor, alternative: Tensor) -> tuple[Blend, dict[str, Tensor]]:
-        """Renders a batch in its own and in the alternative class; also the terms that need the branches themselves."""
+    def _render(self, image: Tensor, label: Tensor, alternative: Tensor) -> tuple[Blend, Tensor | None]:
+        """Renders a batch in its own and in the alternative class; also the orthogonality term if it has a weight."""
         latent = torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device)
         styles = self.mapping(latent, torch.cat([label, alternative]))
         maps = self.generator.encode(image)
-        branches_own, branches_other = self.generator.decode(maps, styles, image).chunk(2)
-        num_blended = branches_own.shape[1] - 1
-        alpha = torch.rand(len(image), num_blended, 1, 1, 1, device=image.device)
-        rendered = blend(branches_own, branches_other, alpha)
-        terms = {}
+        own, other = self.generator.decode(maps, styles, image).chunk(2)
+        alpha = torch.rand(len(image), own.shape[1] - 1, 1, 1, 1, device=image.device)
+        orthogonality = None
         if self.weights.orthogonality_weight:
-            terms["orthogonality"] = branch_orthogonality(maps[:-1], self.generator.num_branches)
-        if self.counterfactual_weight:
-            moved = (image - rendered.distinct).detach() + branches_other[:, 0]
-            terms["counterfactual"] = F.cross_entropy(self.classifier(moved), alternative)
-        return rendered, terms
+            orthogonality = branch_orthogonality(maps[:-1], self.generator.num_branches)
+        return blend(own, other, alpha), orthogonality
 
     def _critic_loss(
         self, image: Tensor, label: Tensor, alternative: Tensor, logits: Tensor, rendered: Blend
@@ -435,7 +428,7 @@ class Dxai(ExplainerModule):
         return terms | {"critic": total}
 
     def _generator_loss(
-        self, image: Tensor, label: Tensor, alternative: Tensor, rendered: Blend, extra: dict[str, Tensor]
+        self, image: Tensor, label: Tensor, alternative: Tensor, rendered: Blend, orthogonality: Tensor | None
     ) -> dict[str, Tensor]:
         both = torch.cat([rendered.own, rendered.alternative])
         own, other = self.critic(both).chunk(2)
@@ -460,10 +453,14 @@ class Dxai(ExplainerModule):
             + weights.masked_weight * terms["masked"]
             + self.sparsity_weight * terms["distinct_magnitude"]
         )
-        if "orthogonality" in extra:
-            total = total + weights.orthogonality_weight * extra["orthogonality"]
-        if "counterfactual" in extra:
-            total = total + self.counterfactual_weight * extra["counterfactual"]
+        if orthogonality is not None:
+            terms["orthogonality"] = orthogonality
+            total = total + weights.orthogonality_weight * orthogonality
+        if self.counterfactual_weight:
+            # Only the alternative's distinct part learns from this: the rest of the image is given.
+            moved = (image - rendered.distinct).detach() + rendered.distinct_alternative
+            terms["counterfactual"] = F.cross_entropy(self.classifier(moved), alternative)
+            total = total + self.counterfactual_weight * terms["counterfactual"]
         if self.objective == "neutral" and self.neutral_weight:
             terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()
             total = total + self.neutral_weight * terms["neutral"]
