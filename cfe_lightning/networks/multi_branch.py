@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class MultiBranchGenerator(nn.Module):
         image_skip: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "image_size": image_size,
             "channels": channels,
             "num_branches": num_branches,
