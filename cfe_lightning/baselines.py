@@ -189,7 +189,8 @@ class _Score(nn.Module):
 
 def _hookable_copy(classifier: FrozenClassifier) -> FrozenClassifier:
     """A copy that computes the same without in-place activations, which backward hooks cannot see through."""
-    duplicate = copy.deepcopy(classifier)
+    with torch.inference_mode(False):
+        duplicate = copy.deepcopy(classifier)
     for module in list(duplicate.network.modules()):
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]

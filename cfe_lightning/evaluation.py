@@ -89,11 +89,12 @@ def unavailable(name: str, reason: str) -> Row:
     return Row(name=name, measurements={metric.key: skipped(reason) for metric in METRICS}, notes=[reason])
 
 
-def evenly_spaced(total: int, limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` images spread over the whole set, so that sorted classes all keep their share."""
+def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:
+    """At most ``limit`` indices drawn over the whole set, in order: the first ones may all be of one class."""
     if limit is None or limit >= total:
         return list(range(total))
-    return [index * total // limit for index in range(limit)]
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
+    return sorted(drawn.tolist())
 
 
 def _check_labels(label: Tensor, class_names: Sequence[str]) -> None:

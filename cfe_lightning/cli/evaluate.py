@@ -1,0 +1,317 @@
+"""``cfe-evaluate``: measures checkpoints and baselines on the same images and writes one table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfe_lightning.classifier import FrozenClassifier
+    from cfe_lightning.data.image_data import ImageData
+    from cfe_lightning.explainer import ExplainerModule
+    from cfe_lightning.explanation import Explainer
+    from cfe_lightning.tally import Row
+
+INTERRUPTED = 130
+
+log = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy, so that ``--help`` is immediate."""
+    parser = argparse.ArgumentParser(
+        prog="cfe-evaluate",
+        description="Measures explainers on the same labelled images: prints one table and writes table.md, table.csv, "
+        "metrics.json, per_image.csv and curves.npz.",
+        epilog="Baselines: integrated_gradients, gradient_shap, internal_influence, guided_grad_cam, grad_cam, lrp, "
+        "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 2 nothing could be done, "
+        "130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, nargs="+", required=True, help="best.ckpt of one or more runs"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="CONFIG|FOLDER",
+        required=True,
+        help="a training config, of which the data section is read, or a folder with one folder of images per class",
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--split", choices=("train", "val", "test", "all"), default="test", help="(default: test)")
+    parser.add_argument("--baselines", metavar="NAMES", default="", help="comma-separated (default: none)")
+    parser.add_argument(
+        "--classifier", metavar="FILE", help="classifier that judges all (default: each explainer's own)"
+    )
+    parser.add_argument("--limit", metavar="N", type=_positive, help="measure N images drawn from the split")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=32, help="images at a time (default: 32)")
+    parser.add_argument(
+        "--curve-steps",
+        metavar="N",
+        type=_count,
+        default=50,
+        help="blocks of COUT, insertion and deletion, 0 skips them (default: 50)",
+    )
+    parser.add_argument("--num-workers", metavar="N", type=_count, default=0, help="processes that read images")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--seed", metavar="N", type=_count, default=0, help="of draws and intervals (default: 0)")
+    parser.add_argument(
+        "--trusted",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="package besides cfe_lightning and torchvision whose classes a checkpoint may name; can be repeated",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    try:
+        return _evaluate(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: nothing was written\n")
+        return INTERRUPTED
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    _check_output(options.output)
+    import torch
+
+    from cfe_lightning import evaluation, evaluation_table
+    from cfe_lightning.classifier import load_classifier
+
+    wanted = _baseline_names(options.baselines)
+    device = _device(options.device)
+    checkpoints = _load(options.checkpoint, options.trusted, device)
+    judge = load_classifier(options.classifier, options.trusted).to(device) if options.classifier else None
+    first = next(iter(checkpoints.values()))
+    data, section = _data(options.data, first)
+    for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge):
+        if classifier is not None:
+            _check_classes(data.class_names, classifier)
+    _check_images(data, checkpoints)
+    baselines, rows = _baselines(wanted, checkpoints, options.seed)
+    explainers: dict[str, Explainer] = {**checkpoints, **baselines}
+    try:
+        result = evaluation.evaluate(
+            explainers,
+            _batches(data, options),
+            judge=judge,
+            device=device,
+            curve_steps=options.curve_steps,
+            seed=options.seed,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
+        ) from error
+    result.rows += rows
+    evaluation_table.save(result, options.output, _settings(options, checkpoints, judge, section))
+    sys.stdout.write(f"{evaluation_table.short_table(result)}\nwritten to {options.output}\n")
+    return 0
+
+
+def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -> dict[str, ExplainerModule]:
+    """The explainers by the names of their runs."""
+    from cfe_lightning.explainer import load_explainer
+
+    explainers = [load_explainer(path, trusted).to(device) for path in paths]
+    plain = [path.resolve().parent.name if path.stem in ("best", "last") else path.stem for path in paths]
+    full = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+    names = [short if plain.count(short) == 1 else long for short, long in zip(plain, full, strict=True)]
+    return dict(zip(_distinct(names), explainers, strict=True))
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Numbers names that come again: no row may replace another."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
+def _baseline_names(listed: str) -> list[str]:
+    from cfe_lightning.baselines import BASELINES
+
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if names == ["all"]:
+        return list(BASELINES)
+    for name in names:
+        if name not in BASELINES:
+            raise ValueError(f"There is no baseline {name!r}: choose from {', '.join(BASELINES)}.")
+    return list(dict.fromkeys(names))
+
+
+def _baselines(
+    names: Sequence[str], checkpoints: dict[str, ExplainerModule], seed: int
+) -> tuple[dict[str, Explainer], list[Row]]:
+    """Every baseline on every distinct classifier; one that cannot explain a classifier becomes an empty row."""
+    from cfe_lightning.baselines import build_baseline
+    from cfe_lightning.evaluation import unavailable
+
+    classifiers: dict[str, tuple[str, FrozenClassifier]] = {}
+    for run, explainer in checkpoints.items():
+        classifiers.setdefault(explainer.classifier.fingerprint(), (run, explainer.classifier))
+    built: dict[str, Explainer] = {}
+    empty: list[Row] = []
+    for name in names:
+        for run, classifier in classifiers.values():
+            title = name if len(classifiers) == 1 else f"{name} on the classifier of {run}"
+            if title in checkpoints:
+                title = f"{title} (baseline)"
+            try:
+                built[title] = build_baseline(name, classifier, seed)
+            except ValueError as error:
+                log.warning("%s is left out: %s", title, error)
+                empty.append(unavailable(title, str(error)))
+    return built, empty
+
+
+def _data(given: str, explainer: ExplainerModule) -> tuple[ImageData, dict[str, Any]]:
+    """The data of a training config, or of class folders read the way the explainer needs them."""
+    if Path(given).is_dir():
+        from cfe_lightning.data.folder import ImageFolder
+
+        section = {
+            "root": given,
+            "image_size": explainer.image_size,
+            "channels": explainer.channels,
+            "class_names": list(explainer.classifier.class_names),
+        }
+        return ImageFolder(**section), section  # type: ignore[arg-type]
+    import yaml
+
+    from cfe_lightning.cli import run_folder
+
+    (path,), _ = run_folder.locate([given], None, None, None)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise ValueError(f"{path} has no data section: give a training config, or a folder of class folders.")
+    return _instantiate(config["data"], path), config["data"]
+
+
+def _instantiate(section: dict[str, Any], path: Path) -> ImageData:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from cfe_lightning.data.image_data import ImageData
+
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_subclass_arguments(ImageData, "data", required=True)
+    try:
+        return reader.instantiate_classes(reader.parse_object({"data": section})).data
+    except ArgumentError as error:
+        raise ValueError(f"The data section of {path} cannot be used: {error}") from error
+
+
+def _check_classes(names: Sequence[str], classifier: FrozenClassifier) -> None:
+    if tuple(names) != classifier.class_names:
+        raise ValueError(
+            f"The data's classes are {', '.join(names)} but the classifier's are {', '.join(classifier.class_names)}: "
+            "the same names in the same order are needed, or every label would count for another class."
+        )
+
+
+def _check_images(data: ImageData, checkpoints: dict[str, ExplainerModule]) -> None:
+    for name, explainer in checkpoints.items():
+        if (explainer.image_size, explainer.channels) != (data.image_size, data.channels):
+            raise ValueError(
+                f"{name} explains images of {explainer.image_size} pixels and {explainer.channels} channels, but the "
+                f"data has {data.image_size} and {data.channels}: set image_size and channels of the data, and "
+                "evaluate checkpoints of different sizes one by one."
+            )
+
+
+def _batches(data: ImageData, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The chosen images in a fixed order, with progress."""
+    from torch.utils.data import ConcatDataset, DataLoader, Subset
+    from tqdm import tqdm
+
+    from cfe_lightning.data.image_data import Split
+    from cfe_lightning.evaluation import sample_indices
+
+    data.prepare_data()
+    data.setup("test")
+    splits: tuple[Split, ...] = ("train", "val", "test") if options.split == "all" else (options.split,)
+    every = ConcatDataset([data.dataset(split) for split in splits])
+    chosen = Subset(every, sample_indices(len(every), options.limit, options.seed))
+    loader = DataLoader(dataset=chosen, batch_size=options.batch_size, shuffle=False, num_workers=options.num_workers)
+    yield from tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr)
+
+
+def _settings(
+    options: argparse.Namespace,
+    checkpoints: dict[str, ExplainerModule],
+    judge: FrozenClassifier | None,
+    section: dict[str, Any],
+) -> dict[str, Any]:
+    """How the numbers came about; equal hashes mean equal settings."""
+    judges = {name: (judge or explainer.classifier).fingerprint() for name, explainer in checkpoints.items()}
+    settings = {
+        "protocol": "population all unless a metric says otherwise; intervals 95 %",
+        "checkpoints": {name: _sha256(path) for name, path in zip(checkpoints, options.checkpoint, strict=True)},
+        "judged_by": judges,
+        "data": section,
+        "split": options.split,
+        "limit": options.limit,
+        "curve_steps": options.curve_steps,
+        "seed": options.seed,
+        "baselines": options.baselines,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    plain = json.loads(json.dumps(settings, default=str))
+    return {"version": importlib.metadata.version("cfe-lightning"), **plain, "config_hash": digest}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _device(asked: str) -> torch.device:
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return torch.device(next(name for name in available if available[name]))
+    if not available[asked]:
+        raise ValueError(f"There is no {asked} device here: use --device auto or cpu.")
+    return torch.device(asked)
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output {folder} is a file: give a folder.")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
