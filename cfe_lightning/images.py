@@ -38,7 +38,7 @@ class UnreadableImageError(ValueError):
 def find_images(folder: Path) -> Iterator[str]:
     """Walks a folder and yields every file with an image ending, readable or not, holding one directory at a time.
 
-    Hidden files and folders (a leading dot) are left out. Files are judged by name alone: a file without an image
+    Hidden files and folders (one leading dot) are left out. Files are judged by name alone: a file without an image
     ending is not listed, a PNG called ``.jpg`` is. Links to files are followed, broken ones listed (they fail when they
     are read). A linked folder is entered when it leads out of ``folder``, and only once; a link to a place inside is
     not, because its files are met there, nor is a link to a folder around it, so no loop is endless.
@@ -81,10 +81,14 @@ def _walk(folder: Path) -> Iterator[str]:
 def _entries(directory: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         _log.warning("The folder %s cannot be listed and is left out: %s", directory, error.strerror)
         return []
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") and not name.startswith("..")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -193,14 +197,22 @@ def _to_tensor(values: np.ndarray) -> Tensor:
 
 
 def _resize_in_strips(values: np.ndarray, size: int) -> Tensor:
-    """``resize(_to_tensor(values), size)``, floating point held for one strip of rows: the filter is separable."""
+    """``resize(_to_tensor(values), size)``, floating point held for one strip at a time: the filter is separable.
+
+    The longer side is shrunk first. The other way round an image of 1 x 50 million pixels would become
+    ``size`` x 50 million on the way.
+    """
+    tall = values.shape[0] > values.shape[1]
+    if tall:
+        values = values.swapaxes(0, 1)
     rows = max(_STRIP_PIXELS // values.shape[1], 1)
     strips = []
     for top in range(0, values.shape[0], rows):
         strip = _to_tensor(values[top : top + rows])[None]
         strips.append(_interpolate(strip, strip.shape[2], size))
     # Rounding of the filter's weights may leave the range by one unit in the last place.
-    return _interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
+    image = _interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
+    return image.transpose(1, 2).contiguous() if tall else image
 
 
 def _scale_by_range(values: np.ndarray) -> np.ndarray:
