@@ -242,7 +242,8 @@ def _scale_trials(spec: ClassifierSpec) -> list[_Trial]:
     trials = []
     for bgr in (False, True) if spec.channels == 3 else (False,):
         for scale in (given, *scales):
-            if (scale.mean, scale.std, bgr) == (spec.mean, spec.std, spec.bgr):
+            same_scale = (scale.mean, scale.std) == (spec.mean, spec.std)
+            if same_scale and (scale is not given or bgr == spec.bgr):
                 continue
             words = f"with {scale.name} mean and std" if scale is not given else ""
             remedy = f"mean: {_rounded(scale.mean)} and std: {_rounded(scale.std)}" if scale is not given else ""
