@@ -102,8 +102,10 @@ class ConfiguredRun(LightningCLI):
         if is_overridden("validation_step", self.model) and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(ModelCheckpoint(monitor="val/loss", filename="best", enable_version_counter=False))
         for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.folder)
+            if isinstance(callback, ModelCheckpoint):
+                if callback.save_last:
+                    raise ValueError("ModelCheckpoint's save_last would write beside our last.ckpt: remove save_last.")
+                callback.dirpath = callback.dirpath or str(self.folder)
         for kind in (RandomState, WandbRun, Throughput, NonFiniteGuard, LastCheckpoint):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
