@@ -194,7 +194,7 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         flipped_saved = decides_for(classifier(images.saved(counterfactual.float())), explanation.target).cpu()
         change = _change(explanation.image, counterfactual)
         distance = change.abs().mean(dim=(1, 2, 3)).cpu()
-        scale = change.mean(dim=1).abs().amax(dim=(1, 2)).cpu()
+        scale = change.abs().amax(dim=(1, 2, 3)).cpu()
     if steps is not None:
         # One step of all images at a time: the classifier then needs no more memory than for the images.
         judged = [classifier(images.saved(step.float())).softmax(dim=1) for step in steps.unbind(dim=1)]

@@ -268,22 +268,15 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     return summary
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share (evaluation, section 3.1)."""
-    z = 1.959963984540054
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 _NOTHING_TO_FLIP = {"undefined": "No explained image has a counterfactual for a class other than its own."}
 
 
 def _share(values: Sequence[bool]) -> dict[str, Any]:
     if not values:
         return _NOTHING_TO_FLIP
+    # Imported here because it brings torch: the report reads this module without.
+    from cfe_lightning.metrics.statistics import wilson
+
     low, high = wilson(sum(values), len(values))
     return {"value": sum(values) / len(values), "interval": [low, high], "n": len(values), "population": "all"}
 

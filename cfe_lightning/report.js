@@ -34,9 +34,9 @@
     const given = new URLSearchParams(location.hash.slice(1));
     for (const key of Object.keys(defaults)) state[key] = given.has(key) ? given.get(key) : defaults[key];
     state.card = Math.max(1, Math.floor(Number(state.card)) || 1);
-    if (!(state.filter in FILTERS) && state.filter !== "failed") state.filter = "all";
-    if (!(state.sort in SORTS)) state.sort = "name";
-    if (!(state.size in SIZES)) state.size = "m";
+    if (!Object.hasOwn(FILTERS, state.filter) && state.filter !== "failed") state.filter = "all";
+    if (!Object.hasOwn(SORTS, state.sort)) state.sort = "name";
+    if (!Object.hasOwn(SIZES, state.size)) state.size = "m";
     if (!done.length && failed.length) state.filter = "failed";
   }
 
@@ -309,7 +309,7 @@
     const failures = el("button", { type: "button", onclick: () => set("filter", "failed") }, "Failures", el("span", { className: "count" }, count(failed.length)));
     const failureTab = el("div", { className: "segments" }, failures);
     const pairs = [...new Set(done.map(pairOf))].sort();
-    const pair = el("select", { onchange: () => set("pair", pair.value) }, el("option", { value: "" }, "All pairs of classes"),
+    const pair = el("select", { onchange: () => set("pair", pair.value) }, el("option", { value: "" }, "All class pairs"),
       ...pairs.map((name) => el("option", { value: name }, name)));
     const sort = el("select", { onchange: () => set("sort", sort.value) },
       ...Object.entries(SORTS).map(([key, [title]]) => el("option", { value: key }, "Sort: " + title)));
@@ -378,7 +378,7 @@
       ArrowLeft: () => { if (control) { stop(); control.show(steps.get(node.row.name) - 1); } },
       " ": () => { if (control) toggle(control, node.row); },
     };
-    if (!(event.key in actions) || (event.key === " " && onControl)) return;
+    if (!Object.hasOwn(actions, event.key) || (event.key === " " && onControl)) return;
     event.preventDefault();
     actions[event.key]();
   });

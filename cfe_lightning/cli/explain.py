@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfe_lightning.cli.arguments import count, positive
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 
 FAILED_ROWS = 3
 INTERRUPTED = 130
+#: Of the libraries about their own insides, nothing that a user of this command could act on.
+_UNHELPFUL_WARNINGS = (
+    "does not have many workers",
+    "available but not used",
+    "does not have a deterministic implementation",
+    "Couldn't infer the batch indices",
+    "LeafSpec",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,13 +48,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, required=True, help="folder of images, read with everything below it")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
     parser.add_argument("--target", metavar="CLASS", help="class to ask for (default: each image's runner-up)")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="explain only the first N images")
+    parser.add_argument("--limit", metavar="N", type=positive, help="explain only the first N images")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, default=16, help="images at a time (default: 16)")
-    parser.add_argument("--devices", metavar="N", type=_positive, default=1, help="GPUs or processes (default: 1)")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=16, help="images at a time (default: 16)")
+    parser.add_argument("--devices", metavar="N", type=positive, default=1, help="GPUs or processes (default: 1)")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
     parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
-    parser.add_argument("--num-workers", metavar="N", type=_count, default=0, help="processes that read images")
+    parser.add_argument("--num-workers", metavar="N", type=count, default=0, help="processes that read images")
     parser.add_argument(
         "--trusted",
         metavar="PACKAGE",
@@ -115,9 +125,8 @@ def _predict(
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    for message in _UNHELPFUL_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
     try:
         pl.Trainer(
             accelerator=options.accelerator,
@@ -251,16 +260,3 @@ def _sentence(error: Exception) -> str:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where} (what is finished is kept, the same command again does the rest)"
     return " ".join(str(error).split())
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(text)

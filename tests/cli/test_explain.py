@@ -1,0 +1,329 @@
+import csv
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+import torch
+import toy
+from torch import Tensor
+
+from cfe_lightning import images
+from cfe_lightning.cli import explain
+from cfe_lightning.explanation import Explanation
+from cfe_lightning.manifest import OutputFolder
+
+
+class NoisyToy(toy.FixedToyExplainer):
+    """Draws random numbers while explaining, as a diffusion method does."""
+
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        return super().explain(image + torch.rand_like(image) * 0.05, target)
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_settings() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    torch.use_deterministic_algorithms(False)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.toy_checkpoint(tmp_path_factory.mktemp("run") / "best.ckpt", num_classes=3)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for index, image in enumerate(toy.toy_images(7, 3)):
+        images.save_image(image, tmp_path / "photos" / f"{'ab'[index % 2]}" / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def run(checkpoint: Path, photos: Path, out: Path, *more: str) -> int:
+    fixed = ["--trusted", "toy", "--trusted", "test_explain", "--accelerator", "cpu"]
+    where = ["--checkpoint", str(checkpoint), "--input", str(photos), "--output", str(out)]
+    return explain.main([*where, *fixed, "--batch-size", "2", *more])
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        return {line["name"]: line for line in csv.DictReader(file)}
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Everything a run leaves behind, apart from seconds and the page that repeats it."""
+    found: dict[str, Any] = {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "images").rglob("*")) if path.is_file()
+    }
+    rows = table(out)
+    for row in rows.values():
+        del row["seconds"]
+    names = sorted(path.name for path in out.iterdir())
+    return {**found, "names": names, "rows": list(rows.items())}
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("error: ")
+    return error[0].removeprefix("error: ")
+
+
+def test_a_folder_is_explained(checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("images", "manifest.csv", "manifest.jsonl", "report.html", "summary.json"),
+    ]
+    rows = table(out)
+    assert list(rows) == ["a/0.png", "a/2.png", "a/4.png", "a/6.png", "b/1.png", "b/3.png", "b/5.png"]
+    for name, row in rows.items():
+        stripe = int(Path(name).stem) % 3
+        assert (row["status"], row["predicted"]) == ("ok", f"stripe {stripe}")
+        assert (row["flipped"], row["flipped_saved"]) == ("true", "true")
+        for key in ("image", "counterfactual", "difference", "attribution", "steps", "part_distinct"):
+            assert (out / row[key]).is_file()
+        assert torch.equal(images.read_image(out / row["image"], 3), images.saved(images.read_image(photos / name, 3)))
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["n_planned"], summary["n_done"], summary["n_failed"]) == (7, 7, 0)
+    assert summary["flip_rate"]["value"] == 1.0
+    assert (summary["method"], summary["classes"]) == ("toy.FixedToyExplainer", list(toy.toy_class_names(3)))
+    printed = capsys.readouterr().out
+    assert "flip rate          1.0000 [0.646, 1.000]" in printed
+    assert str(out / "report.html") in printed
+
+
+@pytest.mark.parametrize("method", ["fixed", "noisy"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    kind = {"fixed": toy.FixedToyExplainer, "noisy": NoisyToy}[method]
+    checkpoint = toy.save_checkpoint(kind(toy.toy_classifier(3)), tmp_path / "toy.ckpt")
+    (photos / "b" / "0.png").write_bytes(b"broken")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(checkpoint, photos, whole) == explain.FAILED_ROWS
+
+    append = OutputFolder.append
+
+    def dies_after_two_batches(self: OutputFolder, rank: int, rows: Any) -> None:
+        append(self, rank, rows)
+        if self.path.joinpath("manifest.0.jsonl").read_text().count('"end"') == 2:
+            raise KeyboardInterrupt
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "append", dies_after_two_batches)
+        assert run(checkpoint, photos, out) == explain.INTERRUPTED
+    signal.signal(signal.SIGINT, interrupt)
+    explained: list[str] = []
+
+    def record(self: OutputFolder, rank: int, rows: Any) -> None:
+        explained.extend(row["name"] for row in rows)
+        append(self, rank, rows)
+
+    monkeypatch.setattr(OutputFolder, "append", record)
+    assert run(checkpoint, photos, out) == explain.FAILED_ROWS
+    assert explained == ["b/0.png", "b/1.png", "b/3.png", "b/5.png"]
+    assert content(out) == content(whole)
+    # Once more: only the failure is tried again.
+    explained.clear()
+    assert run(checkpoint, photos, out) == explain.FAILED_ROWS
+    assert explained == ["b/0.png"]
+    assert content(out) == content(whole)
+    # And again from scratch, with the same bytes.
+    assert run(checkpoint, photos, out, "--overwrite") == explain.FAILED_ROWS
+    assert content(out) == content(whole)
+
+
+def test_results_do_not_depend_on_batches_or_loader_processes(checkpoint: Path, photos: Path, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(checkpoint, photos, first) == 0
+    assert run(checkpoint, photos, second, "--batch-size", "7", "--num-workers", "2") == 0
+    one, other = content(first), content(second)
+    numbers = ("p_predicted_before", "p_predicted_after", "p_target_before", "p_target_after", "l1")
+    for (name, row), (same_name, same_row) in zip(one.pop("rows"), other.pop("rows"), strict=True):
+        assert name == same_name
+        for key in numbers:
+            assert float(row[key]) == pytest.approx(float(same_row[key]), rel=1e-4)
+        assert {key: row[key] for key in ("target", "flipped_saved")} == {
+            key: same_row[key] for key in ("target", "flipped_saved")
+        }
+    assert one == other
+
+
+def test_a_mended_file_is_explained_and_a_changed_one_again(checkpoint: Path, photos: Path, tmp_path: Path):
+    out, mended, changed = tmp_path / "out", photos / "a" / "0.png", photos / "b" / "1.png"
+    whole = mended.read_bytes()
+    mended.write_bytes(whole[:50])
+    assert run(checkpoint, photos, out) == explain.FAILED_ROWS
+    assert table(out)["a/0.png"]["status"] == "failed"
+    before = table(out)
+    mended.write_bytes(whole)
+    shutil.copyfile(photos / "b" / "3.png", changed)
+    os.utime(changed, ns=(1, 1))
+    assert run(checkpoint, photos, out) == 0
+    after = table(out)
+    assert after["a/0.png"]["status"] == "ok"
+    assert (before["b/1.png"]["predicted"], after["b/1.png"]["predicted"]) == ("stripe 1", "stripe 0")
+    assert after["b/5.png"] == before["b/5.png"]
+
+
+def test_more_images_follow_a_limited_run(checkpoint: Path, photos: Path, tmp_path: Path):
+    assert run(checkpoint, photos, tmp_path / "out", "--limit", "3") == 0
+    assert list(table(tmp_path / "out")) == ["a/0.png", "a/2.png", "a/4.png"]
+    assert run(checkpoint, photos, tmp_path / "out") == 0
+    assert len(table(tmp_path / "out")) == 7
+
+
+def test_a_target_is_asked_for_by_name(checkpoint: Path, photos: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out, "--target", "stripe 2") == 0
+    for name, row in table(out).items():
+        same = int(Path(name).stem) % 3 == 2
+        assert row["target"] == "stripe 2"
+        assert row["flipped"] == ("" if same else "true")
+        assert row["note"] == ("already predicted as the target: nothing to flip" if same else "")
+    assert json.loads((out / "summary.json").read_text())["flip_rate"]["n"] == 5
+
+
+def test_another_checkpoint_or_option_is_refused(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out, "--limit", "2") == 0
+    finished = content(out)
+    capsys.readouterr()
+    assert run(checkpoint, photos, out, "--target", "stripe 1") == 2
+    assert "made otherwise (target was 'None' and is now 'stripe 1')" in sentence(capsys)
+    other = toy.toy_checkpoint(tmp_path / "other.ckpt", num_classes=2)
+    assert run(other, photos, out) == 2
+    assert "checkpoint_sha256 was" in sentence(capsys)
+    shutil.copytree(photos, tmp_path / "photos2")
+    assert run(checkpoint, tmp_path / "photos2", out) == 2
+    assert "input was" in sentence(capsys)
+    assert content(out) == finished
+    assert run(other, photos, out, "--overwrite", "--limit", "1") == 0
+    assert list(table(out)) == ["a/0.png"]
+    assert not (out / "images" / "a" / "2.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "zebra"], "--target 'zebra' is not a class of this classifier: choose from stripe 0, stripe 1,"),
+        (["--input", "photos/a/0.png"], "The input photos/a/0.png is a file: give the folder that holds the images."),
+        (["--input", "nowhere"], "There is no input folder nowhere."),
+        (["--input", "nothing"], "There is no image below nothing: give a folder that holds some."),
+        (["--output", "photos/out"], "The input photos and the output photos/out lie within one another"),
+        (["--output", "."], "The input photos and the output . lie within one another"),
+        (["--output", "photos"], "The input photos and the output photos lie within one another"),
+        (["--output", "file"], "The output file is a file: give a folder."),
+        (["--output", "taken"], "The output folder taken holds manifest.csv that no run of explain.py left there"),
+        (["--checkpoint", "nowhere.ckpt"], "There is no checkpoint nowhere.ckpt: give a .ckpt file"),
+        (["--checkpoint", "file"], "file cannot be read as a checkpoint"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    checkpoint: Path,
+    photos: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(photos.parent)
+    Path("file").write_text("precious")
+    Path("nothing").mkdir()
+    Path("taken").mkdir()
+    Path("taken/manifest.csv").write_text("precious")
+    before = sorted(Path().rglob("*"))
+    assert run(checkpoint, Path("photos"), Path("out"), *arguments) == 2
+    assert sentence(capsys).startswith(message)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_of_nothing_but_failures_is_an_error_with_a_manifest(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    assert run(checkpoint, tmp_path / "photos", tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "None of the 3 images below" in error
+    assert "'a.png' failed with: The file is empty." in error
+    assert [row["status"] for row in table(tmp_path / "out").values()] == ["failed"] * 3
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_full_disk_is_told_in_one_sentence_and_finished_work_is_kept(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    save_image = images.save_image
+
+    def full(image: Tensor, path: Path) -> None:
+        if "4.png" in str(path) and path.name == "steps.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save_image(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "save_image", full)
+        assert run(checkpoint, photos, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: No space left on device: ")
+    assert error.endswith("steps.png (what is finished is kept, the same command again does the rest)")
+    assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
+    assert run(checkpoint, photos, tmp_path / "out") == 0
+    assert len(table(tmp_path / "out")) == 7
+
+
+def explain_hostile_folder(checkpoint: Path, folder: Path, num_files: int) -> dict[str, str]:
+    """Explains a folder of hostile files and returns the reasons of those that failed."""
+    good, bad = hostile.write_hostile_folder(folder / "photos", num_files)
+    outside = {path for path in folder.rglob("*") if "out" not in path.relative_to(folder).parts}
+    out = folder / "out"
+    assert run(checkpoint, folder / "photos", out) == explain.FAILED_ROWS
+    assert {path for path in folder.rglob("*") if "out" not in path.relative_to(folder).parts} == outside
+    rows = {row["name"]: row for row in OutputFolder(out).rows()}
+    assert rows.keys() == good | bad
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == good
+    folders = [row["folder"].lower() for row in rows.values() if row["status"] == "ok"]
+    assert len(set(folders)) == len(folders)
+    for name in good:
+        for file in rows[name]["files"].values():
+            path = out / rows[name]["folder"] / file
+            assert path.is_file()
+            assert path.resolve().is_relative_to(out.resolve() / "images")
+    assert len(table(out)) == len(rows)
+    page = (out / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    return {name: rows[name]["error"] for name in bad}
+
+
+def test_hostile_files_become_rows(checkpoint: Path, tmp_path: Path):
+    reasons = explain_hostile_folder(checkpoint, tmp_path, 40)
+    assert reasons["empty.png"] == "The file is empty."
+    assert "too large" in reasons["bomb.png"]
+    assert all(reasons.values())
+
+
+def test_help_is_immediate():
+    code = (
+        "import sys; from cfe_lightning.cli import explain; explain.parser().format_help(); "
+        "import cfe_lightning.report; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

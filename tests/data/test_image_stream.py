@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+
+from cfe_lightning import images
+from cfe_lightning.data.image_stream import ImageStream, read_batch
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index, image in enumerate(toy.toy_images(5)):
+        images.save_image(image, tmp_path / f"{index}.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    return tmp_path
+
+
+BATCHES = [["0.png", "empty.png", "1.png"], ["2.png"], ["3.png", "4.png"]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_as_given_whatever_reads_them(folder: Path, num_workers: int):
+    stream = ImageStream(folder=folder, batches=BATCHES, image_size=8, channels=1, num_workers=num_workers)
+    read = sorted(stream.predict_dataloader(), key=lambda batch: batch["name"])
+    assert [batch["name"] for batch in read] == [["0.png", "1.png"], ["2.png"], ["3.png", "4.png"]]
+    assert [failure["name"] for failure in read[0]["failed"]] == ["empty.png"]
+    assert [list(batch["image"].shape) for batch in read] == [[2, 1, 8, 8], [1, 1, 8, 8], [2, 1, 8, 8]]
+    assert "target" not in read[0]
+
+
+def test_files_that_cannot_be_read_stop_no_other(folder: Path):
+    batch = read_batch(["gone.png", "1.png", "empty.png"], folder=folder, image_size=16, channels=3, target=1)
+    assert batch["name"] == ["1.png"]
+    assert torch.equal(batch["image"][0], images.saved(toy.toy_images(2)[1]))
+    assert batch["target"].tolist() == [1]
+    status = (folder / "1.png").stat()
+    assert batch["source"] == [[status.st_size, status.st_mtime_ns]]
+    gone, empty = batch["failed"]
+    assert (gone["name"], gone["source"]) == ("gone.png", [0, 0])
+    assert (empty["name"], empty["error"]) == ("empty.png", "The file is empty.")
+
+
+def test_a_batch_without_a_readable_file_is_one_blank_image_without_a_name(folder: Path):
+    batch = read_batch(["gone.png", "empty.png"], folder=folder, image_size=16, channels=3, target=1)
+    assert list(batch["image"].shape) == [1, 3, 16, 16]
+    assert (batch["name"], len(batch["failed"]), batch["target"].tolist()) == ([], 2, [1])
