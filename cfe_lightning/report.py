@@ -47,7 +47,7 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
     if header is None or not (output / "summary.json").is_file():
         raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    files = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
+    files: dict[str, str] = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
     package = resources.files("cfe_lightning")
     style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -95,7 +95,7 @@ def _explain(options: argparse.Namespace) -> int:
     names: list[str] = []
     batches: list[list[str]] = []
     # Only the first process touches the output folder; ImageStream hands its list to the others.
-    is_first = rank_zero_only.rank == 0
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
         names = list(islice(find_images(options.input), options.limit))
         if not names:
