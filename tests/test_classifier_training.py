@@ -111,7 +111,7 @@ def test_simple_learns_an_easy_task_and_the_file_is_as_good_as_logged(tmp_path):
     classifier = load_classifier(str(output))
     accuracy, loss = accuracy_of(classifier, data.dataset("val"))
     assert accuracy == pytest.approx(module.best["accuracy"], abs=1e-6)
-    assert loss == pytest.approx(module.best["loss"], abs=1e-5)
+    assert loss == pytest.approx(module.best["loss"], rel=1e-3)
     assert accuracy >= 0.8
     results = trainer.test(module, datamodule=data, verbose=False)
     assert results[0]["test/accuracy"] == pytest.approx(accuracy_of(classifier, data.dataset("test"))[0], abs=1e-6)
