@@ -288,14 +288,15 @@ class Shapes(Dataset[Sample]):
     def _draw(self, scene: _Scene, label: int) -> Tensor:
         if self.cue == "lesion":
             return scene.base + self._lesions(scene, label)
-        first, second, third = scene.cue_draws[:3]
+        first, second = scene.cue_draws[:2]
         if self.cue == "colour":
             hue = _HUES[len(self.class_names)][label][1] + 30 * (first - 0.5)
             return scene.base + scene.body * self._colour(0.0, hue, (0.2 + 0.08 * second) * self.cue_size)
         angle = math.pi * (label / len(self.class_names) + (first - 0.5) / 12)
-        # Class 0 has upright stripes: brightness changes along x.
+        # Class 0 has upright stripes: brightness changes along x. A bright stripe crosses the body's centre whatever the
+        # direction, so the image tells where the stripes of another class would be.
         phase = (scene.across * math.cos(angle) + scene.down * math.sin(angle)) * (2 * math.pi * (7 + 2 * second))
-        return scene.base + scene.body * (torch.sin(phase + 2 * math.pi * third) * (0.28 * self.cue_size))
+        return scene.base + scene.body * (torch.cos(phase) * (0.28 * self.cue_size))
 
     def _lesions(self, scene: _Scene, count: int) -> Tensor:
         """The first ``count`` of three blobs around the body's centre, [H, W]; maximum, so overlaps stay in range."""

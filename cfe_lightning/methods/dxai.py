@@ -72,12 +72,15 @@ class Blend:
         alternative: Rendering in the alternative class, without a distinct part, [B, C, H, W].
         distinct: Branch 0 in the own class, [B, C, H, W].
         distinct_alternative: Branch 0 in the alternative class, in neither rendering, [B, C, H, W].
+        counterfactual: The image with its distinct part exchanged for the alternative's, through which only the latter
+            learns, [B, C, H, W]; None where no loss asks for it.
     """
 
     own: Tensor
     alternative: Tensor
     distinct: Tensor
     distinct_alternative: Tensor
+    counterfactual: Tensor | None = None
 
 
 def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> Blend:
@@ -202,8 +205,9 @@ class Dxai(ExplainerModule):
         orthogonality_weight: Weight of the correlation between branches.
         neutral_weight: Weight of KL(uniform || classifier(image - distinct)); acts with objective "neutral".
         sparsity_weight: Weight of the mean magnitude of the distinct part.
-        counterfactual_weight: Weight of the class loss of ``image - distinct + distinct of the alternative``, through
-            the alternative's distinct part only.
+        counterfactual_weight: Weight of the class loss of ``image - distinct + distinct of the alternative``, which the
+            critic then judges too. Only the alternative's distinct part learns from it; the published loss never
+            trains that part on images of other classes.
         r1_interval: Apply R1 in every n-th iteration, n times as strong.
         learning_rate: Adam step size of the generator.
         critic_learning_rate: Adam step size of the critic.
@@ -439,7 +443,11 @@ class Dxai(ExplainerModule):
         orthogonality = None
         if self.weights.orthogonality_weight:
             orthogonality = branch_orthogonality(maps[:-1], self.generator.num_branches)
-        return blend(own, other, alpha), orthogonality
+        rendered = blend(own, other, alpha)
+        if self.counterfactual_weight:
+            moved = (image - rendered.distinct).detach() + rendered.distinct_alternative
+            rendered = replace(rendered, counterfactual=moved)
+        return rendered, orthogonality
 
     def _critic_loss(
         self, image: Tensor, label: Tensor, alternative: Tensor, logits: Tensor, rendered: Blend
@@ -449,8 +457,7 @@ class Dxai(ExplainerModule):
         real = image.detach().requires_grad_(with_r1)
         judged = self.critic(real)
         real_logits = self._judgement(judged, label)
-        own, other = self.critic(torch.cat([rendered.own, rendered.alternative]).detach()).chunk(2)
-        fake_logits = torch.cat([self._judgement(own, label), self._judgement_without_class(other, alternative)])
+        fake_logits = self._judge_renderings(rendered, label, alternative, detach=True)
         terms = {
             "critic_real": adversarial_loss(real_logits, real=True),
             "critic_fake": adversarial_loss(fake_logits, real=False),
@@ -470,10 +477,8 @@ class Dxai(ExplainerModule):
     def _generator_loss(
         self, image: Tensor, label: Tensor, alternative: Tensor, rendered: Blend, orthogonality: Tensor | None
     ) -> dict[str, Tensor]:
-        both = torch.cat([rendered.own, rendered.alternative])
-        own, other = self.critic(both).chunk(2)
-        fooled = torch.cat([self._judgement(own, label), self._judgement_without_class(other, alternative)])
-        own_class, other_class = self.classifier(both).chunk(2)
+        fooled = self._judge_renderings(rendered, label, alternative, detach=False)
+        own_class, other_class = self.classifier(torch.cat([rendered.own, rendered.alternative])).chunk(2)
         if self.objective == "paper":
             class_term = F.cross_entropy(torch.cat([own_class, other_class]), torch.cat([label, alternative]))
         else:
@@ -496,15 +501,26 @@ class Dxai(ExplainerModule):
         if orthogonality is not None:
             terms["orthogonality"] = orthogonality
             total = total + weights.orthogonality_weight * orthogonality
-        if self.counterfactual_weight:
-            # Only the alternative's distinct part learns from this: the rest of the image is given.
-            moved = (image - rendered.distinct).detach() + rendered.distinct_alternative
-            terms["counterfactual"] = F.cross_entropy(self.classifier(moved), alternative)
+        if rendered.counterfactual is not None:
+            terms["counterfactual"] = F.cross_entropy(self.classifier(rendered.counterfactual), alternative)
             total = total + self.counterfactual_weight * terms["counterfactual"]
+            total = total + self.sparsity_weight * rendered.distinct_alternative.abs().mean()
         if self.objective == "neutral" and self.neutral_weight:
             terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()
             total = total + self.neutral_weight * terms["neutral"]
         return terms | {"generator": total}
+
+    def _judge_renderings(self, rendered: Blend, label: Tensor, alternative: Tensor, detach: bool) -> Tensor:
+        """The critic's logits of all renderings of a batch, [2 B] or, with counterfactuals, [3 B]."""
+        images = [rendered.own, rendered.alternative]
+        if rendered.counterfactual is not None:
+            images.append(rendered.counterfactual)
+        together = torch.cat(images)
+        judged = self.critic(together.detach() if detach else together).chunk(len(images))
+        logits = [self._judgement(judged[0], label), self._judgement_without_class(judged[1], alternative)]
+        if rendered.counterfactual is not None:
+            logits.append(self._judgement(judged[2], alternative))
+        return torch.cat(logits)
 
     def _judgement(self, judged: Tensor, label: Tensor) -> Tensor:
         """The critic's logit for membership in ``label``, [B, heads] -> [B]."""
