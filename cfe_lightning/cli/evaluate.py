@@ -10,13 +10,16 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from cfe_lightning.cli.arguments import count, positive
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.data import Dataset
 
     from cfe_lightning.classifier import FrozenClassifier
-    from cfe_lightning.data.image_data import ImageData
+    from cfe_lightning.data.image_data import ImageData, Sample
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.explanation import Explainer
     from cfe_lightning.tally import Row
@@ -52,18 +55,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classifier", metavar="FILE", help="classifier that judges all (default: each explainer's own)"
     )
-    parser.add_argument("--limit", metavar="N", type=_positive, help="measure N images drawn from the split")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--limit", metavar="N", type=positive, help="measure N images drawn from the split")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="images at a time (default: 32)")
     parser.add_argument(
         "--curve-steps",
         metavar="N",
-        type=_count,
+        type=count,
         default=50,
         help="blocks of COUT, insertion and deletion, 0 skips them (default: 50)",
     )
-    parser.add_argument("--num-workers", metavar="N", type=_count, default=0, help="processes that read images")
+    parser.add_argument("--num-workers", metavar="N", type=count, default=0, help="processes that read images")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--seed", metavar="N", type=_count, default=0, help="of draws and intervals (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=count, default=0, help="of draws and intervals (default: 0)")
     parser.add_argument(
         "--trusted",
         metavar="PACKAGE",
@@ -200,7 +203,7 @@ def _data(given: str, explainer: ExplainerModule) -> tuple[ImageData, dict[str, 
 
     from cfe_lightning.cli import run_folder
 
-    (path,), _ = run_folder.locate([given], None, None, None)
+    (path,) = run_folder.find_configs([given])
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -246,16 +249,31 @@ def _batches(data: ImageData, options: argparse.Namespace) -> Iterator[dict[str,
     from torch.utils.data import ConcatDataset, DataLoader, Subset
     from tqdm import tqdm
 
-    from cfe_lightning.data.image_data import Split
     from cfe_lightning.evaluation import sample_indices
 
     data.prepare_data()
     data.setup("test")
-    splits: tuple[Split, ...] = ("train", "val", "test") if options.split == "all" else (options.split,)
-    every = ConcatDataset([data.dataset(split) for split in splits])
+    every: ConcatDataset[Sample] = ConcatDataset(_datasets(data, options.split))
     chosen = Subset(every, sample_indices(len(every), options.limit, options.seed))
     loader = DataLoader(dataset=chosen, batch_size=options.batch_size, shuffle=False, num_workers=options.num_workers)
     yield from tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr)
+
+
+def _datasets(data: ImageData, split: str) -> list[Dataset[Sample]]:
+    """One split, or all that hold images: a small folder may leave one of them empty."""
+    from cfe_lightning.data.image_data import Split
+
+    if split != "all":
+        return [data.dataset(cast(Split, split))]
+    found, error = [], None
+    for each in get_args(Split):
+        try:
+            found.append(data.dataset(each))
+        except ValueError as empty:
+            error = empty
+    if error is not None and not found:
+        raise error
+    return found
 
 
 def _settings(
@@ -301,17 +319,3 @@ def _device(asked: str) -> torch.device:
 def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {folder} is a file: give a folder.")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value

@@ -1,0 +1,234 @@
+"""``cfe-evaluate`` as a user runs it: files, data from YAML or folders, and one sentence for what is wrong."""
+
+import ast
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toy import FixedToyExplainer, ToyData, save_checkpoint, toy_checkpoint, toy_classifier
+
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.cli import evaluate
+from cfe_lightning.images import save_image
+
+FILES = ["curves.npz", "metrics.json", "per_image.csv", "table.csv", "table.md"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "runs/toy_run").mkdir(parents=True)
+    return toy_checkpoint(tmp_path / "runs/toy_run/best.ckpt")
+
+
+def write_config(path: Path, **arguments: object) -> Path:
+    path.write_text(
+        yaml.safe_dump(
+            {"model": {"class_path": "ignored"}, "data": {"class_path": "toy.ToyData", "init_args": arguments}}
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "toy.yaml", num_images=10)
+
+
+def run(*arguments: object) -> int:
+    return evaluate.main([*map(str, arguments), "--trusted", "toy", "--device", "cpu", "--curve-steps", "2"])
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "table.csv").open(newline="") as stream:
+        return {row["explainer"]: row for row in csv.DictReader(stream)}
+
+
+def test_config_and_baselines(
+    checkpoint: Path,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "deep/out"
+    code = run(
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        config,
+        "--output",
+        out,
+        "--baselines",
+        "saliency, guided_grad_cam,saliency",
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    rows = table(out)
+    assert list(rows) == ["toy_run", "saliency", "guided_grad_cam"]
+    assert rows["toy_run"]["flip_rate"] == "1.0"
+    assert rows["toy_run"]["l1_n"] == "10"
+    assert rows["saliency"]["flip_rate"] == ""
+    assert float(rows["saliency"]["dxai_auc_label"]) > float(rows["toy_run"]["dxai_auc_label"])
+    # A baseline that cannot explain this classifier keeps an empty row and a reason.
+    assert rows["guided_grad_cam"]["dxai_auc_label"] == ""
+    assert "guided_grad_cam is left out: guided_grad_cam needs nn.ReLU layers" in caplog.text
+    assert "| toy_run" in printed
+    assert "- AUC label (`dxai_auc_label`" in printed
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["split"] == "test"
+    assert content["data"]["class_path"] == "toy.ToyData"
+    assert len(content["config_hash"]) == len(content["checkpoints"]["toy_run"]) == 64
+    assert content["judged_by"] == {"toy_run": toy_classifier().fingerprint()}
+    assert content["n_images"] == 10
+
+
+def test_same_command_gives_the_same_files(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / name, "--baselines", "random")
+    first, second = (
+        {key: value for row in table(tmp_path / name).values() for key, value in row.items() if key[:7] != "seconds"}
+        for name in ("a", "b")
+    )
+    assert first == second
+
+
+def test_class_folders_of_one_split_or_all(checkpoint: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for index, sample in enumerate(ToyData(num_images=6).dataset("test")):  # type: ignore[arg-type]
+            name = f"stripe {int(sample['label'])}"
+            # Another size than the explainer's: it is read as the explainer needs it.
+            picture = sample["image"].repeat_interleave(2, 1).repeat_interleave(2, 2)
+            save_image(picture, tmp_path / "photos" / split / name / f"{split}{index}.png")
+    assert run("--checkpoint", checkpoint, "--data", tmp_path / "photos", "--output", tmp_path / "test") == 0
+    assert table(tmp_path / "test")["toy_run"]["l1_n"] == "6"
+    arguments = ("--checkpoint", checkpoint, "--data", tmp_path / "photos", "--output", tmp_path / "all")
+    assert run(*arguments, "--split", "all") == 0
+    assert table(tmp_path / "all")["toy_run"]["l1_n"] == "12"
+    assert run(*arguments, "--split", "all", "--limit", 5) == 0
+    assert table(tmp_path / "all")["toy_run"]["l1_n"] == "5"
+
+
+def test_two_runs_keep_two_rows_and_baselines_follow_their_classifiers(
+    checkpoint: Path, config: Path, tmp_path: Path
+) -> None:
+    twin = tmp_path / "other/toy_run/best.ckpt"
+    twin.parent.mkdir(parents=True)
+    classifier = toy_classifier()
+    classifier.network.fc.weight.data.mul_(0.5)
+    save_checkpoint(FixedToyExplainer(classifier), twin)
+    out = tmp_path / "out"
+    arguments = ("--data", config, "--output", out, "--baselines", "saliency")
+    assert run("--checkpoint", checkpoint, twin, *arguments) == 0
+    assert list(table(out)) == [
+        "toy_run/best",
+        "toy_run/best (2)",
+        "saliency on the classifier of toy_run/best",
+        "saliency on the classifier of toy_run/best (2)",
+    ]
+    assert run("--checkpoint", checkpoint, checkpoint, *arguments) == 0
+    assert list(table(out)) == ["toy_run/best", "toy_run/best (2)", "saliency"]
+
+
+def test_another_classifier_judges(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    judge = toy_classifier()
+    judge.network.fc.weight.data = judge.network.fc.weight.data.flip(0)
+    judge.save(tmp_path / "judge.pt")
+    out = tmp_path / "out"
+    code = run("--checkpoint", checkpoint, "--data", config, "--output", out, "--classifier", tmp_path / "judge.pt")
+    assert code == 0
+    assert table(out)["toy_run"]["flip_rate"] == "0.0"
+    assert json.loads((out / "metrics.json").read_text())["judged_by"] == {"toy_run": judge.fingerprint()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--baselines", "gradcam"], "There is no baseline 'gradcam': choose from integrated_gradients"),
+        (["--data", "nowhere.yaml"], "There is no config 'nowhere.yaml'"),
+        (["--data", "{tmp}/nodata.yaml"], "nodata.yaml has no data section"),
+        (["--data", "{tmp}/badclass.yaml"], "The data section of"),
+        (["--data", "{tmp}/broken.yaml"], "is not readable as YAML"),
+        (
+            ["--data", "{tmp}/three.yaml"],
+            "The data's classes are stripe 0, stripe 1, stripe 2 but the classifier's are",
+        ),
+        (
+            ["--data", "{tmp}/large.yaml"],
+            "toy_run explains images of 16 pixels and 3 channels, but the data has 24 and 3",
+        ),
+        (["--checkpoint", "{tmp}/none.ckpt"], "There is no checkpoint"),
+        (["--checkpoint", "{tmp}/toy.yaml"], "cannot be read as a checkpoint"),
+        (["--classifier", "{tmp}/none.pt"], "There is no classifier file"),
+        (["--output", "{tmp}/toy.yaml"], "is a file: give a folder"),
+        (["--data", "{tmp}/runs"], "has no class folders with images"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    checkpoint: Path,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "nodata.yaml").write_text("model: 1\n")
+    (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "badclass.yaml").write_text("data: {class_path: toy.ToyNetwork}\n")
+    write_config(tmp_path / "three.yaml", num_classes=3)
+    write_config(tmp_path / "large.yaml", image_size=24)
+    given = {"--checkpoint": str(checkpoint), "--data": str(config), "--output": str(tmp_path / "out")}
+    given |= {key: value.format(tmp=tmp_path) for key, value in zip(arguments[::2], arguments[1::2], strict=True)}
+    assert run(*(word for pair in given.items() for word in pair)) == 2
+    printed, complained = capsys.readouterr()
+    last = complained.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
+    assert "Traceback" not in complained
+    assert printed == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_may_not_name_any_class(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", checkpoint, "--data", config, "--output", tmp_path / "out", "--device", "cpu"]
+    assert evaluate.main([*map(str, arguments)]) == 2
+
+
+def test_interrupt_says_so(
+    checkpoint: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FrozenClassifier, "forward", interrupted)
+    assert run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / "out") == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--limit", "0"], ["--batch-size", "many"], ["--curve-steps", "-1"]])
+def test_numbers_are_checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", "a", "--data", "b", "--output", "c", *arguments])
+    assert stopped.value.code == 2
+    assert "must be" in capsys.readouterr().err
+
+
+def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    from cfe_lightning.baselines import BASELINES
+
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in BASELINES)
+    tree = ast.parse(Path(evaluate.__file__).read_text(encoding="utf-8"))
+    imported = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert heavy == {"cfe_lightning.cli.arguments"}
