@@ -146,6 +146,8 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # A module may forget what it has cached for explaining when its mode is changed.
+        module.train(modes[0][1])
         for layer, mode in modes:
             layer.training = mode
 
@@ -289,13 +291,14 @@ class NonFiniteGuard(pl.Callback):
 
     def _look(self, trainer: pl.Trainer) -> None:
         steps = torch.stack(list(self._first_bad.values())).tolist() if self._first_bad else []
-        bad = sorted((step, name) for step, name in zip(steps, self._first_bad, strict=True) if step < float("inf"))
+        bad = [(step, name) for step, name in zip(steps, self._first_bad, strict=True) if step < float("inf")]
         if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return
         path = Path(trainer.default_root_dir) / "nonfinite.ckpt"
         self._saving = True
         trainer.save_checkpoint(path)
-        step, name = bad[0] if bad else (float("nan"), "a loss of another process")
+        # Of terms that break in the same iteration the one that is logged first: the others follow from it.
+        step, name = min(bad, key=lambda item: item[0], default=(float("nan"), "a loss of another process"))
         raise NonFiniteLossError(
             f"{name} is not finite at iteration {step:.0f}: training stopped and its state was saved as {path}; the "
             "checkpoints before are untouched. Lower the learning rate or use 32-bit precision, then --resume."

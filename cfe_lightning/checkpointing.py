@@ -121,8 +121,8 @@ class LastCheckpoint(Checkpoint):
         self._due = False
         self._previous_handler: Any = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listens to Ctrl-C."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listens to Ctrl-C; Lightning has put its own signal handlers in place before."""
         if threading.current_thread() is threading.main_thread():
             self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning import images
+from cfe_lightning.class_paths import resolve_class_path
 from cfe_lightning.classifier_tracing import FeatureMapTransform, as_feature_map
-
-#: Packages whose classes a checkpoint may name; others must be named by the user.
-ALLOWED_PACKAGES = ("cfe_lightning", "torchvision")
-#: The class that runs a stored TorchScript or torch.export program, and the word by which a user trusts it.
-EXPORTED_NETWORK = "cfe_lightning.networks.exported.ExportedNetwork"
-TRUST_EXPORTED = "exported_program"
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
@@ -263,47 +257,6 @@ def _match_channels(image: Tensor, channels: int) -> Tensor:
         return image.expand(-1, channels, -1, -1)
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (image * weights).sum(dim=1, keepdim=True)
-
-
-def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
-    """Finds the class or builder that a file names, refusing anything outside the allowed packages.
-
-    Args:
-        class_path: For example ``cfe_lightning.methods.dxai.Dxai`` or ``torchvision.models.resnet18``.
-        trusted: Packages that the user vouches for besides cfe_lightning and torchvision.
-
-    Raises:
-        ValueError: If the package is not allowed, or the path names no module class and no torchvision builder.
-    """
-    package, _, _ = class_path.partition(".")
-    if package not in (*ALLOWED_PACKAGES, *trusted):
-        raise ValueError(
-            f"The file names {class_path!r}, which is not part of {' or '.join(ALLOWED_PACKAGES)}: if you trust the "
-            f"package {package!r}, pass trusted=[{package!r}] (on the command line --trusted {package})."
-        )
-    if class_path == EXPORTED_NETWORK and TRUST_EXPORTED not in trusted:
-        raise ValueError(
-            "The file holds a TorchScript or torch.export program, which can do anything on this machine when it is "
-            f"loaded: if you trust its author, pass trusted=[{TRUST_EXPORTED!r}] (on the command line --trusted "
-            f"{TRUST_EXPORTED})."
-        )
-    module_path, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_path), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
-    is_module = isinstance(found, type) and issubclass(found, nn.Module)
-    is_builder = package == "torchvision" and _is_torchvision_builder(found)
-    if not (is_module or is_builder):
-        raise ValueError(f"{class_path!r} is neither an nn.Module class nor a torchvision.models builder.")
-    return found
-
-
-def _is_torchvision_builder(found: Any) -> bool:
-    """True for registered builders only: torchvision's modules also hold functions that download and unpickle."""
-    import torchvision.models
-
-    return found in [torchvision.models.get_model_builder(name) for name in torchvision.models.list_models()]
 
 
 def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:

@@ -1,7 +1,7 @@
 """Where a frozen classifier comes from besides our own files: torchvision, a class of the user's, an exported program.
 
 Every function returns a ``FrozenClassifier`` and so is a ``class_path`` in YAML. Naming a class or a program here is
-the user's consent to run it; the allow-list of ``classifier.resolve_class_path`` is for what checkpoint files name.
+the user's consent to run it; the allow-list of ``class_paths.resolve_class_path`` is for what checkpoint files name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from cfe_lightning.classifier import EXPORTED_NETWORK, ClassifierSpec, FrozenClassifier, resolve_class_path
+from cfe_lightning.class_paths import EXPORTED_NETWORK, resolve_class_path
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier_tracing import probe_image, returns_probabilities, trace_layers
 from cfe_lightning.classifier_weights import load_weights
 from cfe_lightning.networks.exported import ExportedNetwork
@@ -256,15 +257,18 @@ def _freeze(
     FrozenClassifier(network, spec)
     layers = trace_layers(network, spec.channels, image_size, head=head, feature_map=feature_map)
     _log.info("%s: head %s, feature map %s.", class_path, layers.head, layers.feature_map)
-    return FrozenClassifier(
-        network,
-        replace(
-            spec,
-            head=layers.head,
-            feature_map=layers.feature_map,
-            feature_map_transform=layers.feature_map_transform,
-        ),
+    spec = replace(
+        spec,
+        head=layers.head,
+        feature_map=layers.feature_map,
+        feature_map_transform=layers.feature_map_transform,
     )
+    classifier = FrozenClassifier(network, spec)
+    if feature_map is not None:
+        shape = list(classifier.feature_map(torch.zeros(2, spec.channels, image_size, image_size)).shape)
+        if len(shape) != 4:
+            raise ValueError(f"feature_map names {feature_map!r}, whose output {shape} is no map [B, D, h, w].")
+    return classifier
 
 
 def _check_output(output: Any, spec: ClassifierSpec) -> None:

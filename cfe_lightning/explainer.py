@@ -80,16 +80,26 @@ def load_explainer(path: str | Path, trusted: Sequence[str] = ()) -> ExplainerMo
             f"{path} is not an explainer checkpoint (missing: {', '.join(sorted(missing))}): give the best.ckpt or "
             "last.ckpt that train.py wrote under checkpoints/<run>/."
         )
-    kind = resolve_class_path(checkpoint["explainer"]["class_path"], trusted)
+    try:
+        class_path, version = checkpoint["explainer"]["class_path"], checkpoint["explainer"]["version"]
+        spec = ClassifierSpec.from_dict(checkpoint["classifier"])
+        arguments = dict(checkpoint["hyper_parameters"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not an explainer checkpoint that train.py wrote: {error!r}.") from error
+    kind = resolve_class_path(class_path, trusted)
     if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
-        raise ValueError(f"{path} names {checkpoint['explainer']['class_path']}, which is not an explainer.")
-    spec = ClassifierSpec.from_dict(checkpoint["classifier"])
+        raise ValueError(f"{path} names {class_path}, which is not an explainer.")
     classifier = FrozenClassifier(build_network(spec, trusted), spec)
-    explainer = kind(classifier, **checkpoint["hyper_parameters"])
+    try:
+        explainer = kind(classifier, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
+            f"({importlib.metadata.version('cfe-lightning')}): {error}."
+        ) from error
     try:
         explainer.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        version = checkpoint["explainer"].get("version", "unknown")
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"The weights in {path} (written by version {version}) do not fit {kind.__name__}: "
             f"{' '.join(str(error).split())[:300]}"

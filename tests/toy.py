@@ -5,10 +5,13 @@ The classifier is exact by construction: class k is the image whose k-th vertica
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -220,9 +223,25 @@ def toy_images(num_images: int = 4, num_classes: int = 2, image_size: int = 16, 
     return ToyDataset("val", num_images, image_size, channels, num_classes).images
 
 
+def toy_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **arguments: Any) -> pl.Trainer:
+    """A quiet trainer on the CPU that writes nothing by itself."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "inference_mode": False,
+        "default_root_dir": str(folder),
+    }
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
+
+
 def save_checkpoint(explainer: ExplainerModule, path: Path) -> Path:
     """Writes what ``train.py`` would write for an untrained explainer; read it with ``trusted=["toy"]``."""
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    trainer = toy_trainer(path.parent)
     trainer.strategy.connect(explainer)
     trainer.save_checkpoint(path)
     return path

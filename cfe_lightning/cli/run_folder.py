@@ -30,7 +30,7 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
     """
     runs = Path(output or "checkpoints")
     if names or resume is None:
-        configs = _find_configs(names)
+        configs = find_configs(names)
         return configs, runs / (run or _run_name(configs[0]))
     if resume != LAST:
         left = Path(resume).parent
@@ -44,7 +44,13 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
     return [config], left if run is None and output is None else runs / (run or left.name)
 
 
-def _find_configs(names: Sequence[str]) -> list[Path]:
+def find_configs(names: Sequence[str]) -> list[Path]:
+    """Configs as named, or in ``configs/`` of the current folder or of the checkout.
+
+    Raises:
+        FileNotFoundError: If one does not exist; the message lists those that do, the nearest names first.
+        ValueError: If there is no name.
+    """
     folders = list(dict.fromkeys([Path("configs").resolve(), _CHECKOUT / "configs"]))
     known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
     if not names:

@@ -214,11 +214,10 @@ def _read_csv(root: Path, labels: Path, columns: _Columns, group_pattern: str | 
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(f"There is no CSV of labels {labels}, neither as given nor below {root}.")
-    by_name: dict[str, str] = {}
+    by_name: dict[str, list[str]] = {}
     for name in find_images(root):
-        by_name[name] = name
-        # setdefault, so that a name with its ending is never taken over by one without.
-        by_name.setdefault(str(PurePosixPath(name).with_suffix("")), name)
+        for key in (name, str(PurePosixPath(name).with_suffix(""))):
+            by_name.setdefault(key, []).append(name)
     try:
         # utf-8-sig: spreadsheets put a mark before the first column's name.
         with file.open(newline="", encoding="utf-8-sig") as stream:
@@ -253,21 +252,33 @@ def _check_header(file: Path, header: Sequence[str], columns: _Columns, group_pa
 
 
 def _row_entry(
-    row: dict[str, str], place: str, by_name: dict[str, str], columns: _Columns, group_pattern: str | None, root: Path
+    row: dict[str, str],
+    place: str,
+    by_name: dict[str, list[str]],
+    columns: _Columns,
+    group_pattern: str | None,
+    root: Path,
 ) -> _Entry:
     name, label = (row[columns.name] or "").strip(), (row[columns.label] or "").strip()
-    found = by_name.get(name.removeprefix("./"))
-    if found is None:
+    name = name.removeprefix("./")
+    files = by_name.get(name, [])
+    if not files:
         raise ValueError(f"{place}: there is no image {name!r} below {root}.")
+    if len(files) > 1 and name not in files:
+        raise ValueError(f"{place}: {name!r} fits {' and '.join(files)}: write it with its ending.")
+    found = name if name in files else files[0]
     if not label:
         raise ValueError(f"{place}: {name!r} has no label in the column {columns.label!r}.")
     split = (row.get(columns.split) or "").strip()
     if split and split.lower() not in _SPLIT_NAMES:
         raise ValueError(f"{place}: {split!r} in the column {columns.split!r} is none of train, val, test.")
-    if columns.split in row and not split:
-        raise ValueError(f"{place}: {name!r} has no split in the column {columns.split!r}.")
-    group = (row.get(columns.group) or "").strip() or _group_of(found, group_pattern)
-    return _Entry(found, label, _SPLIT_NAMES[split.lower()] if split else None, group)
+    group = (row.get(columns.group) or "").strip()
+    for column, value in ((columns.split, split), (columns.group, group)):
+        if column in row and not value:
+            raise ValueError(f"{place}: {name!r} has an empty field in the column {column!r}.")
+    return _Entry(
+        found, label, _SPLIT_NAMES[split.lower()] if split else None, group or _group_of(found, group_pattern)
+    )
 
 
 def _group_of(name: str, group_pattern: str | None) -> str | None:

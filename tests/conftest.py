@@ -1,0 +1,19 @@
+"""What every test starts from: no W&B, no seed left in the environment, no talk."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning hands the seed to other processes by the environment, where the next test would find it."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in [name for name in os.environ if name.startswith("PL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,141 @@
+"""Who may import whom: the package's layers as data (docs/architecture.md), checked against the parsed imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "cfe_lightning"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+#: Module or folder -> what of the package it may import. A folder stands for everything in it; the longest name counts.
+#: A part is a file that was split off another one and stands in its layer.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": {"classifier", "explainer", "explanation"},
+    # Tensors in, tensors out.
+    "images": set(),
+    "losses": set(),
+    "networks": {"networks"},
+    # The frozen classifier; tracing and weights are its parts, sources are what builds one.
+    "classifier_tracing": set(),
+    "classifier_weights": set(),
+    "classifier": {"images", "classifier_tracing"},
+    "classifier_sources": {"classifier", "classifier_tracing", "classifier_weights", "networks"},
+    "classifier_check": {"classifier"},
+    "classifier_training": {"classifier", "classifier_tracing"},
+    # The answer and who gives it.
+    "explanation": {"classifier", "images"},
+    "explainer": {"explanation", "classifier"},
+    "methods": {"explainer", "explanation", "classifier", "networks", "losses"},
+    "data": {"images", "data"},
+    # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
+    # output, tally and evaluation_table of evaluation, checkpointing of callbacks, neutral_descent of baselines.
+    "metrics": {"explanation", "classifier", "images", "metrics"},
+    "callbacks": {"explanation", "classifier", "images"},
+    "checkpointing": {"callbacks"},
+    "csv_log": set(),
+    "manifest": {"metrics"},
+    "explanation_writer": {"explanation", "classifier", "images", "manifest"},
+    "report": {"manifest"},
+    "neutral_descent": {"explanation", "classifier", "metrics"},
+    "baselines": {"explanation", "classifier", "images", "neutral_descent"},
+    "tally": {"explanation", "classifier", "images", "metrics"},
+    "evaluation": {"explanation", "classifier", "images", "metrics", "tally"},
+    "evaluation_table": {"evaluation", "tally", "metrics"},
+    # The entry points may use everything but name no method: that is what configs are for.
+    "cli": {
+        "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
+        "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images", "manifest",
+        "report", "tally",
+    },
+}  # fmt: skip
+
+#: Library -> the only modules that may import it.
+OWNED = {
+    "wandb": {"callbacks"},
+    "captum": {"baselines"},
+    "lpips": {"losses"},
+    "jsonargparse": {"cli.configured_run", "cli.evaluate"},
+    "jinja2": {"report"},
+}
+#: Layers that know neither Lightning nor files.
+PLAIN = ("images", "losses", "networks", "metrics", "classifier_tracing", "explanation")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every imported module, absolute, with the imported name where that may be a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports within the package are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def covers(layer: str, module: str) -> bool:
+    return module == layer or module.startswith(f"{layer}.")
+
+
+def violations(module: str, source: str) -> list[str]:
+    layers = [layer for layer in ALLOWED if covers(layer, module)]
+    if not layers:
+        return [f"{module} is in no layer: add it to ALLOWED in tests/test_layers.py"]
+    allowed = ALLOWED[max(layers, key=len)]
+    found = []
+    for name in imports(source):
+        library, _, rest = name.partition(".")
+        if library == "cfe_lightning":
+            if not any(covers(layer, rest) for layer in allowed):
+                found.append(f"{module} imports {name}")
+        elif library in OWNED and module not in OWNED[library]:
+            found.append(f"{module} imports {library}, which belongs to {sorted(OWNED[library])}")
+        elif library == "lightning" and any(covers(layer, module) for layer in PLAIN):
+            found.append(f"{module} imports Lightning")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[name_of(path) for path in MODULES])
+def test_imports_follow_the_layers(path: Path) -> None:
+    module = name_of(path)
+    if path.name == "__init__.py" and module != "__init__":
+        assert not list(imports(path.read_text(encoding="utf-8"))), "only the package itself has public names"
+        return
+    assert not violations(module, path.read_text(encoding="utf-8"))
+
+
+def test_a_method_does_not_import_another() -> None:
+    parts = {"stylex": {"style_search"}, "diff_explainer": {"diffusion_autoencoder"}}
+    for path in (PACKAGE / "methods").glob("*.py"):
+        for name in imports(path.read_text(encoding="utf-8")):
+            other = name.removeprefix("cfe_lightning.methods.").partition(".")[0]
+            if name.startswith("cfe_lightning.methods."):
+                assert other in parts.get(path.stem, ()), f"{path.stem} imports {other}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("metrics.localisation", "from cfe_lightning.methods.dxai import Dxai"),
+        ("methods.new", "from cfe_lightning import data"),
+        ("callbacks", "def f():\n    import cfe_lightning.methods.dxai"),
+        ("networks.new", "import lightning.pytorch as pl"),
+        ("cli.train", "import wandb"),
+        ("cli.train", "from cfe_lightning.methods import dxai"),
+        ("utils", "import os"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+def test_the_table_names_no_file_that_is_gone() -> None:
+    for layer in ALLOWED:
+        path = PACKAGE / layer.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), layer
