@@ -20,24 +20,10 @@ from cfe_lightning.methods.dxai import (
     neutral_strength,
 )
 
-TINY = {
-    "num_branches": 3,
-    "branch_width": 2,
-    "min_resolution": 8,
-    "blocks_per_stage": 1,
-    "style_dim": 4,
-    "latent_dim": 4,
-    "mapping_width": 8,
-    "mapping_shared": 1,
-    "mapping_unshared": 1,
-    "critic_width": 4,
-    "critic_max_width": 8,
-}
-
 
 def tiny(num_classes=3, channels=3, **changes) -> Dxai:
     torch.manual_seed(0)
-    return Dxai(toy_classifier(num_classes, channels=channels), **{**TINY, **changes})
+    return Dxai(toy_classifier(num_classes, channels=channels), **{**DXAI, **changes})
 
 
 def trained_in_steps(model: Dxai, batches: int = 2) -> tuple[list[dict[str, float]], Dxai]:
@@ -383,5 +369,5 @@ def test_same_seed_gives_the_same_losses():
 
 
 def test_grey_images_of_an_odd_size():
-    model = Dxai(toy_classifier(2, image_size=28, channels=1), **TINY).eval()
+    model = Dxai(toy_classifier(2, image_size=28, channels=1), **DXAI).eval()
     assert model.explain(toy_images(2, 2, 28, 1)).counterfactual.shape == (2, 1, 28, 28)
