@@ -5,6 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from cases import DXAI
 from torch.nn import functional as F
 from toy import ToyData, toy_classifier, toy_images
 
