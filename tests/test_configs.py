@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
 from cfe_lightning.cli.configured_run import ConfiguredRun
@@ -32,16 +34,36 @@ def classifier_file(folder: Path, data: dict[str, Any]) -> Path:
     return folder / "classifier.pt"
 
 
+def data_files(root: Path) -> None:
+    """A few images where a config looks for its own: a folder of class folders, and CelebA's layout."""
+    picture = Image.new("RGB", (8, 8))
+    for split, label, patient in itertools.product(("train", "val", "test"), ("a", "b"), range(2)):
+        folder = root / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{split}{label}{patient}_0.png")
+    faces = root / "celeba" / "img_align_celeba"
+    faces.mkdir(parents=True)
+    for number in (1, 2, 3):
+        picture.save(faces / f"00000{number}.jpg")
+    attributes = "".join(f"00000{number}.jpg {sex}\n" for number, sex in ((1, 1), (2, -1), (3, 1)))
+    (root / "celeba" / "list_attr_celeba.txt").write_text(f"3\nMale\n{attributes}")
+    partition = "".join(f"00000{number}.jpg {number - 1}\n" for number in (1, 2, 3))
+    (root / "celeba" / "list_eval_partition.txt").write_text(partition)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_a_config_builds(path: Path, tmp_path: Path) -> None:
+def test_a_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     overrides = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    if "root" in content["data"]["init_args"]:
+        data_files(tmp_path / content["data"]["init_args"]["root"])
     classifier = content["model"]["init_args"].get("classifier")
     if classifier is not None:
         assert classifier["class_path"] == "cfe_lightning.classifier.load_classifier"
         file = classifier_file(tmp_path, content["data"]["init_args"])
         overrides += ["--model.classifier.init_args.path", str(file)]
-    run = ConfiguredRun([path], overrides, tmp_path / "run", None)
+    run = ConfiguredRun([path.resolve()], overrides, tmp_path / "run", None)
     assert isinstance(run.datamodule, ImageData)
     assert isinstance(run.trainer, Trainer)
     assert run.trainer.max_epochs

@@ -19,16 +19,17 @@ ALLOWED: dict[str, set[str]] = {
     "images": set(),
     "losses": set(),
     "networks": {"networks"},
-    # The frozen classifier; tracing and weights are its parts, sources are what builds one.
+    # The frozen classifier; class_paths, tracing and weights are its parts, sources are what builds one.
+    "class_paths": set(),
     "classifier_tracing": set(),
     "classifier_weights": set(),
-    "classifier": {"images", "classifier_tracing"},
-    "classifier_sources": {"classifier", "classifier_tracing", "classifier_weights", "networks"},
+    "classifier": {"images", "class_paths", "classifier_tracing"},
+    "classifier_sources": {"classifier", "class_paths", "classifier_tracing", "classifier_weights", "networks"},
     "classifier_check": {"classifier"},
     "classifier_training": {"classifier", "classifier_tracing"},
     # The answer and who gives it.
     "explanation": {"classifier", "images"},
-    "explainer": {"explanation", "classifier"},
+    "explainer": {"explanation", "classifier", "class_paths"},
     "methods": {"explainer", "explanation", "classifier", "networks", "losses"},
     "data": {"images", "data"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": {"explanation", "classifier", "images"},
     "checkpointing": {"callbacks"},
     "csv_log": set(),
+    "environment": set(),
     "manifest": {"metrics"},
     "explanation_writer": {"explanation", "classifier", "images", "manifest"},
     "report": {"manifest"},
@@ -48,8 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
         "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
-        "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images", "manifest",
-        "report", "tally",
+        "environment", "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images",
+        "manifest", "report", "tally",
     },
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ The classifier is exact by construction: class k is the image whose k-th vertica
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,26 @@ def toy_classifier(num_classes: int = 2, image_size: int = 16, channels: int = 3
 def toy_images(num_images: int = 4, num_classes: int = 2, image_size: int = 16, channels: int = 3) -> Tensor:
     """Validation images of ``ToyData``, [num_images, C, H, W] in [-1, 1]; image i is of class i % K."""
     return ToyDataset("val", num_images, image_size, channels, num_classes).images
+
+
+class Witness(pl.Callback):
+    """Every process writes what it trained on and what came out, for tests that compare processes."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.names: list[str] = []
+        self.draws: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Sample, *_: Any) -> None:
+        self.names += batch["name"]
+        self.draws.append(torch.get_rng_state().sum().item())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = {name: value.double().sum().item() for name, value in pl_module.named_parameters()}
+        seen = {"names": self.names, "draws": self.draws, "weights": weights}
+        seen["classifier"] = pl_module.classifier.fingerprint()  # type: ignore[union-attr, operator]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 def toy_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **arguments: Any) -> pl.Trainer:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from cfe_lightning.cli import run_folder
+from cfe_lightning.environment import check_torchvision
 
 NOT_FINITE = 1
 INTERRUPTED = 130
@@ -58,6 +59,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     configs, folder = run_folder.locate(options.config, options.run, options.output, options.resume)
     checkpoint = run_folder.find_checkpoint(options.resume, folder)
 
+    check_torchvision()
     from cfe_lightning.callbacks import NonFiniteLossError
     from cfe_lightning.checkpointing import TrainingStoppedError
     from cfe_lightning.cli.configured_run import ConfiguredRun, is_first_process
