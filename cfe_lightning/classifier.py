@@ -166,9 +166,9 @@ class FrozenClassifier(nn.Module):
 
     def require_gradient(self) -> None:
         """Raises a ValueError if no gradient reaches the image, as with a program exported without one."""
-        size = self.spec.image_size
-        image = torch.zeros(1, self.spec.channels, size, size, device=self.mean.device, requires_grad=True)
+        shape = (1, self.spec.channels, self.spec.image_size, self.spec.image_size)
         with torch.inference_mode(False), torch.enable_grad():
+            image = torch.zeros(shape, device=self.mean.device, requires_grad=True)
             reached = self(image).requires_grad
         if not reached:
             raise ValueError(

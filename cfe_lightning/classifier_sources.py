@@ -75,10 +75,12 @@ def torchvision_classifier(
             f"The weights {weights} of {name} know {len(categories)} classes, but class_names has {len(class_names)}: "
             "leave class_names out, or give the file of a network trained for your classes as weights."
         )
-    arguments = {"num_classes": len(class_names), **_own_arguments(name, image_size), **(init_args or {})}
     class_path = f"torchvision.models.{name}"
+    built_for = preset.crop_size[0] if named is not None else image_size
+    arguments = {"num_classes": len(class_names), **_own_arguments(name, built_for), **(init_args or {})}
     if named is not None:
-        network = models.get_model(name, weights=named, **arguments)
+        # Sets by itself what our arguments say when the network is built anew without the download.
+        network = models.get_model(name, weights=named, **(init_args or {}))
     else:
         network = resolve_class_path(class_path)(**arguments)
     if file is not None:

@@ -79,7 +79,8 @@ class ExportedNetwork(nn.Module):
 
     def _fill(self, program: bytes) -> None:
         loaded = _load(program)
-        loaded.requires_grad_(False)
+        for weight in loaded.parameters():
+            weight.requires_grad_(False)
         self._bytes = program
         self._program = [loaded]
         self.train(False)

@@ -1,0 +1,56 @@
+"""Which classes a checkpoint may name: a file that can name any callable can run anything."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torchvision import models
+
+#: Packages whose classes a checkpoint may name; others must be named by the user.
+ALLOWED_PACKAGES = ("cfe_lightning", "torchvision")
+#: The class that runs a stored TorchScript or torch.export program, and the word by which a user trusts it.
+EXPORTED_NETWORK = "cfe_lightning.networks.exported.ExportedNetwork"
+TRUST_EXPORTED = "exported_program"
+
+
+def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """Finds the class or builder that a file names, refusing anything outside the allowed packages.
+
+    Args:
+        class_path: For example ``cfe_lightning.methods.dxai.Dxai`` or ``torchvision.models.resnet18``.
+        trusted: Packages that the user vouches for besides cfe_lightning and torchvision; the word
+            ``exported_program`` vouches for a TorchScript or torch.export program.
+
+    Raises:
+        ValueError: If the package is not allowed, or the path names no module class and no torchvision builder.
+    """
+    package, _, _ = class_path.partition(".")
+    if package not in (*ALLOWED_PACKAGES, *trusted):
+        raise ValueError(
+            f"The file names {class_path!r}, which is not part of {' or '.join(ALLOWED_PACKAGES)}: if you trust the "
+            f"package {package!r}, pass trusted=[{package!r}] (on the command line --trusted {package})."
+        )
+    module_path, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
+    # Other functions of torchvision.models are no builders: one of them downloads and unpickles.
+    if module_path == "torchvision.models" and name in models.list_models():
+        return found
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{class_path!r} is neither an nn.Module class nor a torchvision.models builder.")
+    # A module of ours also holds what it has imported from others.
+    owner, _, _ = found.__module__.partition(".")
+    if package in ALLOWED_PACKAGES and owner not in (*ALLOWED_PACKAGES, *trusted):
+        raise ValueError(f"{class_path!r} is a class of {owner}, which was not to be expected there.")
+    if f"{found.__module__}.{found.__qualname__}" == EXPORTED_NETWORK and TRUST_EXPORTED not in trusted:
+        raise ValueError(
+            "The file holds a TorchScript or torch.export program, which can do anything on this machine when it is "
+            f"loaded: if you trust its author, pass trusted=[{TRUST_EXPORTED!r}] (on the command line --trusted "
+            f"{TRUST_EXPORTED})."
+        )
+    return found
