@@ -293,8 +293,8 @@ class Shapes(Dataset[Sample]):
             hue = _HUES[len(self.class_names)][label][1] + 30 * (first - 0.5)
             return scene.base + scene.body * self._colour(0.0, hue, (0.2 + 0.08 * second) * self.cue_size)
         angle = math.pi * (label / len(self.class_names) + (first - 0.5) / 12)
-        # Class 0 has upright stripes: brightness changes along x. A bright stripe crosses the body's centre whatever the
-        # direction, so the image tells where the stripes of another class would be.
+        # Class 0 has upright stripes: brightness changes along x. A bright stripe crosses the body's centre whatever
+        # the direction, so the image tells where the stripes of another class would be.
         phase = (scene.across * math.cos(angle) + scene.down * math.sin(angle)) * (2 * math.pi * (7 + 2 * second))
         return scene.base + scene.body * (torch.cos(phase) * (0.28 * self.cue_size))
 
