@@ -101,7 +101,7 @@ class TrainingStoppedError(RuntimeError):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` after every epoch, every ``every_n_batches`` and when the user presses Ctrl-C.
+    """Keeps ``last.ckpt`` after every epoch, every ``every_n_batches`` and when the user or a cluster stops the run.
 
     Lightning's ``ModelCheckpoint(save_last=True)`` writes only when the best has improved, and counts optimiser steps.
     A checkpoint is always taken between two batches, never inside one, so resuming repeats nothing.
@@ -139,7 +139,10 @@ class LastCheckpoint(Checkpoint):
         """Saves when it is time, or when any process was asked to stop."""
         step = iteration(trainer)
         self._stop_agreed = self._agree_to_stop(trainer, step)
-        self._due = self._stop_agreed or (self.every_n_batches is not None and step % self.every_n_batches == 0)
+        # Lightning ends a run that was sent SIGTERM after this batch; several processes do not learn of it together.
+        terminated = trainer.world_size == 1 and trainer.received_sigterm
+        scheduled = self.every_n_batches is not None and step % self.every_n_batches == 0
+        self._due = self._stop_agreed or terminated or scheduled
         if self._due:
             self._save(trainer)
 

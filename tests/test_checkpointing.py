@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from toy import ToyData, ToyExplainer, toy_classifier, toy_trainer
 
 from cfe_lightning import checkpointing
@@ -60,7 +60,12 @@ class KeepEvery(Checkpoint):
 
 
 def run(
-    folder: Path, *added: pl.Callback, resume: Path | None = None, workers: int = 0, **arguments: Any
+    folder: Path,
+    *added: pl.Callback,
+    resume: Path | None = None,
+    workers: int = 0,
+    keep: LastCheckpoint | None = None,
+    **arguments: Any,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Trains the toy method with two optimisers, averaged weights and augmentation; returns last.ckpt and events."""
     pl.seed_everything(0, verbose=False)
@@ -71,7 +76,7 @@ def run(
     events = Events()
     trainer = toy_trainer(
         folder,
-        [events, EMA(0.9), RandomState(), LastCheckpoint(every_n_batches=1), *added],
+        [events, EMA(0.9), RandomState(), keep or LastCheckpoint(every_n_batches=1), *added],
         plugins=[AtomicCheckpointIO()],
         max_epochs=2,
         **arguments,
@@ -126,14 +131,15 @@ def test_loader_processes_do_not_change_the_run(tmp_path: Path) -> None:
 class Press(pl.Callback):
     """Presses Ctrl-C during a batch."""
 
-    def __init__(self, batch: int, times: int = 1) -> None:
+    def __init__(self, batch: int, times: int = 1, key: signal.Signals = signal.SIGINT) -> None:
         self.batch = batch
         self.times = times
+        self.key = key
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if iteration(trainer) == self.batch:
             for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.key)
 
 
 @pytest.mark.parametrize("batch", [2, 3], ids=["mid-epoch", "last of the epoch"])
@@ -146,6 +152,28 @@ def test_ctrl_c_finishes_the_batch_saves_and_continues_bit_for_bit(tmp_path: Pat
     resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
     assert_same_end(expected, resumed)
     # Events before: the batches, and the validation of the epoch that the last one completes.
+    assert rest == events[batch + (batch == 3) :]
+
+
+def test_a_validation_after_the_last_batch_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best")
+    keep = LastCheckpoint()
+    trainer = toy_trainer(tmp_path, [Press(2), best, keep], val_check_interval=2, num_sanity_val_steps=0)
+    with pytest.raises(TrainingStoppedError):
+        trainer.fit(ToyExplainer(toy_classifier()), ToyData())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["callbacks"][best.state_key]["best_model_score"] == best.best_model_score
+    assert best.best_model_score is not None
+
+
+@pytest.mark.parametrize("batch", [2, 3], ids=["mid-epoch", "last of the epoch"])
+def test_a_terminated_run_continues_bit_for_bit(tmp_path: Path, batch: int) -> None:
+    expected, events = run(tmp_path / "straight")
+    keep = LastCheckpoint(dirpath=str(tmp_path / "stopped"))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", Press(batch, key=signal.SIGTERM), keep=keep)
+    resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
+    assert_same_end(expected, resumed)
     assert rest == events[batch + (batch == 3) :]
 
 

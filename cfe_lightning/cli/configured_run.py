@@ -72,8 +72,8 @@ class ConfiguredRun(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets our defaults."""
-        # Explainers may need gradients while they validate.
-        parser.set_defaults({"trainer.inference_mode": False, "trainer.logger": _WANDB})
+        # Explainers may need gradients while they validate; several devices enlarge the batch, so one asks for them.
+        parser.set_defaults({"trainer.inference_mode": False, "trainer.devices": 1, "trainer.logger": _WANDB})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments that are given as a list."""
@@ -109,19 +109,26 @@ class ConfiguredRun(LightningCLI):
         for kind in (RandomState, WandbRun, Throughput, NonFiniteGuard, LastCheckpoint):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
+        # It stores what the others know, so it comes after them.
+        callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
         loggers = given.logger if isinstance(given.logger, list) else [given.logger]
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(
-            callbacks=callbacks,
-            logger=[
+        ours: dict[str, Any] = {
+            "logger": [
                 *(logger for logger in loggers if logger and not isinstance(logger, bool)),
                 CsvLog(self.folder / "metrics.csv", resume=self.continues),
             ],
-            plugins=[plugin for plugin in plugins if plugin is not None],
-            default_root_dir=str(self.folder),
-        )
+            "plugins": [plugin for plugin in plugins if plugin is not None],
+            "default_root_dir": str(self.folder),
+        }
+        trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
+        if given.strategy == "auto" and trainer.world_size > 1:
+            # A GAN's two optimisers each leave the other's weights without a gradient, at which plain DDP stops.
+            ours["strategy"] = "ddp_find_unused_parameters_true"
+            trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
+        return trainer
 
     def check_classifier(self) -> None:
         """Measures the classifier on validation images before hours are spent on explaining it.

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cfe_lightning.cli import run_folder
 from cfe_lightning.environment import check_torchvision
@@ -53,13 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted before a checkpoint could be written\n")
+        return INTERRUPTED
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    check_torchvision()
+    if any(override.partition("=")[0].endswith(".help") for override in overrides):
+        from cfe_lightning.cli.configured_run import ConfiguredRun
+
+        ConfiguredRun([], overrides, Path(), None)  # prints what was asked for and ends the program
     configs, folder = run_folder.locate(options.config, options.run, options.output, options.resume)
     checkpoint = run_folder.find_checkpoint(options.resume, folder)
 
-    check_torchvision()
     from cfe_lightning.callbacks import NonFiniteLossError
     from cfe_lightning.checkpointing import TrainingStoppedError
     from cfe_lightning.cli.configured_run import ConfiguredRun, is_first_process

@@ -43,7 +43,6 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(CHECKOUT / "train.py"), "--config", "toy.yaml"),
         *("--trainer.accelerator", "cpu", "--trainer.devices", "2"),
-        *("--trainer.strategy", "ddp_find_unused_parameters_true"),
     ]
     paths = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests")])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PL_")}
