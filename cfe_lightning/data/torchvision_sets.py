@@ -188,7 +188,7 @@ def _find_class(name: str) -> type[VisionDataset]:
 
 def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[str, Any]) -> dict[Split, VisionDataset]:
     """The splits that the set has; one without splits is all training."""
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(kind)
     unknown = [option for option in options if option not in parameters]
     if unknown:
         raise ValueError(f"torchvision's {kind.__name__} takes no option {unknown[0]!r} but {', '.join(parameters)}.")
@@ -208,6 +208,17 @@ def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[s
     if "train" not in sources:
         raise ValueError(f"torchvision's {kind.__name__} has no training split: name one with options={{split: ...}}.")
     return sources
+
+
+def _parameters(kind: type[VisionDataset]) -> list[str]:
+    """The names a class can be called with, those that it hands on to its base class included (EMNIST to MNIST)."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        own = list(inspect.signature(base).parameters.values())
+        names += [parameter.name for parameter in own if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
+            break
+    return list(dict.fromkeys(names))
 
 
 class _NoSuchSplitError(ValueError):
