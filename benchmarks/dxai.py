@@ -64,6 +64,8 @@ SETS = {
         3,
     ),
 }
+#: Epochs of classifier and DXAI where the sets are small: about as many iterations as for the synthetic ones.
+EPOCHS = {"mnist": (30, 16), "tomatoes": (30, 14)}
 
 
 def run(*command: str) -> float:
@@ -89,8 +91,10 @@ def judge(name: str, options: argparse.Namespace) -> list[str]:
     output = options.output / name
     classifier = output / "classifier.pt"
     if not classifier.exists():
-        run("train.py", "--config", "classifier_synthetic.yaml", *data, "--output", str(output), "--overwrite",
-            "--model.output", str(classifier))  # fmt: skip
+        run(
+            *("train.py", "--config", "classifier_synthetic.yaml", *data, "--output", str(output), "--overwrite"),
+            *("--model.output", str(classifier), "--trainer.max_epochs", str(EPOCHS.get(name, (4, 3))[0])),
+        )
     checkpoints = []
     for objective in options.objectives:
         for seed in options.seeds:
@@ -103,7 +107,8 @@ def judge(name: str, options: argparse.Namespace) -> list[str]:
                 continue
             seconds = run(
                 *("train.py", "--config", "dxai_synthetic.yaml", *data, "--output", str(output), "--run", label),
-                *("--overwrite", "--seed_everything", str(seed), *OBJECTIVES[objective], *options.train),
+                *("--overwrite", "--seed_everything", str(seed), *OBJECTIVES[objective]),
+                *("--trainer.max_epochs", str(EPOCHS.get(name, (4, 3))[1]), *options.train),
                 *("--model.classifier.init_args.path", str(classifier)),
             )
             done.write_text(f"{seconds:.0f}\n")
