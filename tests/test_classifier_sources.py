@@ -6,9 +6,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 from torchvision import models
+from toy import ToyExplainer, ToyNetwork, save_checkpoint, toy_images
 
 from cfe_lightning.classifier import FrozenClassifier, load_classifier
 from cfe_lightning.classifier_sources import exported_classifier, torchvision_classifier, wrap_classifier
+from cfe_lightning.explainer import load_explainer
 
 TOY = {"class_path": "toy.ToyNetwork", "class_names": ["a", "b"], "image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
 EXPORT = {"class_names": ["a", "b"], "image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -16,8 +18,6 @@ EXPORT = {"class_names": ["a", "b"], "image_size": 16, "mean": [0.5] * 3, "std":
 
 @pytest.fixture
 def toy_weights(tmp_path):
-    from toy import ToyNetwork
-
     torch.manual_seed(1)
     network = ToyNetwork()
     nn.init.normal_(network.fc.weight)
@@ -274,6 +274,19 @@ def test_a_file_alone_rebuilds_the_program_where_it_is_trusted(exported, tmp_pat
     assert again.fingerprint() == classifier.fingerprint()
     copied = pickle.loads(pickle.dumps(classifier))
     assert torch.equal(copied(image), classifier(image))
+
+
+def test_an_explainer_checkpoint_alone_rebuilds_the_program(tmp_path):
+    script(small_network(), tmp_path / "program.pt")
+    explainer = ToyExplainer(exported_classifier(str(tmp_path / "program.pt"), **EXPORT))
+    path = save_checkpoint(explainer, tmp_path / "best.ckpt")
+    (tmp_path / "program.pt").unlink()
+    with pytest.raises(ValueError, match=r"--trusted exported_program"):
+        load_explainer(path, trusted=["toy"])
+    again = load_explainer(path, trusted=["toy", "exported_program"])
+    image = toy_images()
+    assert torch.equal(again.classifier(image), explainer.classifier(image))
+    assert again.classifier.fingerprint() == explainer.classifier.fingerprint()
 
 
 def test_a_state_dictionary_cannot_exchange_the_program(tmp_path):
