@@ -119,12 +119,11 @@ class LastCheckpoint(Checkpoint):
         self._stop = False
         self._stop_agreed = False
         self._due = False
-        self._previous_handler: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listens to Ctrl-C; Lightning has put its own signal handlers in place before."""
+        """Listens to Ctrl-C until training ends, when Lightning puts all signal handlers back as they were."""
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -154,19 +153,6 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves after every epoch."""
         self._save(trainer)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stops listening to Ctrl-C."""
-        self._restore_handler()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stops listening to Ctrl-C; Lightning tears callbacks down only after a normal end."""
-        self._restore_handler()
-
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")

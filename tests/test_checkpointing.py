@@ -144,8 +144,9 @@ class Press(pl.Callback):
 
 @pytest.mark.parametrize("batch", [2, 3], ids=["mid-epoch", "last of the epoch"])
 def test_ctrl_c_finishes_the_batch_saves_and_continues_bit_for_bit(tmp_path: Path, batch: int) -> None:
-    expected, events = run(tmp_path / "straight")
     handler = signal.getsignal(signal.SIGINT)
+    expected, events = run(tmp_path / "straight")
+    assert signal.getsignal(signal.SIGINT) is handler
     with pytest.raises(TrainingStoppedError, match=f"Training stopped after {batch} batches"):
         run(tmp_path / "stopped", Press(batch))
     assert signal.getsignal(signal.SIGINT) is handler

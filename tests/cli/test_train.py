@@ -326,7 +326,7 @@ def test_the_options_of_a_class_need_no_config(workplace: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as end:
         main(["--model.help", "toy.ToyExplainer"])
     assert end.value.code == 0
-    assert "--model.init_args.num_steps" in capsys.readouterr().out
+    assert "--model.num_steps" in capsys.readouterr().out
 
 
 def test_several_devices_find_the_strategy_that_two_optimisers_need(workplace: Path, tmp_path: Path) -> None:
