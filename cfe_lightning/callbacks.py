@@ -335,13 +335,13 @@ def wandb_must_be_offline() -> bool:
         return False
     import wandb
 
-    settings = wandb.setup().settings
+    host = str(wandb.setup().settings.base_url)
     reason = None
     try:
         if not wandb.login(prompt=False, verify=False):
             reason = "no API key is configured (WANDB_API_KEY or `wandb login`)"
-        elif not _reachable(str(settings.base_url)):
-            reason = f"{settings.base_url} cannot be reached"
+        elif not _reachable(host):
+            reason = f"{host} cannot be reached"
         else:
             wandb.login(prompt=False, verify=True)
     except wandb.Error as error:
@@ -349,8 +349,10 @@ def wandb_must_be_offline() -> bool:
     if reason is None:
         return False
     log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
-    # It would say the same again in more words.
-    settings.silent = True
+    # It would say the same again in more words; it reads the environment when it is set up anew.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.teardown()
+    wandb.setup()
     return True
 
 

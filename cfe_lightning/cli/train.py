@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options, overrides = parser().parse_known_args(arguments)
-    logging.basicConfig(format="%(message)s")
+    _speak()
     try:
         return _train(options, overrides)
     except (ValueError, OSError) as error:
@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted before a checkpoint could be written\n")
         return INTERRUPTED
+
+
+def _speak() -> None:
+    """Shows our own messages, and leaves the root logger alone: Lightning would then speak twice."""
+    logger = logging.getLogger("cfe_lightning")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
