@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,10 @@ class ExplanationWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the progress of the first process, which is about that of all."""
         if self.num_images is not None and trainer.is_global_zero:
-            self._progress = tqdm(total=self.num_images, desc="explaining", unit="image", dynamic_ncols=True)
+            pause = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per batch
+            self._progress = tqdm(
+                total=self.num_images, desc="explaining", unit="image", mininterval=pause, dynamic_ncols=True
+            )
 
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -119,6 +123,9 @@ class ExplanationWriter(BasePredictionWriter):
             if not finite[index]:
                 return row | {"status": "failed", "error": "The explanation holds values that are not finite."}
             folder = image_folder(names[index])
+            # What an interrupted run was just writing here.
+            for unfinished in (self.output.path / folder).glob(".*.part"):
+                unfinished.unlink()
             for file, picture in pictures.items():
                 images.save_image(picture[index], self.output.path / folder / file)
             row |= judged.row(index, classifier.class_names)

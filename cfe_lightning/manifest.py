@@ -178,8 +178,9 @@ class OutputFolder:
             if not os.listdir(directory):
                 os.rmdir(directory)
         written = [self.path / name for name in ("manifest.csv", "summary.json", "report.html")]
+        unfinished = [self.path / f".{name}.part" for name in _OURS]
         # The header goes last: without it the folder could no longer be recognised as ours.
-        for path in [*written, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
+        for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
             path.unlink(missing_ok=True)
 
     def _replace(self, path: Path, write: Callable[[TextIO], object]) -> None:

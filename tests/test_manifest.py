@@ -127,6 +127,7 @@ def test_overwriting_removes_what_runs_wrote_and_nothing_else(folder: OutputFold
     other.mkdir(parents=True)
     (other / "steps.png").write_bytes(b"x")
     (folder.path / "notes.md").write_text("mine")
+    (folder.path / ".manifest.csv.part").write_text("torn")
     folder.append(0, [row("a/x.png")])
     folder.merge()
     folder.write_table()

@@ -15,6 +15,7 @@ import hostile
 import pytest
 import torch
 import toy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from cfe_lightning import images
@@ -112,7 +113,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 ):
     kind = {"fixed": toy.FixedToyExplainer, "noisy": NoisyToy}[method]
     checkpoint = toy.save_checkpoint(kind(toy.toy_classifier(3)), tmp_path / "toy.ckpt")
-    (photos / "b" / "0.png").write_bytes(b"broken")
+    (photos / "a" / "1.png").write_bytes(b"broken")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(checkpoint, photos, whole) == explain.FAILED_ROWS
 
@@ -136,12 +137,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 
     monkeypatch.setattr(OutputFolder, "append", record)
     assert run(checkpoint, photos, out) == explain.FAILED_ROWS
-    assert explained == ["b/0.png", "b/1.png", "b/3.png", "b/5.png"]
+    assert explained == ["a/6.png", "b/1.png", "b/3.png", "b/5.png", "a/1.png"]
     assert content(out) == content(whole)
     # Once more: only the failure is tried again.
     explained.clear()
     assert run(checkpoint, photos, out) == explain.FAILED_ROWS
-    assert explained == ["b/0.png"]
+    assert explained == ["a/1.png"]
     assert content(out) == content(whole)
     # And again from scratch, with the same bytes.
     assert run(checkpoint, photos, out, "--overwrite") == explain.FAILED_ROWS
@@ -288,6 +289,20 @@ def test_a_full_disk_is_told_in_one_sentence_and_finished_work_is_kept(
     assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
     assert run(checkpoint, photos, tmp_path / "out") == 0
     assert len(table(tmp_path / "out")) == 7
+
+
+def test_other_processes_leave_the_folder_and_the_exit_code_to_the_first(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (photos / "a" / "1.png").write_bytes(b"broken")
+    assert run(checkpoint, photos, tmp_path / "out") == explain.FAILED_ROWS
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    # Lightning takes any other code for a crash and stops the first process in the middle of its report.
+    assert run(checkpoint, photos, tmp_path / "out", "--overwrite") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert capsys.readouterr().out == ""
 
 
 def explain_hostile_folder(checkpoint: Path, folder: Path, num_files: int) -> dict[str, str]:

@@ -61,7 +61,7 @@ def content(out: Path) -> dict[str, Any]:
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["seconds"]
-    pictures = [path for path in (out / "images").rglob("*.png") if path.is_file()]
+    pictures = [path for path in (out / "images").rglob("*") if path.is_file()]
     files = {str(path.relative_to(out)): path.read_bytes() for path in pictures}
     return {"rows": rows, **files}
 

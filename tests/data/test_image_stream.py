@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,3 +46,16 @@ def test_a_batch_without_a_readable_file_is_one_blank_image_without_a_name(folde
     batch = read_batch(["gone.png", "empty.png"], folder=folder, image_size=16, channels=3, target=1)
     assert list(batch["image"].shape) == [1, 3, 16, 16]
     assert (batch["name"], len(batch["failed"]), batch["target"].tolist()) == ([], 2, [1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_processes_share_the_first_ones_batches(folder: Path, world_size: int):
+    read: list[list[str]] = []
+    for rank in range(world_size):
+        given = BATCHES if rank == 0 else []
+        stream = ImageStream(folder=folder, batches=given, image_size=8, channels=3)
+        strategy = SimpleNamespace(broadcast=lambda _: BATCHES)
+        stream.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
+        stream.setup("predict")
+        read += [batch["name"] for batch in stream.predict_dataloader()]
+    assert sorted(read) == [["0.png", "1.png"], ["2.png"], ["3.png", "4.png"]]
