@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.losses import adversarial_loss, kl_between_logits, r1_penalty
-from cfe_lightning.methods.dxai import Blend, Dxai, alternative_class, blend, distance
+from cfe_lightning.methods.dxai import Dxai
+from cfe_lightning.methods.dxai_blending import Blend, alternative_class, blend, distance
 from cfe_lightning.networks.classifiers import SimpleCnn
 
 
