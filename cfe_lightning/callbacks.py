@@ -10,7 +10,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cfe_lightning import images
+from cfe_lightning.drawing import draw_samples
 from cfe_lightning.explanation import Explanation
 
 log = logging.getLogger(__name__)
@@ -150,63 +149,6 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.train(modes[0][1])
         for layer, mode in modes:
             layer.training = mode
-
-
-def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int = 96) -> Image.Image:
-    """Draws explanations as a labelled table, one row per image.
-
-    Args:
-        explanation: What to draw; columns are left out where it has none.
-        class_names: K names in logit order.
-        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
-    """
-    columns = _columns(explanation)
-    enlarge = max(1, -(-tile // explanation.image.shape[-1]))
-    enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]
-    padding = 2
-    table = images.to_pil(images.grid(enlarged, padding))
-    width = enlarged[0].shape[-1] + 2 * padding
-    height = enlarged[0].shape[-2] + 2 * padding
-    margin, header = 150, 18
-    picture = Image.new("RGB", (table.width + margin, table.height + header), "white")
-    picture.paste(table, (margin, header))
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=11)
-    for index, name in enumerate(columns):
-        draw.text((margin + index * width + 2, 2), name[: width // 6], fill="black", font=font)
-    for index, text in enumerate(_row_labels(explanation, class_names)):
-        draw.multiline_text((4, header + index * height + 4), text, fill="black", font=font)
-    return picture
-
-
-def _columns(explanation: Explanation) -> dict[str, Tensor]:
-    columns = {"image": explanation.image}
-    for name, part in explanation.parts.items():
-        # These two are differences by definition, often too faint to be seen as an image.
-        columns[name] = images.signed_difference(part) if name in ("distinct", "residual") else part
-    if explanation.counterfactual is not None:
-        columns["counterfactual"] = explanation.counterfactual
-    if explanation.steps is not None and explanation.strengths is not None:
-        for index in range(explanation.steps.shape[1]):
-            columns[f"step {float(explanation.strengths[0, index]):.2g}"] = explanation.steps[:, index]
-    columns["attribution"] = images.heat_map(explanation.attribution)
-    return columns
-
-
-def _row_labels(explanation: Explanation, class_names: Sequence[str]) -> list[str]:
-    before = explanation.logits.softmax(dim=1)
-    logits = explanation.counterfactual_logits
-    after = None if logits is None else logits.softmax(dim=1)
-    labels = []
-    for row, (predicted, target) in enumerate(
-        zip(explanation.predicted.tolist(), explanation.target.tolist(), strict=True)
-    ):
-        lines = [f"{class_names[predicted][:20]}", f"  {before[row, predicted]:.2f}", f"to {class_names[target][:20]}"]
-        change = f"  {before[row, target]:.2f}"
-        lines.append(change if after is None else f"{change} -> {after[row, target]:.2f}")
-        lines += [f"{name[:14]} {float(score[row]):.3g}" for name, score in list(explanation.scores.items())[:2]]
-        labels.append("\n".join(lines))
-    return labels
 
 
 class Throughput(pl.Callback):

@@ -34,9 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"explainer", "explanation", "classifier", "networks", "losses", "methods"},
     "data": {"images", "data"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
-    # output, tally and evaluation_table of evaluation, checkpointing of callbacks, neutral_descent of baselines.
+    # output, tally and evaluation_table of evaluation, drawing and checkpointing of callbacks, neutral_descent of
+    # baselines.
     "metrics": {"explanation", "classifier", "images", "metrics"},
-    "callbacks": {"explanation", "classifier", "images"},
+    "drawing": {"explanation", "images"},
+    "callbacks": {"explanation", "classifier", "images", "drawing"},
     "checkpointing": {"callbacks"},
     "csv_log": set(),
     "environment": set(),
