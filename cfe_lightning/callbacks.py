@@ -204,7 +204,7 @@ class NonFiniteGuard(pl.Callback):
 
     def __init__(self, every_n_batches: int = 50) -> None:
         self.every_n_batches = every_n_batches
-        self._first_bad: dict[str, Tensor] = {}
+        self._first_bad: dict[tuple[str, ...], Tensor] = {}
         self._saving = False
 
     def on_train_batch_end(
@@ -212,11 +212,12 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         """Notes this batch's terms, looks at what was noted when it is time."""
         step = iteration(trainer)
-        for name, value in trainer.callback_metrics.items():
-            if name.startswith("train/"):
-                never = torch.full_like(value, torch.inf, dtype=torch.float32)
-                now = torch.where(value.isfinite(), never, float(step))
-                self._first_bad[name] = torch.minimum(self._first_bad.get(name, never), now)
+        terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        if terms:
+            values = torch.stack([value.float() for value in terms.values()])
+            now = torch.where(values.isfinite(), torch.inf, float(step))
+            names = tuple(terms)
+            self._first_bad[names] = torch.minimum(self._first_bad.get(names, now), now)
         if step % self.every_n_batches == 0:
             self._look(trainer)
 
@@ -232,8 +233,12 @@ class NonFiniteGuard(pl.Callback):
         self._look(trainer)
 
     def _look(self, trainer: pl.Trainer) -> None:
-        steps = torch.stack(list(self._first_bad.values())).tolist() if self._first_bad else []
-        bad = [(step, name) for step, name in zip(steps, self._first_bad, strict=True) if step < float("inf")]
+        first = [
+            (step, name)
+            for names, steps in self._first_bad.items()
+            for step, name in zip(steps.tolist(), names, strict=True)
+        ]
+        bad = [(step, name) for step, name in first if step < float("inf")]
         if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return
         path = Path(trainer.default_root_dir) / "nonfinite.ckpt"
