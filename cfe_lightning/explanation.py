@@ -6,6 +6,7 @@ Shapes: B images, C channels, H, W pixels, K classes, T steps.
 from __future__ import annotations
 
 import base64
+import html
 import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +18,9 @@ from cfe_lightning import images
 
 if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
+
+#: Parts that are differences: 0 is no change.
+DIFFERENCES = frozenset({"distinct", "residual"})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,18 +99,48 @@ class Explanation:
         return decides_for(self.counterfactual_logits, self.target)
 
     def _repr_html_(self) -> str:
-        """Shows up to eight images of the batch with counterfactual, parts and attribution in a notebook."""
+        """Shows up to eight images of the batch with counterfactual, parts, attribution and decisions in a notebook."""
         shown = slice(0, 8)
         columns: dict[str, Tensor] = {"image": self.image[shown]}
         if self.counterfactual is not None:
             columns["counterfactual"] = self.counterfactual[shown]
-        columns |= {name: part[shown] for name, part in self.parts.items()}
-        columns["attribution"] = images.heat_map(self.attribution[shown])
-        buffer = io.BytesIO()
-        images.to_pil(images.grid(list(columns.values()))).save(buffer, format="PNG")
-        caption = "columns: " + ", ".join(columns)
-        payload = base64.b64encode(buffer.getvalue()).decode()
-        return f'<figure><img src="data:image/png;base64,{payload}"><figcaption>{caption}</figcaption></figure>'
+        for name, part in self.parts.items():
+            columns[name] = images.amplify(part[shown].float())[0] if name in DIFFERENCES else part[shown]
+        columns["attribution"] = images.heat_map(self.attribution[shown].float())
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("decision", *columns))
+        lines = [
+            f'<td style="white-space:nowrap">{self._decision(index)}</td>'
+            + "".join(_cell(name, batch[index]) for name, batch in columns.items())
+            for index in range(len(columns["image"]))
+        ]
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        rest = f"<caption>{len(lines)} of {len(self)} images</caption>" if len(self) > len(lines) else ""
+        return f"<table>{rest}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _decision(self, index: int) -> str:
+        """Predicted and target class of one image with their probabilities, classes as numbers."""
+        predicted, target = int(self.predicted[index]), int(self.target[index])
+        before = self.logits[index].float().softmax(dim=0)
+        text = f"class {predicted}: {before[predicted]:.1%}<br>class {target}: {before[target]:.1%}"
+        if self.counterfactual_logits is None or self.flipped is None:
+            return text
+        after = self.counterfactual_logits[index].float().softmax(dim=0)
+        outcome = "flipped" if self.flipped[index] else "not flipped"
+        return (
+            f"class {predicted}: {before[predicted]:.1%} &rarr; {after[predicted]:.1%}<br>"
+            f"class {target}: {before[target]:.1%} &rarr; {after[target]:.1%}<br>{outcome}"
+        )
+
+
+def _cell(name: str, image: Tensor) -> str:
+    """A table cell with one image [C, H, W], small ones enlarged."""
+    buffer = io.BytesIO()
+    images.to_pil(image).save(buffer, format="PNG")
+    payload = base64.b64encode(buffer.getvalue()).decode()
+    width = max(96, image.shape[-1])
+    style = "image-rendering:pixelated" if width > image.shape[-1] else ""
+    title = html.escape(name, quote=True)
+    return f'<td><img alt="{title}" width="{width}" style="{style}" src="data:image/png;base64,{payload}"></td>'
 
 
 class Explainer(Protocol):

@@ -20,13 +20,8 @@ from tqdm import tqdm
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explanation, decides_for
+from cfe_lightning.explanation import DIFFERENCES, Explanation, decides_for
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
-
-#: Parts that are differences: 0 is no change, drawn as mid grey, amplified so that the strongest pixel is in full.
-DIFFERENCES = frozenset({"distinct", "residual"})
-#: Weaker differences are amplified no further: it would be rounding errors that one sees.
-LARGEST_GAIN = 64.0
 
 Batch = dict[str, Any]
 
@@ -237,9 +232,7 @@ def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Te
         pictures["steps.png"] = torch.cat(explanation.steps.unbind(dim=1), dim=3)
     for name, part in explanation.parts.items():
         if name in DIFFERENCES:
-            peak = part.float().abs().amax(dim=(1, 2, 3))
-            gains[name] = (1 / peak.clamp_min(1 / LARGEST_GAIN)).clamp_min(1.0)
-            part = part * gains[name][:, None, None, None]
+            part, gains[name] = images.amplify(part.float())
         pictures[part_file(name)] = part
     return {file: picture.float().cpu() for file, picture in pictures.items()}, gains
 

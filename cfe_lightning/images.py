@@ -286,6 +286,21 @@ def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:
     return torch.cat([red, green, blue], dim=1) * 2 - 1
 
 
+def amplify(difference: Tensor, largest_gain: float = 64.0) -> tuple[Tensor, Tensor]:
+    """Scales differences [B, C, H, W], 0 is mid grey, so that the strongest value of each image is black or white.
+
+    Args:
+        difference: Images minus images.
+        largest_gain: Weaker differences are amplified no further: it would be rounding errors that one sees.
+
+    Returns:
+        The differences times their gains, and the gains, [B]; at least 1, so what is too strong is shown as it is.
+    """
+    peak = difference.abs().amax(dim=(1, 2, 3))
+    gain = (1 / peak.clamp_min(1 / largest_gain)).clamp_min(1.0)
+    return difference * gain[:, None, None, None], gain
+
+
 def heat_map(attribution: Tensor) -> Tensor:
     """Colours a non-negative map [B, 1, H, W], scaled per image, black-red-yellow-white, [B, 3, H, W] in [-1, 1]."""
     peak = attribution.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
