@@ -64,7 +64,7 @@
     node.append(...children);
     return node;
   }
-  const percent = (p) => (p === null ? "–" : p > 0.9995 && p < 1 ? ">99.9%" : (100 * p).toFixed(1) + "%");
+  const percent = (p) => (p === null ? "–" : p > 0.9995 && p < 1 ? ">99.9%" : p > 0 && p < 0.0005 ? "<0.1%" : (100 * p).toFixed(1) + "%");
   const count = (n) => n.toLocaleString("en");
   const significant = (x) => (x === 0 ? "0" : Number(x.toPrecision(3)).toString());
 
@@ -209,7 +209,7 @@
     const heading = el("h2", { className: "name", id: id + "-name" },
       el("span", { className: "folder" }, row.name.slice(0, cut)), row.name.slice(cut));
     const measures = [row.l1 === null ? null : "L1 " + significant(row.l1)];
-    for (const [name, value] of Object.entries(row.scores || {})) measures.push(name + " " + significant(value));
+    for (const [name, value] of Object.entries(row.scores || {})) measures.push(name.replaceAll("_", " ") + " " + significant(value));
     const pair = el("span", { className: "pair" }, el("span", { className: "key-predicted" }, row.predicted),
       ...(row.predicted === row.target ? [] : [" → ", el("span", { className: "key-target" }, row.target)]));
     const pictures = el("div", { className: "pictures" },

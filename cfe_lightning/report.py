@@ -87,9 +87,13 @@ def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:
     tiles.append(_measured("Gain of the target", summary["delta_p"], "{:+.3f}", "mean change of its probability"))
     tiles.append(_measured("Change L1", summary["l1"], "{:.4f}", "mean absolute change of a pixel, range 0 to 1"))
     seconds = summary["s_per_image"]
-    text = f"{seconds['median']:.3g} s" if "median" in seconds else "–"
+    text = _duration(seconds["median"]) if "median" in seconds else "–"
     tiles.append({"title": "Time per image", "value": text, "note": f"median, on {summary['device']}"})
     return tiles
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def _rate(title: str, rate: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _rate(title: str, rate: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": title,
         "value": f"{rate['value']:.1%}",
-        "note": f"{flipped:,} of {rate['n']:,}, 95% interval {100 * low:.1f}–{high:.1%}",
+        "note": f"{flipped:,} of {rate['n']:,} (95%: {100 * low:.1f}–{high:.1%})",
         "meter": {"low": 100 * low, "high": 100 * high, "value": 100 * rate["value"]},
     }
 

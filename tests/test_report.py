@@ -78,7 +78,7 @@ def test_the_page_holds_everything_itself(tmp_path: Path):
     assert "source" not in rows[0]
     assert "Method explanations, 2 images" in page
     assert "50.0%" in page
-    assert "1 of 2, 95% interval 9.5–90.5%" in page
+    assert "1 of 2 (95%: 9.5–90.5%)" in page
 
 
 def test_small_pictures_are_embedded_exactly_and_large_ones_step_by_step(tmp_path: Path):
