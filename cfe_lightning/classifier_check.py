@@ -86,7 +86,7 @@ def check_classifier(
     Raises:
         ValueError: If the check stops; one sentence says why and what to do.
     """
-    _compare_names(class_names, classifier.class_names)
+    check_class_names(class_names, classifier.class_names)
     counts = _confusion(classifier, _choose(batches, _NUM_IMAGES), len(class_names))
     accuracy, chance = _mean_recall(counts), 1 / len(class_names)
     order = _other_order(counts)
@@ -110,7 +110,8 @@ def check_classifier(
     return float(counts.diagonal().sum() / counts.sum())
 
 
-def _compare_names(of_data: Sequence[str], of_classifier: Sequence[str]) -> None:
+def check_class_names(of_data: Sequence[str], of_classifier: Sequence[str]) -> None:
+    """Raises a ValueError unless data and classifier have the same classes in the same order."""
     if tuple(of_data) == tuple(of_classifier):
         return
     if sorted(of_data) == sorted(of_classifier):

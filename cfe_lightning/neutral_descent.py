@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.metrics.faithfulness import STRENGTHS, kl_to_uniform
+from cfe_lightning.losses import kl_from_uniform
+from cfe_lightning.metrics.faithfulness import STRENGTHS
 
 
 class NeutralDescent:
@@ -40,7 +41,7 @@ class NeutralDescent:
             neutral = image.clone()
             for _ in range(self.num_steps):
                 neutral.requires_grad_(True)
-                divergence = kl_to_uniform(self.classifier(neutral))
+                divergence = kl_from_uniform(self.classifier(neutral))
                 moving = (divergence > self.tolerance)[:, None, None, None]
                 if not moving.any():
                     break

@@ -18,6 +18,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Decomposer, Explainer, Explanation, runner_up
+from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import faithfulness, localisation, reconstruction
 from cfe_lightning.metrics.catalogue import METRICS, MISSING, Need
@@ -179,7 +180,7 @@ class Tally:
 
     def _undecided(self, what: str, after: Tensor, before: Tensor, label: Tensor) -> dict[str, Tensor]:
         return {
-            f"kl_{what}": faithfulness.kl_to_uniform(after),
+            f"kl_{what}": kl_from_uniform(after),
             f"max_p_{what}": after.softmax(dim=1).amax(dim=1),
             f"accuracy_{what}": after.argmax(dim=1) == label,
             f"former_p_{what}": change.probability(after, before.argmax(dim=1)),

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ import cfe_lightning
 from cfe_lightning.baselines import BASELINES, CaptumExplainer, Method, build_baseline
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.explanation import Decomposer
-from cfe_lightning.metrics.faithfulness import kl_to_uniform
+from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.networks.classifiers import ResNet18, SimpleCnn
 from cfe_lightning.neutral_descent import NeutralDescent
 
@@ -53,6 +54,17 @@ class Linear(nn.Module):
         return torch.stack([-z, z], dim=1)
 
 
+class LinearThree(nn.Module):
+    """Three classes, the logit of each a dot product with its own image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(4)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.einsum("bchw,kchw->bk", image, self.weight)
+
+
 class Sigmoid(SimpleCnn):
     """One logit only."""
 
@@ -60,8 +72,8 @@ class Sigmoid(SimpleCnn):
         return super().forward(image)[:, :1]
 
 
-def linear() -> FrozenClassifier:
-    classifier = frozen(Linear())
+def linear(network: nn.Module, num_classes: int = 2) -> FrozenClassifier:
+    classifier = frozen(network, num_classes)
     # The normalisation is undone, so that the network's weight is the gradient in [-1, 1] units.
     classifier.mean.fill_(0.5)
     classifier.std.fill_(0.5)
@@ -122,15 +134,18 @@ def test_random_methods_follow_their_seed_and_leave_global_generators_alone(
     explainer: Decomposer = build_baseline(name, classifier)  # type: ignore[assignment]
     other: Decomposer = build_baseline(name, classifier, seed=1)  # type: ignore[assignment]
     torch.manual_seed(0)
-    expected = torch.rand(3)
+    np.random.seed(0)
+    expected, expected_by_numpy = torch.rand(3), np.random.rand()
     torch.manual_seed(0)
+    np.random.seed(0)
     assert not torch.allclose(explainer.distinct(image, source), other.distinct(image, source))
     assert torch.equal(torch.rand(3), expected)
+    assert np.random.rand() == expected_by_numpy
 
 
 @pytest.mark.parametrize("name", ["integrated_gradients", "gradient_shap"])
 def test_gradient_methods_are_exact_on_a_linear_classifier(name: str) -> None:
-    classifier = linear()
+    classifier = linear(Linear())
     weight = classifier.network.weight.detach()
     image = pictures()
     explainer: Decomposer = build_baseline(name, classifier)  # type: ignore[assignment]
@@ -142,12 +157,13 @@ def test_gradient_methods_are_exact_on_a_linear_classifier(name: str) -> None:
 
 
 def test_explain_looks_at_the_difference_of_predicted_and_target() -> None:
-    classifier = linear()
+    classifier = linear(LinearThree(), num_classes=3)
     weight = classifier.network.weight.detach()
     image = pictures()
-    explanation = build_baseline("integrated_gradients", classifier).explain(image)
-    direction = torch.where(explanation.predicted == 1, 1.0, -1.0).view(-1, 1, 1, 1)
-    relevance = direction * weight * image
+    target = (classifier(image).argmax(dim=1) + 2) % 3
+    explanation = build_baseline("integrated_gradients", classifier).explain(image, target)
+    assert torch.equal(explanation.target, target)
+    relevance = (weight[explanation.predicted] - weight[target]) * image
     scaled = relevance / relevance.abs().amax(dim=(1, 2, 3), keepdim=True)
     torch.testing.assert_close(explanation.parts["distinct"], scaled * image, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(explanation.attribution, scaled.abs().mean(1, keepdim=True), atol=1e-5, rtol=1e-4)
@@ -228,7 +244,7 @@ def test_what_cannot_be_explained_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"guided_grad_cam needs nn.ReLU layers.*\(SimpleCnn\) has none: use grad_cam"):
         build_baseline("guided_grad_cam", frozen(leaky))
     with pytest.raises(ValueError, match=r"\(Linear\) has no convolution that can be hooked"):
-        build_baseline("grad_cam", linear())
+        build_baseline("grad_cam", linear(Linear()))
 
 
 def test_unknown_names_are_refused(classifier: FrozenClassifier) -> None:
@@ -244,18 +260,29 @@ def test_unknown_names_are_refused(classifier: FrozenClassifier) -> None:
 def test_neutral_descent_ends_undecided_and_moves_little() -> None:
     classifier = toy_classifier()
     image = toy_images(4)
-    before = kl_to_uniform(classifier(image))
+    before = kl_from_uniform(classifier(image))
     # Its gradient is spread over all pixels, so it takes long steps.
     distinct = NeutralDescent(classifier, step_size=20.0).distinct(image, torch.zeros(4).long())
-    after = kl_to_uniform(classifier(image - distinct))
+    after = kl_from_uniform(classifier(image - distinct))
     assert float(before.min()) > 0.1
     assert float(after.max()) <= 1e-4
     assert float(distinct.abs().mean()) < 0.5
     # One step of the documented size.
     moved = NeutralDescent(classifier, num_steps=1, step_size=0.1).distinct(image, torch.zeros(4).long())
     probe = image.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(kl_to_uniform(classifier(probe)).sum(), probe)
+    (gradient,) = torch.autograd.grad(kl_from_uniform(classifier(probe)).sum(), probe)
     torch.testing.assert_close(moved, 0.1 * gradient, atol=1e-6, rtol=0)
+
+
+def test_neutral_images_stay_while_others_move() -> None:
+    classifier = linear(Linear())
+    image = pictures(2) * 0.02
+    weight = classifier.network.weight.detach()
+    # Without its component along the weight, the first image is undecided.
+    image[:1] -= weight * (weight * image[:1]).sum() / weight.square().sum()
+    distinct = NeutralDescent(classifier, num_steps=1, tolerance=1e-6).distinct(image, torch.zeros(2).long())
+    assert not distinct[0].any()
+    assert distinct[1].any()
 
 
 def test_works_inside_inference_mode(classifier: FrozenClassifier) -> None:

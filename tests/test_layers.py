@@ -45,9 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"metrics"},
     "explanation_writer": {"explanation", "classifier", "images", "manifest"},
     "report": {"manifest"},
-    "neutral_descent": {"explanation", "classifier", "metrics"},
+    "neutral_descent": {"explanation", "classifier", "losses", "metrics"},
     "baselines": {"explanation", "classifier", "images", "neutral_descent"},
-    "tally": {"explanation", "classifier", "images", "metrics"},
+    "tally": {"explanation", "classifier", "images", "losses", "metrics"},
     "evaluation": {"explanation", "classifier", "images", "metrics", "tally"},
     "evaluation_table": {"evaluation", "tally", "metrics"},
     # The entry points may use everything but name no method: that is what configs are for.

@@ -97,6 +97,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from cfe_lightning import evaluation, evaluation_table
     from cfe_lightning.classifier import load_classifier
+    from cfe_lightning.classifier_check import check_class_names
 
     wanted = _baseline_names(options.baselines)
     device = _device(options.device)
@@ -106,7 +107,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     data, section = _data(options.data, first)
     for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge):
         if classifier is not None:
-            _check_classes(data.class_names, classifier)
+            check_class_names(data.class_names, classifier.class_names)
     _check_images(data, checkpoints)
     baselines, rows = _baselines(wanted, checkpoints, options.seed)
     explainers: dict[str, Explainer] = {**checkpoints, **baselines}
@@ -224,14 +225,6 @@ def _instantiate(section: dict[str, Any], path: Path) -> ImageData:
         return reader.instantiate_classes(reader.parse_object({"data": section})).data
     except ArgumentError as error:
         raise ValueError(f"The data section of {path} cannot be used: {error}") from error
-
-
-def _check_classes(names: Sequence[str], classifier: FrozenClassifier) -> None:
-    if tuple(names) != classifier.class_names:
-        raise ValueError(
-            f"The data's classes are {', '.join(names)} but the classifier's are {', '.join(classifier.class_names)}: "
-            "the same names in the same order are needed, or every label would count for another class."
-        )
 
 
 def _check_images(data: ImageData, checkpoints: dict[str, ExplainerModule]) -> None:

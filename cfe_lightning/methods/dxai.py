@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, psnr, r1_penalty
+from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.methods.dxai_blending import (
     PRESETS,
     Blend,
@@ -235,7 +236,7 @@ class Dxai(ExplainerModule):
                 "residual": image - reconstruction,
             },
             scores={
-                "reconstruction_psnr": psnr(image, reconstruction),
+                "reconstruction_psnr": _psnr(image, reconstruction),
                 "confidence_without_distinct": undecided.gather(1, predicted[:, None]).squeeze(1),
                 "distinct_strength": share.view(-1).expand(len(image)),
             },
@@ -444,6 +445,12 @@ class Dxai(ExplainerModule):
         ]
         self.critic.requires_grad_(True)
         return [torch.optim.Adam(groups, **options), torch.optim.Adam(self.critic.parameters(), critic_rate, **options)]
+
+
+def _psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Per image in dB with a peak of 2, at most 100 (identical images), [B]."""
+    ratio = peak_signal_noise_ratio(reconstruction, image, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return torch.as_tensor(ratio).clamp_max(100.0)
 
 
 def _critic_as_classifier(

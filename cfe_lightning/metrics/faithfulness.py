@@ -112,11 +112,6 @@ def removal_logits(
     return path_logits(classify, lambda index: image * (ranks >= counts[index]), len(counts), max_batch)
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(uniform || p), [B, K] -> [B]; 0 where the classifier cannot tell the classes apart."""
-    return (-math.log(logits.shape[1]) - logits.log_softmax(dim=1).mean(dim=1)).clamp_min(0)
-
-
 def cut_points(num_pixels: int, steps: int) -> list[int]:
     """Pixels replaced after each block, from 0 to all; the last block may be shorter (7.1)."""
     block = max(1, num_pixels // steps)

@@ -66,5 +66,4 @@ def _centred(values: Tensor) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     lengths = a.norm(dim=1) * b.norm(dim=1)
-    # A constant map leaves only rounding behind, whose direction means nothing.
-    return torch.where(lengths > 1e-12, (a * b).sum(dim=1) / lengths, torch.nan).float()
+    return torch.where(lengths > 0, (a * b).sum(dim=1) / lengths, torch.nan).float()

@@ -133,6 +133,13 @@ def test_two_runs_keep_two_rows_and_baselines_follow_their_classifiers(
     assert list(table(out)) == ["toy_run/best", "toy_run/best (2)", "saliency"]
 
 
+def test_a_run_named_like_a_baseline_keeps_its_row(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    renamed = checkpoint.parent.rename(tmp_path / "runs/saliency") / "best.ckpt"
+    out = tmp_path / "out"
+    assert run("--checkpoint", renamed, "--data", config, "--output", out, "--baselines", "saliency") == 0
+    assert list(table(out)) == ["saliency", "saliency (baseline)"]
+
+
 def test_another_classifier_judges(checkpoint: Path, config: Path, tmp_path: Path) -> None:
     judge = toy_classifier()
     judge.network.fc.weight.data = judge.network.fc.weight.data.flip(0)
@@ -154,7 +161,7 @@ def test_another_classifier_judges(checkpoint: Path, config: Path, tmp_path: Pat
         (["--data", "{tmp}/broken.yaml"], "is not readable as YAML"),
         (
             ["--data", "{tmp}/three.yaml"],
-            "The data's classes are stripe 0, stripe 1, stripe 2 but the classifier's are",
+            "The data's classes are ['stripe 0', 'stripe 1', 'stripe 2'], the classifier's are",
         ),
         (
             ["--data", "{tmp}/large.yaml"],

@@ -270,6 +270,7 @@ def test_kl_from_uniform_has_its_closed_form():
     probabilities = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     expected = [0.0, 0.5 * torch.log(torch.tensor(0.5 / 0.9)) + 0.5 * torch.log(torch.tensor(0.5 / 0.1))]
     torch.testing.assert_close(kl_from_uniform(probabilities.log()), torch.tensor(expected), atol=1e-6, rtol=0)
+    assert kl_from_uniform(torch.zeros(1, 3) + 5).item() == 0
 
 
 def test_a_convinced_critic_costs_the_generator_less():

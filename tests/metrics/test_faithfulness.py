@@ -1,7 +1,5 @@
 """The check numbers of evaluation, section 7, and DXAI, sections 5.1, 5.2 and 8 (test 12)."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,13 +92,6 @@ def test_curves_do_not_depend_on_the_batch_size(max_batch: int) -> None:
     torch.testing.assert_close(chunked, together, atol=1e-5, rtol=0)
 
 
-def test_kl_to_uniform() -> None:
-    assert float(faithfulness.kl_to_uniform(torch.zeros(1, 3) + 5)) == 0.0
-    p = torch.tensor([[0.9, 0.1]])
-    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert float(faithfulness.kl_to_uniform(p.log())) == pytest.approx(expected)
-
-
 # --- pixel removal ---
 
 
@@ -167,6 +158,17 @@ def test_cout_with_a_short_last_block_and_as_published() -> None:
     # Every block 0.3 wide: areas .66 and .54.
     published, *_ = faithfulness.cout(stairs, image, other, ZERO, ONE, steps=3, protocol="published")
     assert float(published) == pytest.approx(0.66 - 0.54, abs=1e-5)
+
+
+def test_cout_orders_pixels_by_the_change_of_all_channels_together() -> None:
+    image = torch.full((1, 3, 1, 2), -1.0)
+    other = image.clone()
+    other[0, :, 0, 0] += 0.4
+    other[0, 0, 0, 1] += 2.0
+    # The second pixel changes most, though in one channel only: it alone is what the head looks at.
+    score, _, target = faithfulness.cout(lambda x: mean_head(x[:, :1, :, 1:]), image, other, ZERO, ONE, steps=2)
+    assert target[0].tolist() == pytest.approx([0, 1, 1], abs=1e-6)
+    assert float(score) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_cout_is_undefined_where_nothing_changed() -> None:
