@@ -40,7 +40,7 @@ class ConfiguredRun(LightningCLI):
         checkpoint_path: What is resumed, if anything.
 
     Raises:
-        ValueError: If config or overrides are wrong; one sentence.
+        ValueError: If config or overrides are wrong, or the checkpoint does not fit; one sentence.
     """
 
     def __init__(
@@ -130,6 +130,11 @@ class ConfiguredRun(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
         return trainer
 
+    def after_instantiate_classes(self) -> None:
+        """Refuses a checkpoint that does not fit before anything is written."""
+        if isinstance(self.model, ExplainerModule) and self.checkpoint:
+            check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
+
     def check_classifier(self) -> None:
         """Measures the classifier on validation images before hours are spent on explaining it.
 
@@ -146,14 +151,14 @@ class ConfiguredRun(LightningCLI):
         """Writes the config and trains; an explainer with nothing to train is saved at once.
 
         Raises:
-            ValueError: If the checkpoint to resume does not fit.
+            ValueError: If Lightning refuses the configuration.
         """
         explainer = self.model if isinstance(self.model, ExplainerModule) else None
-        if explainer and self.checkpoint:
-            check_checkpoint(explainer, self.checkpoint, str(self.checkpoint_path))
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(self.config_text, encoding="utf-8")
+            temporary = self.folder / ".config.yaml.part"
+            temporary.write_text(self.config_text, encoding="utf-8")
+            temporary.replace(self.folder / "config.yaml")
         try:
             if explainer and not any(parameter.requires_grad for parameter in explainer.parameters()):
                 self.trainer.strategy.connect(explainer)

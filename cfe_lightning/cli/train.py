@@ -90,7 +90,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             run_folder.clear_folder(folder)
         run.fit()
     except TrainingStoppedError as error:
-        sys.stderr.write(f"{error} Continue with: train.py --resume {folder / 'last.ckpt'}\n")
+        if is_first_process():
+            sys.stderr.write(f"{error} Continue with: train.py --resume {folder / 'last.ckpt'}\n")
         return INTERRUPTED
     except NonFiniteLossError as error:
         sys.stderr.write(f"error: {error}\n")
