@@ -318,6 +318,15 @@ class HeatMapOnly:
         )
 
 
+class Still(HeatMapOnly):
+    """Its counterfactual is the image."""
+
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        explanation = super().explain(image, target)
+        explanation.counterfactual, explanation.counterfactual_logits = image, explanation.logits
+        return explanation
+
+
 def test_what_is_missing_is_skipped_with_its_reason() -> None:
     row = only(evaluate({"heat": HeatMapOnly(toy_classifier())}, toy_batches(), curve_steps=2).rows)
     reasons = {key: measured.reason for key, measured in row.measurements.items() if measured.status == "skipped"}
@@ -377,6 +386,18 @@ def measured() -> Evaluation:
     result = evaluate(explainers, toy_batches(), curve_steps=2)
     result.rows.append(unavailable("lrp", "lrp has no rule for LeakyReLU"))
     return result
+
+
+def test_undefined_is_no_number_anywhere(tmp_path: Path) -> None:
+    result = evaluate({"still": Still(toy_classifier())}, toy_batches(), curve_steps=2)
+    row = only(result.rows)
+    assert (value(row, "l1"), value(row, "flip_rate")) == (0.0, 0.0)
+    for key in ("area90", "gini", "cout"):
+        assert row.measurements[key].status == "undefined"
+        assert row.measurements[key].reason == "not defined on any image"
+    evaluation_table.save(result, tmp_path, {})
+    for name in ("table.md", "table.csv", "per_image.csv", "metrics.json"):
+        assert "nan" not in (tmp_path / name).read_text().lower(), name
 
 
 def test_short_table_explains_its_columns(measured: Evaluation) -> None:

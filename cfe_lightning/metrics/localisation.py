@@ -65,5 +65,5 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    lengths = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(lengths > 0, (a * b).sum(dim=1) / lengths, torch.nan).float()
+    # A constant map has no direction: 0 / 0 is NaN, which is what undefined looks like here.
+    return ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))).float()
