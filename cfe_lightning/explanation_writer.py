@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     Args:
         output: Where to, prepared.
-        num_images: How many images this process expects, for the progress bar; None shows no bar.
+        num_images: How many images this process expects, for the progress bar; None or 0 shows no bar.
     """
 
     def __init__(self, output: OutputFolder, *, num_images: int | None = None) -> None:
@@ -47,7 +48,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the progress of the first process, which is about that of all."""
-        if self.num_images is not None and trainer.is_global_zero:
+        if self.num_images and trainer.is_global_zero:
             pause = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per batch
             self._progress = tqdm(
                 total=self.num_images, desc="explaining", unit="image", mininterval=pause, dynamic_ncols=True
@@ -82,6 +83,9 @@ class ExplanationWriter(BasePredictionWriter):
         self.output.append(trainer.global_rank, rows)
         if self._progress is not None:
             self._progress.update(len(rows))
+        # Lightning catches SIGTERM and asks for it while training only.
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Waits until every process has written its last row."""
@@ -246,7 +250,8 @@ def _keys(explanation: Explanation) -> dict[str, str]:
 def _finite(explanation: Explanation) -> Tensor:
     """Which images' explanations are numbers throughout, [B] bool."""
     given = [explanation.logits, explanation.attribution, explanation.counterfactual, explanation.steps]
-    given += [explanation.counterfactual_logits, *explanation.parts.values(), *explanation.scores.values()]
+    given += [explanation.counterfactual_logits, explanation.strengths]
+    given += [*explanation.parts.values(), *explanation.scores.values()]
     checks = [
         value.isfinite().flatten(1).all(dim=1) if value.ndim > 1 else value.isfinite()
         for value in given

@@ -149,6 +149,20 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert content(out) == content(whole)
 
 
+def test_the_system_can_end_a_run_after_the_batch_in_flight(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    append = OutputFolder.append
+
+    def is_told_to_end(self: OutputFolder, rank: int, rows: Any) -> None:
+        append(self, rank, rows)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(OutputFolder, "append", is_told_to_end)
+    assert run(checkpoint, photos, tmp_path / "out") == explain.INTERRUPTED
+    assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
+
+
 def test_results_do_not_depend_on_batches_or_loader_processes(checkpoint: Path, photos: Path, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(checkpoint, photos, first) == 0
