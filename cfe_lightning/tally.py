@@ -9,6 +9,7 @@ import logging
 import statistics as stdlib_statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -79,20 +80,24 @@ class Tally:
             return
         image, label = batch["image"], batch["label"]
         logits = self.judge(image)
+        target = _target(batch, self.explainer.classifier)
         started = _now(image.device)
-        explanation = self.explainer.explain(image, _target(batch, self.explainer.classifier(image)))
+        explanation = self.explainer.explain(image, target)
         self.seconds.append((_now(image.device) - started) / len(image))
-        broken = _broken(explanation)
-        if broken is not None:
-            culprit = batch["name"][broken[1]]
-            self.failure = f"gave a {broken[0]} that is not finite for image {culprit!r}"
+        answer = {"attribution": explanation.attribution, **explanation.parts}
+        if explanation.counterfactual is not None:
+            answer["counterfactual"] = explanation.counterfactual
+        if is_decomposer(self.explainer):
+            answer["distinct part of the label"] = self.explainer.distinct(image, label)
+        self.failure = _broken(answer, batch["name"])
+        if self.failure is not None:
             _log.warning("%s %s: it is left out of the table.", name, self.failure)
             return
         self._decision(explanation, logits, label, batch)
         self._attribution(explanation, logits, batch)
         self._rendering(explanation, logits, label)
         if is_decomposer(self.explainer):
-            self._decomposition(self.explainer, explanation, logits, batch)
+            self._decomposition(self.explainer, answer["distinct part of the label"], explanation, logits, batch)
 
     def _keep(self, **values: Tensor) -> None:
         for key, value in values.items():
@@ -187,12 +192,16 @@ class Tally:
         }
 
     def _decomposition(
-        self, explainer: Decomposer, explanation: Explanation, logits: Tensor, batch: dict[str, Any]
+        self,
+        explainer: Decomposer,
+        distinct: Tensor,
+        explanation: Explanation,
+        logits: Tensor,
+        batch: dict[str, Any],
     ) -> None:
         self.available.add("decomposition")
         image, label = batch["image"], batch["label"]
         predicted = explanation.predicted
-        distinct = explainer.distinct(image, label)
         along_label = faithfulness.sweep_logits(self.judge, image, distinct, max_batch=self.max_batch)
         # The two modes differ only where the classifier is wrong.
         distinct_predicted, along_predicted = distinct.clone(), along_label.clone()
@@ -321,22 +330,21 @@ def _true_target(label: Tensor, num_classes: int) -> Tensor:
     return (label + 1) % num_classes
 
 
-def _target(batch: dict[str, Any], logits: Tensor) -> Tensor | None:
+def _target(batch: dict[str, Any], classifier: FrozenClassifier) -> Tensor | None:
     """The class to ask for: that of the exact counterfactual where there is one and the classifier is right."""
     if "counterfactual" not in batch:
         return None
+    logits = classifier(batch["image"])
     wanted = _true_target(batch["label"], logits.shape[1])
     return torch.where(logits.argmax(dim=1) == batch["label"], wanted, runner_up(logits))
 
 
-def _broken(explanation: Explanation) -> tuple[str, int] | None:
-    """The first field that is not finite, and the position of its image in the batch."""
-    named = {"attribution": explanation.attribution, "counterfactual": explanation.counterfactual, **explanation.parts}
-    for name, value in named.items():
-        if value is not None:
-            finite = value.flatten(1).isfinite().all(dim=1)
-            if not finite.all():
-                return name, int((~finite).nonzero()[0])
+def _broken(answer: dict[str, Tensor], names: Sequence[str]) -> str | None:
+    """What is not finite, and for which image."""
+    for what, value in answer.items():
+        finite = value.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            return f"gave a {what} that is not finite for image {names[int((~finite).nonzero()[0])]!r}"
     return None
 
 

@@ -355,6 +355,24 @@ def test_a_broken_explainer_is_named_and_spares_the_others() -> None:
     assert value(fine, "flip_rate") == 1.0
 
 
+def test_a_broken_distinct_part_is_seen_too() -> None:
+    class Broken(FixedToyExplainer):
+        def distinct(self, image: Tensor, source: Tensor) -> Tensor:
+            return super().distinct(image, source) / (0 if self.asked_by_evaluation else 1)
+
+        asked_by_evaluation = True
+
+        def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+            self.asked_by_evaluation = False
+            explanation = super().explain(image, target)
+            self.asked_by_evaluation = True
+            return explanation
+
+    row = only(evaluate({"broken": Broken(toy_classifier())}, toy_batches(), curve_steps=0).rows)
+    expected = "gave a distinct part of the label that is not finite for image 'test/0000'"
+    assert row.measurements["dxai_auc_label"].reason == expected
+
+
 def test_nothing_to_evaluate_is_an_error() -> None:
     classifier = toy_classifier()
     with pytest.raises(ValueError, match="give at least one explainer"):
