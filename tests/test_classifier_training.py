@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -168,7 +167,6 @@ def test_a_resumed_run_remembers_the_best_epoch(tmp_path):
         assert torch.equal(written[name], value), name
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes without starting Python anew need fork")
 def test_two_processes_agree_on_one_file(tmp_path):
     output = tmp_path / "toy.pt"
     # Process 0 validates on images of class 0 and process 1 on images of class 1, and the first
@@ -177,7 +175,7 @@ def test_two_processes_agree_on_one_file(tmp_path):
     module = ClassifierTraining(output=str(output), **TOY)
     logger = CSVLogger(tmp_path, name="", version="log")
     callbacks = [Spoil(first=torch.zeros(2, 2)), Note(tmp_path)]
-    fit(module, data, tmp_path, callbacks, max_epochs=2, devices=2, strategy="ddp_fork", logger=logger)
+    fit(module, data, tmp_path, callbacks, max_epochs=2, devices=2, strategy="ddp_spawn", logger=logger)
     accuracy, loss = accuracy_of(load_classifier(str(output), trusted=["toy"]), data.dataset("val"))
     assert accuracy == 0.5
     for rank in (0, 1):
