@@ -109,8 +109,8 @@ class FrozenClassifier(nn.Module):
         self.network: nn.Module = getattr(network, "_orig_mod", network)
         self.spec = spec
         shape = (1, spec.channels, 1, 1)
-        self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
+        self.register_buffer("mean", torch.tensor(spec.mean, dtype=torch.float32).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std, dtype=torch.float32).view(shape), persistent=False)
         for field, name in (("head", spec.head), ("feature_map", spec.feature_map)):
             if name is not None:
                 self._layer(field, name)
@@ -227,7 +227,9 @@ class FrozenClassifier(nn.Module):
         # A copy, because a network may go on to change its activations in place.
         handle = layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
         try:
-            self.network(self.prepare(image))
+            # Code that was compiled before the hook was there would not call it.
+            with torch.compiler.set_stance("force_eager"):
+                self.network(self.prepare(image))
         finally:
             handle.remove()
         return seen[-1]

@@ -80,9 +80,9 @@ def torchvision_classifier(
     arguments = {"num_classes": len(class_names), **_own_arguments(name, built_for), **(init_args or {})}
     if named is not None:
         # Sets by itself what our arguments say when the network is built anew without the download.
-        network = models.get_model(name, weights=named, **(init_args or {}))
+        network = _build(class_path, {"weights": named, **(init_args or {})})
     else:
-        network = resolve_class_path(class_path)(**arguments)
+        network = _build(class_path, arguments)
     if file is not None:
         load_weights(network, file, without=_AUXILIARY.get(name, ()))
     elif named is None:
@@ -139,12 +139,8 @@ def wrap_classifier(
         ValueError: If the class cannot be found or built, the weights do not fit it, it returns no logits, or they do
             not fit the class names.
     """
-    kind = resolve_class_path(class_path, trusted=[class_path.partition(".")[0]])
     arguments = dict(init_args or {})
-    try:
-        network = kind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{class_path} cannot be built with init_args {arguments}: {error}.") from error
+    network = _build(class_path, arguments)
     load_weights(network, state_dict_path)
     return _freeze(
         network,
@@ -211,6 +207,15 @@ def exported_classifier(
     )
 
 
+def _build(class_path: str, arguments: dict[str, Any]) -> nn.Module:
+    """A network without weights of ours; the user has named its class."""
+    kind = resolve_class_path(class_path, trusted=[class_path.partition(".")[0]])
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{class_path} cannot be built with init_args {arguments}: {error}.") from error
+
+
 def _freeze(
     network: nn.Module,
     *,
@@ -255,8 +260,6 @@ def _freeze(
             f"{class_path} returns probabilities, but logits are needed: take the last softmax or sigmoid out of its "
             "forward."
         )
-    # First as asked, so that the name of a layer that does not exist is refused in one sentence.
-    FrozenClassifier(network, spec)
     layers = trace_layers(network, spec.channels, image_size, head=head, feature_map=feature_map)
     _log.info("%s: head %s, feature map %s.", class_path, layers.head, layers.feature_map)
     spec = replace(

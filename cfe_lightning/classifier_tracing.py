@@ -190,7 +190,9 @@ def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, An
                     lambda module, inputs, output, name=name: look(name, module, inputs, output)
                 )
                 hooks.callback(handle.remove)
-        return network(image)
+        # Code that was compiled before the hooks were there would not call them.
+        with torch.compiler.set_stance("force_eager"):
+            return network(image)
 
 
 @contextmanager

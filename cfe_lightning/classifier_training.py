@@ -118,8 +118,8 @@ class ClassifierTraining(pl.LightningModule):
                 f"{class_path} returns {shape} for two images, but there are {len(class_names)} classes: give it their "
                 f"number in init_args, for example num_classes: {len(class_names)}."
             )
-        self.mean = torch.tensor(spec.mean).view(1, -1, 1, 1)
-        self.std = torch.tensor(spec.std).view(1, -1, 1, 1)
+        self.mean = torch.tensor(spec.mean, dtype=torch.float32).view(1, -1, 1, 1)
+        self.std = torch.tensor(spec.std, dtype=torch.float32).view(1, -1, 1, 1)
         self.spec = spec
 
     def on_fit_start(self) -> None:

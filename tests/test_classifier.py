@@ -15,6 +15,7 @@ from cfe_lightning.classifier import (
     load_classifier,
     resolve_class_path,
 )
+from cfe_lightning.classifier_tracing import trace_layers
 from cfe_lightning.networks.classifiers import ResNet18, SimpleCnn
 
 
@@ -229,6 +230,17 @@ def test_compiling_changes_neither_answers_nor_names(tmp_path):
     logits, features = torch.compile(decide, backend="eager")(image)
     assert torch.allclose(logits, classifier(image))
     assert torch.allclose(features, classifier.features(image))
+
+
+def test_a_network_compiled_in_place_is_still_watched():
+    classifier = resnet()
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    features, feature_map = classifier.features(image), classifier.feature_map(image)
+    classifier.network.compile(backend="eager")
+    assert torch.allclose(classifier(image), classifier.head(features), atol=1e-6)
+    assert torch.equal(classifier.features(image), features)
+    assert torch.equal(classifier.feature_map(image), feature_map)
+    assert trace_layers(classifier.network, 3, 32).feature_map == "layer4"
 
 
 # --- the spec and its file -------------------------------------------------------------------------------------------

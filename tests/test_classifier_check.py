@@ -200,6 +200,15 @@ def test_a_swap_beside_a_weak_class_is_found():
         asked(labels, table, ("a", "b", "c"))
 
 
+def test_a_class_that_moves_only_in_part_is_not_called_swapped(caplog):
+    # The best order is 1, 0, 2, 3 with accuracy 0.86, but less than half of class 0 is answered 1.
+    labels = [label for label in range(4) for _ in range(20)]
+    table = [1] * 9 + [0] * 8 + [2] * 3 + [0] * 20 + [2] * 20 + [3] * 20
+    with caplog.at_level(logging.WARNING):
+        assert asked(labels, table, ("a", "b", "c", "d")) == pytest.approx(0.6)
+    assert "only 0.60 (chance 0.25)" in caplog.text
+
+
 def test_two_classes_at_chance_are_not_called_swapped():
     labels = [0] * 50 + [1] * 50
     table = [1] * 26 + [0] * 24 + [0] * 26 + [1] * 24

@@ -80,6 +80,16 @@ def test_torchvision_weights_by_name_rebuild_without_a_download(name, weights, t
     assert again.fingerprint() == classifier.fingerprint()
 
 
+def test_a_file_may_hold_the_heads_of_training(tmp_path):
+    trained = models.googlenet(weights=None, num_classes=2, init_weights=False, aux_logits=True).eval()
+    torch.save(trained.state_dict(), tmp_path / "mine.pth")
+    arguments = {"init_args": {"transform_input": False}, "image_size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
+    path = str(tmp_path / "mine.pth")
+    classifier = torchvision_classifier("googlenet", weights=path, class_names=["a", "b"], **arguments)
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.allclose(classifier(image), trained(image), atol=1e-5)
+
+
 def test_a_vision_transformer_is_built_for_the_size():
     classifier = torchvision_classifier("vit_b_32", class_names=["a", "b"], image_size=64)
     assert classifier(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
@@ -100,6 +110,11 @@ def test_a_vision_transformer_is_built_for_the_size():
             {"name": "resnet18", "weights": "DEFAULT", "class_names": ["a", "b"]},
             ValueError,
             "The weights DEFAULT of resnet18 know 1000 classes, but class_names has 2",
+        ),
+        (
+            {"name": "resnet18", "init_args": {"depth": 3}},
+            ValueError,
+            r"torchvision.models.resnet18 cannot be built with init_args \{'num_classes': 1000, 'depth': 3\}",
         ),
         (
             {"name": "resnet18", "class_names": ["a", "b"], "image_size": 32, "mean": [0.5], "std": [0.5]},
@@ -254,6 +269,8 @@ def test_an_exported_program_gives_logits_and_gradients_but_no_features(exported
     assert torch.allclose(found, wanted, atol=1e-5)
     classifier.require_gradient()
     assert list(classifier.parameters()) == []
+    classifier(image).sum().backward()
+    assert all(weight.grad is None for program in classifier.network._program for weight in program.parameters())
     message = r"\(ExportedNetwork\) has no feature map that this method could read.*only logits \(DXAI, StylEx and Ste"
     with pytest.raises(ValueError, match=message):
         classifier.feature_map(image)
@@ -310,6 +327,14 @@ def test_a_program_in_train_mode_is_refused(tmp_path):
     torch.jit.save(torch.jit.trace(network, torch.zeros(2, 3, 16, 16), check_trace=False), tmp_path / "train.pt")
     with pytest.raises(ValueError, match=r"exported in train mode: call network.eval\(\) and export it again"):
         exported_classifier(str(tmp_path / "train.pt"), **EXPORT)
+
+
+def test_a_script_in_train_mode_is_put_into_eval_mode(tmp_path):
+    network = small_network()
+    script(network.train(), tmp_path / "train.pt")
+    classifier = exported_classifier(str(tmp_path / "train.pt"), **EXPORT)
+    image = torch.rand(3, 3, 16, 16) * 2 - 1
+    assert torch.allclose(classifier(image), network.eval()(image * 2), atol=1e-5)
 
 
 def test_a_program_without_gradients_is_refused_by_who_needs_them(tmp_path):

@@ -111,6 +111,13 @@ def test_other_pooling_has_no_map():
     assert traced(Tiny("maximum"), channels=1, image_size=8) == ("fc", None, "none")
 
 
+def test_a_dead_network_claims_no_map():
+    network = Tiny("none")
+    nn.init.zeros_(network.body.weight)
+    nn.init.zeros_(network.body.bias)
+    assert traced(network, channels=1, image_size=8) == ("fc", None, "none")
+
+
 def test_a_map_of_one_cell_is_found_at_a_larger_size():
     assert traced(models.resnet18(weights=None, num_classes=2), image_size=32) == ("fc", "layer4", "none")
 
