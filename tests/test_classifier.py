@@ -15,7 +15,7 @@ from cfe_lightning.classifier import (
     load_classifier,
     resolve_class_path,
 )
-from cfe_lightning.classifier_tracing import trace_layers
+from cfe_lightning.classifier_tracing import probe_image, trace_layers
 from cfe_lightning.networks.classifiers import ResNet18, SimpleCnn
 
 
@@ -240,6 +240,8 @@ def test_a_network_compiled_in_place_is_still_watched():
     assert torch.allclose(classifier(image), classifier.head(features), atol=1e-6)
     assert torch.equal(classifier.features(image), features)
     assert torch.equal(classifier.feature_map(image), feature_map)
+    with torch.no_grad():
+        classifier.network(probe_image(classifier.network, 3, 32))
     assert trace_layers(classifier.network, 3, 32).feature_map == "layer4"
 
 
