@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.networks.resampled_convolution import convolve_and_pool
+
 
 class CriticBlock(nn.Module):
     """Residual block without norm that halves the resolution, [B, in, H, W] -> [B, out, H / 2, W / 2]."""
@@ -24,7 +26,7 @@ class CriticBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual plus shortcut, scaled to keep the variance."""
-        residual = F.avg_pool2d(self.conv1(F.leaky_relu(x, 0.2)), 2)
+        residual = convolve_and_pool(F.leaky_relu(x, 0.2), self.conv1)
         residual = self.conv2(F.leaky_relu(residual, 0.2))
         # A 1x1 convolution and average pooling commute: convolve the smaller map.
         return (residual + self.shortcut(F.avg_pool2d(x, 2))) * math.sqrt(0.5)

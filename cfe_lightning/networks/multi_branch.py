@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.networks.resampled_convolution import convolve_and_pool, upsample_and_convolve
+
 Norm = Literal["instance", "none"]
 
 
@@ -41,10 +43,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual plus shortcut, scaled to keep the variance."""
-        residual = self.conv1(F.leaky_relu(self.norm1(x), 0.2))
-        shortcut = self.shortcut(x)
+        residual = F.leaky_relu(self.norm1(x), 0.2)
         if self.down:
-            residual, shortcut = F.avg_pool2d(residual, 2), F.avg_pool2d(shortcut, 2)
+            # A 1x1 convolution and average pooling commute: convolve the smaller map.
+            residual, shortcut = convolve_and_pool(residual, self.conv1), self.shortcut(F.avg_pool2d(x, 2))
+        else:
+            residual, shortcut = self.conv1(residual), self.shortcut(x)
         residual = self.conv2(F.leaky_relu(self.norm2(residual), 0.2))
         return (residual + shortcut) * math.sqrt(0.5)
 
@@ -83,9 +87,10 @@ class StyledResidualBlock(nn.Module):
         # A 1x1 convolution and nearest-neighbour upsampling commute: convolve the smaller map.
         shortcut = self.shortcut(x)
         if self.up:
-            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
+            residual = upsample_and_convolve(residual, self.conv1)
             shortcut = F.interpolate(shortcut, scale_factor=2.0, mode="nearest")
-        residual = self.conv1(residual)
+        else:
+            residual = self.conv1(residual)
         residual = self.conv2(F.leaky_relu(self.norm2(residual, style), 0.2))
         return (residual + shortcut) * math.sqrt(0.5)
 
