@@ -82,6 +82,9 @@ class Dxai(ExplainerModule):
         counterfactual_weight: Weight of the class loss of ``image - distinct + distinct of the alternative``, which the
             critic then judges too. Only the alternative's distinct part learns from it; the published loss never
             trains that part on images of other classes.
+        residual_weight: Weight of KL(classifier(image - a distinct) || classifier(rendering - a distinct)) for a random
+            strength a: what the rendering misses must not matter to the classifier, least of all where it is
+            undecided. Makes the generated agnostic part as neutral as ``image - distinct``.
         r1_interval: Apply R1 in every n-th iteration, n times as strong.
         learning_rate: Adam step size of the generator.
         critic_learning_rate: Adam step size of the critic.
@@ -124,6 +127,7 @@ class Dxai(ExplainerModule):
         neutral_weight: float = 0.0,
         sparsity_weight: float = 0.0,
         counterfactual_weight: float = 0.0,
+        residual_weight: float = 0.0,
         r1_interval: int = 1,
         learning_rate: float = 1e-4,
         critic_learning_rate: float = 1e-4,
@@ -149,6 +153,7 @@ class Dxai(ExplainerModule):
         self.neutral_weight = neutral_weight
         self.sparsity_weight = sparsity_weight
         self.counterfactual_weight = counterfactual_weight
+        self.residual_weight = residual_weight
         self.objective = objective
         self.strength = strength
         self.r1_interval = r1_interval
@@ -380,6 +385,12 @@ class Dxai(ExplainerModule):
             terms["counterfactual"] = F.cross_entropy(self.classifier(rendered.counterfactual), alternative)
             total = total + self.counterfactual_weight * terms["counterfactual"]
             total = total + self.sparsity_weight * rendered.distinct_alternative.abs().mean()
+        if self.residual_weight:
+            removed = torch.rand(len(image), 1, 1, 1, device=image.device) * rendered.distinct.detach()
+            with torch.no_grad():
+                teacher = self.classifier(image - removed)
+            terms["residual"] = kl_between_logits(teacher, self.classifier(rendered.own - removed))
+            total = total + self.residual_weight * terms["residual"]
         if self.objective == "neutral" and self.neutral_weight:
             terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()
             total = total + self.neutral_weight * terms["neutral"]
