@@ -68,6 +68,7 @@ CASES = [
                 "neutral_weight": 1.0,
                 "sparsity_weight": 1.0,
                 "counterfactual_weight": 1.0,
+                "residual_weight": 1.0,
                 "r1_interval": 2,
             },
         ),

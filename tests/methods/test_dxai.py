@@ -1,6 +1,7 @@
 """Specification of DXAI, section 8, tests 2 and 5-16: blending, losses, separation of the steps, determinism."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -342,6 +343,22 @@ def test_neutral_objective_asks_for_no_decision():
     own, removed = model.classifier(rendered.own), model.classifier(rendered.alternative)
     expected = 0.5 * (F.cross_entropy(own, label) + kl_from_uniform(removed).mean())
     torch.testing.assert_close(model._generator_loss(image, label, other, rendered, orthogonality)["class"], expected)
+
+
+def test_what_the_rendering_misses_costs_only_as_far_as_the_classifier_sees_it():
+    model = tiny(residual_weight=1.0)
+    image, label, other = toy_images(3, 3), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
+    rendered, orthogonality = model._render(image, label, other)
+
+    def residual(rendering):
+        seen = replace(rendered, own=rendering)
+        return model._generator_loss(image, label, other, seen, orthogonality)["residual"]
+
+    rendering = (image + 0.3 * torch.randn_like(image)).requires_grad_(True)
+    assert residual(image).item() == pytest.approx(0, abs=1e-6)
+    assert residual(rendering).item() > 1e-4
+    (gradient,) = torch.autograd.grad(residual(rendering), rendering)
+    assert gradient.abs().max() > 0
 
 
 def test_lazy_r1_is_as_strong_on_average(monkeypatch):
