@@ -209,7 +209,8 @@ class Dxai(ExplainerModule):
         Returns:
             An explanation with parts ``agnostic`` (generated), ``distinct`` and ``residual``, which sum to the image,
             and ``reconstruction``; steps ``image - strength * distinct``; as counterfactual, the image with its
-            distinct part exchanged for the target's.
+            distinct part exchanged for the target's (both at the neutral strength if that is asked for and enough to
+            reach the target).
         """
         logits = self.classifier(image)
         predicted = logits.argmax(dim=1)
@@ -217,12 +218,19 @@ class Dxai(ExplainerModule):
         styles = self.mean_styles()
         maps = self.generator.encode(image)
         own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), image).chunk(2)
-        share = self._share(image, own[:, 0])
+        share = self._share(image, own)
         distinct = share * own[:, 0]
         reconstruction = own.sum(dim=1)
         agnostic = reconstruction - distinct
         removed = image - distinct
         counterfactual = (removed + share * other[:, 0]).clamp(-1, 1)
+        counterfactual_logits = self.classifier(counterfactual)
+        if self.strength == "neutral":
+            # Half a change may stop short of the target, where the whole one arrives.
+            arrived = counterfactual_logits.argmax(dim=1) == target
+            whole = (image - own[:, 0] + other[:, 0]).clamp(-1, 1)
+            counterfactual = torch.where(arrived.view(-1, 1, 1, 1), counterfactual, whole)
+            counterfactual_logits = self.classifier(counterfactual)
         strengths = image.new_tensor(SWEEP)
         steps = image[:, None] - strengths.view(1, -1, 1, 1, 1) * distinct[:, None]
         undecided = self.classifier(removed).softmax(dim=1)
@@ -232,7 +240,7 @@ class Dxai(ExplainerModule):
             target=target,
             attribution=distinct.abs().mean(dim=1, keepdim=True),
             counterfactual=counterfactual,
-            counterfactual_logits=self.classifier(counterfactual),
+            counterfactual_logits=counterfactual_logits,
             steps=steps,
             strengths=strengths.expand(len(image), -1),
             parts={
@@ -251,14 +259,15 @@ class Dxai(ExplainerModule):
     @torch.no_grad()
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
         """The distinct part of images [B, C, H, W] rendered as class ``source`` [B] (Definition 2)."""
-        distinct = self.generator(image, self.mean_styles()[source])[:, 0]
-        return self._share(image, distinct) * distinct
+        branches = self.generator(image, self.mean_styles()[source])
+        return self._share(image, branches) * branches[:, 0]
 
-    def _share(self, image: Tensor, distinct: Tensor) -> Tensor:
-        """The strength of the distinct part in an explanation, broadcastable to images."""
+    def _share(self, image: Tensor, branches: Tensor) -> Tensor:
+        """The strength of the distinct part in an explanation of images with these branches, [B or 1, 1, 1, 1]."""
         if self.strength == "full":
             return image.new_ones(1, 1, 1, 1)
-        return neutral_strength(self.classifier, image, distinct).view(-1, 1, 1, 1)
+        versions = torch.stack([image, branches.sum(dim=1)], dim=1)
+        return neutral_strength(self.classifier, versions, branches[:, 0]).view(-1, 1, 1, 1)
 
     def distinct_generator(self) -> MultiBranchGenerator:
         """The generator of the distinct part alone: about 1 / N of the cost when nothing else is wanted."""
@@ -386,10 +395,13 @@ class Dxai(ExplainerModule):
             total = total + self.counterfactual_weight * terms["counterfactual"]
             total = total + self.sparsity_weight * rendered.distinct_alternative.abs().mean()
         if self.residual_weight:
-            removed = torch.rand(len(image), 1, 1, 1, device=image.device) * rendered.distinct.detach()
+            # The agnostic part alone learns from it: the distinct part must not help to repair the rendering.
+            distinct = rendered.distinct.detach()
+            kept = torch.rand(len(image), 1, 1, 1, device=image.device) * distinct
             with torch.no_grad():
-                teacher = self.classifier(image - removed)
-            terms["residual"] = kl_between_logits(teacher, self.classifier(rendered.own - removed))
+                teacher = self.classifier(image - distinct + kept)
+            student = self.classifier(rendered.own - rendered.distinct + kept)
+            terms["residual"] = kl_between_logits(teacher, student)
             total = total + self.residual_weight * terms["residual"]
         if self.objective == "neutral" and self.neutral_weight:
             terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()

@@ -108,7 +108,15 @@ def test_neutral_strength_finds_where_a_known_classifier_is_undecided():
     other = image.flip(-1)
     expected = torch.tensor([0.25, 0.5, 1.25, 1.9])
     distinct = (image - other) / (2 * expected).view(4, 1, 1, 1)
-    torch.testing.assert_close(neutral_strength(classifier, image, distinct), expected, atol=4e-3, rtol=0)
+    torch.testing.assert_close(neutral_strength(classifier, image[:, None], distinct), expected, atol=4e-3, rtol=0)
+
+
+def test_neutral_strength_serves_both_pictures_of_an_image():
+    classifier, image = toy_classifier(2), toy_images(4, 2)
+    distinct = (image - image.flip(-1)) / 2  # the image itself is undecided at strength 1
+    versions = torch.stack([image, image - 0.4 * distinct], dim=1)  # and this one at 0.6
+    expected = torch.full((4,), 0.8)
+    torch.testing.assert_close(neutral_strength(classifier, versions, distinct), expected, atol=4e-3, rtol=0)
 
 
 def test_neutral_strength_leaves_no_decision_and_parts_that_sum_to_the_image():
@@ -120,9 +128,25 @@ def test_neutral_strength_leaves_no_decision_and_parts_that_sum_to_the_image():
     torch.testing.assert_close(parts["agnostic"] + parts["distinct"] + parts["residual"], image, atol=1e-5, rtol=0)
     full = tiny(num_classes=2).eval()
     full.load_state_dict(model.state_dict())
-    undecided = kl_from_uniform(model.classifier(image - parts["distinct"]))
-    assert (undecided <= kl_from_uniform(model.classifier(image - full.explain(image).parts["distinct"])) + 1e-6).all()
+
+    def indecision(parts):
+        return sum(kl_from_uniform(model.classifier(x)) for x in (image - parts["distinct"], parts["agnostic"]))
+
+    assert (indecision(parts) <= indecision(full.explain(image).parts) + 1e-6).all()
     torch.testing.assert_close(model.distinct(image, explanation.predicted), parts["distinct"], atol=1e-4, rtol=0)
+
+
+def test_a_counterfactual_that_stops_short_of_its_target_goes_the_whole_way(monkeypatch):
+    model, image = tiny(num_classes=2, strength="neutral").eval(), toy_images(4, 2)
+    distinct, other = image - image.flip(-1), (image.flip(-1) - image) * torch.tensor([1.0, 0, 1, 0]).view(4, 1, 1, 1)
+    empty = torch.zeros_like(image)
+    branches = torch.cat([torch.stack([x, empty, empty], dim=1) for x in (distinct, other)])
+    monkeypatch.setattr(model.generator, "decode", lambda *_: branches)
+    monkeypatch.setattr(model, "_share", lambda *_: torch.full((4, 1, 1, 1), 0.4))
+    explanation = model.explain(image)
+    assert explanation.flipped.all()
+    torch.testing.assert_close(explanation.counterfactual[0], (image - 0.4 * distinct + 0.4 * other)[0].clamp(-1, 1))
+    torch.testing.assert_close(explanation.counterfactual[1], image.flip(-1)[1])
 
 
 # Blending (specification, test 5)
