@@ -66,7 +66,7 @@ TOMATOES = '["tomato_cherry_maroon", "tomato_cherry_orange", "tomato_cherry_red"
 SETS = {
     "lesion": Task(data=["--data.cue", "lesion"]),
     "colour": Task(data=["--data.cue", "colour"]),
-    "texture": Task(data=["--data.cue", "texture"]),
+    "texture": Task(data=["--data.cue", "texture"], epochs=6),
     "mnist": Task(data=folder("mnist", '["3", "8"]', 32, 1), classifier_epochs=30, epochs=16),
     "tomatoes": Task(data=folder("fruits360_colour", TOMATOES, 64, 3), classifier_epochs=30, epochs=14),
 }

@@ -82,9 +82,6 @@ class Dxai(ExplainerModule):
         counterfactual_weight: Weight of the class loss of ``image - distinct + distinct of the alternative``, which the
             critic then judges too. Only the alternative's distinct part learns from it; the published loss never
             trains that part on images of other classes.
-        residual_weight: Weight of KL(classifier(image - a distinct) || classifier(rendering - a distinct)) for a random
-            strength a: what the rendering misses must not matter to the classifier, least of all where it is
-            undecided. Makes the generated agnostic part as neutral as ``image - distinct``.
         r1_interval: Apply R1 in every n-th iteration, n times as strong.
         learning_rate: Adam step size of the generator.
         critic_learning_rate: Adam step size of the critic.
@@ -127,7 +124,6 @@ class Dxai(ExplainerModule):
         neutral_weight: float = 0.0,
         sparsity_weight: float = 0.0,
         counterfactual_weight: float = 0.0,
-        residual_weight: float = 0.0,
         r1_interval: int = 1,
         learning_rate: float = 1e-4,
         critic_learning_rate: float = 1e-4,
@@ -153,7 +149,6 @@ class Dxai(ExplainerModule):
         self.neutral_weight = neutral_weight
         self.sparsity_weight = sparsity_weight
         self.counterfactual_weight = counterfactual_weight
-        self.residual_weight = residual_weight
         self.objective = objective
         self.strength = strength
         self.r1_interval = r1_interval
@@ -218,10 +213,11 @@ class Dxai(ExplainerModule):
         styles = self.mean_styles()
         maps = self.generator.encode(image)
         own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), image).chunk(2)
-        share = self._share(image, own)
-        distinct = share * own[:, 0]
         reconstruction = own.sum(dim=1)
-        agnostic = reconstruction - distinct
+        # Each is neutral at its own strength: what the rendering misses can be enough to move a steep classifier.
+        share = self._share(image, own[:, 0])
+        distinct = share * own[:, 0]
+        agnostic = reconstruction - self._share(reconstruction, own[:, 0]) * own[:, 0]
         removed = image - distinct
         counterfactual = (removed + share * other[:, 0]).clamp(-1, 1)
         counterfactual_logits = self.classifier(counterfactual)
@@ -247,7 +243,7 @@ class Dxai(ExplainerModule):
                 "reconstruction": reconstruction,
                 "agnostic": agnostic,
                 "distinct": distinct,
-                "residual": image - reconstruction,
+                "residual": image - agnostic - distinct,
             },
             scores={
                 "reconstruction_psnr": _psnr(image, reconstruction),
@@ -259,15 +255,14 @@ class Dxai(ExplainerModule):
     @torch.no_grad()
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
         """The distinct part of images [B, C, H, W] rendered as class ``source`` [B] (Definition 2)."""
-        branches = self.generator(image, self.mean_styles()[source])
-        return self._share(image, branches) * branches[:, 0]
+        distinct = self.generator(image, self.mean_styles()[source])[:, 0]
+        return self._share(image, distinct) * distinct
 
-    def _share(self, image: Tensor, branches: Tensor) -> Tensor:
-        """The strength of the distinct part in an explanation of images with these branches, [B or 1, 1, 1, 1]."""
+    def _share(self, image: Tensor, distinct: Tensor) -> Tensor:
+        """The strength of the distinct part that an explanation takes out of images, [B or 1, 1, 1, 1]."""
         if self.strength == "full":
             return image.new_ones(1, 1, 1, 1)
-        versions = torch.stack([image, branches.sum(dim=1)], dim=1)
-        return neutral_strength(self.classifier, versions, branches[:, 0]).view(-1, 1, 1, 1)
+        return neutral_strength(self.classifier, image, distinct).view(-1, 1, 1, 1)
 
     def distinct_generator(self) -> MultiBranchGenerator:
         """The generator of the distinct part alone: about 1 / N of the cost when nothing else is wanted."""
@@ -394,15 +389,6 @@ class Dxai(ExplainerModule):
             terms["counterfactual"] = F.cross_entropy(self.classifier(rendered.counterfactual), alternative)
             total = total + self.counterfactual_weight * terms["counterfactual"]
             total = total + self.sparsity_weight * rendered.distinct_alternative.abs().mean()
-        if self.residual_weight:
-            # The agnostic part alone learns from it: the distinct part must not help to repair the rendering.
-            distinct = rendered.distinct.detach()
-            kept = torch.rand(len(image), 1, 1, 1, device=image.device) * distinct
-            with torch.no_grad():
-                teacher = self.classifier(image - distinct + kept)
-            student = self.classifier(rendered.own - rendered.distinct + kept)
-            terms["residual"] = kl_between_logits(teacher, student)
-            total = total + self.residual_weight * terms["residual"]
         if self.objective == "neutral" and self.neutral_weight:
             terms["neutral"] = kl_from_uniform(self.classifier(image - rendered.distinct)).mean()
             total = total + self.neutral_weight * terms["neutral"]

@@ -128,25 +128,25 @@ def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
 
 
 @torch.no_grad()
-def neutral_strength(classifier: FrozenClassifier, versions: Tensor, distinct: Tensor) -> Tensor:
+def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tensor) -> Tensor:
     """The share of the distinct part to remove until the classifier is as undecided as it gets on that path.
 
-    Minimises the sum over versions of KL(uniform || classifier(version - strength * distinct)) over strengths from 0 to
-    2: a grid of 0.1, refined twice around its best point to 0.004. All strengths are judged in one batch.
+    Minimises KL(uniform || classifier(image - strength * distinct)) over strengths from 0 to 2: a grid of 0.1, refined
+    twice around its best point to 0.004. All strengths of an image are judged in one batch.
 
     Args:
         classifier: The judge.
-        versions: V pictures of each image, such as itself and its reconstruction, [B, V, C, H, W] in [-1, 1].
+        image: [B, C, H, W] in [-1, 1].
         distinct: Distinct parts at strength 1, [B, C, H, W].
 
     Returns:
         Strengths, [B].
     """
-    strength = distinct.new_full((len(distinct),), 1.0)
+    strength = image.new_full((len(image),), 1.0)
     for reach, num_points in ((1.0, 21), (0.1, 11), (0.02, 11)):
-        offsets = torch.linspace(-reach, reach, num_points, device=distinct.device, dtype=distinct.dtype)
+        offsets = torch.linspace(-reach, reach, num_points, device=image.device, dtype=image.dtype)
         candidates = (strength[:, None] + offsets).clamp(0, 2)
-        removed = versions[:, None] - (candidates[:, :, None, None, None] * distinct[:, None])[:, :, None]
-        undecided = kl_from_uniform(classifier(removed.flatten(0, 2))).view(*removed.shape[:3]).sum(dim=2)
+        removed = image[:, None] - candidates[:, :, None, None, None] * distinct[:, None]
+        undecided = kl_from_uniform(classifier(removed.flatten(0, 1))).view(len(image), num_points)
         strength = candidates.gather(1, undecided.argmin(dim=1, keepdim=True)).squeeze(1)
     return strength

@@ -68,7 +68,6 @@ CASES = [
                 "neutral_weight": 1.0,
                 "sparsity_weight": 1.0,
                 "counterfactual_weight": 1.0,
-                "residual_weight": 1.0,
                 "r1_interval": 2,
             },
         ),

@@ -1,7 +1,6 @@
 """Specification of DXAI, section 8, tests 2 and 5-16: blending, losses, separation of the steps, determinism."""
 
 import copy
-from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -108,15 +107,7 @@ def test_neutral_strength_finds_where_a_known_classifier_is_undecided():
     other = image.flip(-1)
     expected = torch.tensor([0.25, 0.5, 1.25, 1.9])
     distinct = (image - other) / (2 * expected).view(4, 1, 1, 1)
-    torch.testing.assert_close(neutral_strength(classifier, image[:, None], distinct), expected, atol=4e-3, rtol=0)
-
-
-def test_neutral_strength_serves_both_pictures_of_an_image():
-    classifier, image = toy_classifier(2), toy_images(4, 2)
-    distinct = (image - image.flip(-1)) / 2  # the image itself is undecided at strength 1
-    versions = torch.stack([image, image - 0.4 * distinct], dim=1)  # and this one at 0.6
-    expected = torch.full((4,), 0.8)
-    torch.testing.assert_close(neutral_strength(classifier, versions, distinct), expected, atol=4e-3, rtol=0)
+    torch.testing.assert_close(neutral_strength(classifier, image, distinct), expected, atol=4e-3, rtol=0)
 
 
 def test_neutral_strength_leaves_no_decision_and_parts_that_sum_to_the_image():
@@ -128,11 +119,14 @@ def test_neutral_strength_leaves_no_decision_and_parts_that_sum_to_the_image():
     torch.testing.assert_close(parts["agnostic"] + parts["distinct"] + parts["residual"], image, atol=1e-5, rtol=0)
     full = tiny(num_classes=2).eval()
     full.load_state_dict(model.state_dict())
-
-    def indecision(parts):
-        return sum(kl_from_uniform(model.classifier(x)) for x in (image - parts["distinct"], parts["agnostic"]))
-
-    assert (indecision(parts) <= indecision(full.explain(image).parts) + 1e-6).all()
+    whole = full.explain(image).parts
+    for neutral, removed in (
+        (image - parts["distinct"], image - whole["distinct"]),
+        (parts["agnostic"], whole["agnostic"]),
+    ):
+        undecided = kl_from_uniform(model.classifier(neutral))
+        assert (undecided <= kl_from_uniform(model.classifier(removed)) + 1e-6).all()
+        assert undecided.mean() < kl_from_uniform(model.classifier(removed)).mean()
     torch.testing.assert_close(model.distinct(image, explanation.predicted), parts["distinct"], atol=1e-4, rtol=0)
 
 
@@ -367,22 +361,6 @@ def test_neutral_objective_asks_for_no_decision():
     own, removed = model.classifier(rendered.own), model.classifier(rendered.alternative)
     expected = 0.5 * (F.cross_entropy(own, label) + kl_from_uniform(removed).mean())
     torch.testing.assert_close(model._generator_loss(image, label, other, rendered, orthogonality)["class"], expected)
-
-
-def test_what_the_rendering_misses_costs_only_as_far_as_the_classifier_sees_it():
-    model = tiny(residual_weight=1.0)
-    image, label, other = toy_images(3, 3), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
-    rendered, orthogonality = model._render(image, label, other)
-
-    def residual(rendering):
-        seen = replace(rendered, own=rendering)
-        return model._generator_loss(image, label, other, seen, orthogonality)["residual"]
-
-    rendering = (image + 0.3 * torch.randn_like(image)).requires_grad_(True)
-    assert residual(image).item() == pytest.approx(0, abs=1e-6)
-    assert residual(rendering).item() > 1e-4
-    (gradient,) = torch.autograd.grad(residual(rendering), rendering)
-    assert gradient.abs().max() > 0
 
 
 def test_lazy_r1_is_as_strong_on_average(monkeypatch):
