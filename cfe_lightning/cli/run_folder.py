@@ -33,7 +33,7 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
         configs = find_configs(names)
         return configs, runs / (run or _run_name(configs[0]))
     if resume != LAST:
-        left = Path(resume).parent
+        left = _named(resume).parent
     elif run is not None:
         left = runs / run
     else:
@@ -81,12 +81,18 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """
     if resume is None:
         return None
-    path = folder / "last.ckpt" if resume == LAST else Path(resume)
+    path = folder / "last.ckpt" if resume == LAST else _named(resume)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no {path} to resume: leave out --resume to start the run from the beginning."
         )
     return path
+
+
+def _named(resume: str) -> Path:
+    """A checkpoint as the user named it; the folder of a run means the last one in it."""
+    path = Path(resume)
+    return path / "last.ckpt" if path.is_dir() else path
 
 
 def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         nargs="?",
         const=run_folder.LAST,
-        help="continue the run from its last.ckpt, or from the named checkpoint",
+        help="continue the run from its last.ckpt, or from the named checkpoint or run folder",
     )
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name")
     parser.add_argument(
