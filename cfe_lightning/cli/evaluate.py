@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import count, positive
+from cfe_lightning.cli.arguments import check_writable, count, positive
+from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="a training config, of which the data section is read, or a folder with one folder of images per class",
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder for the results (default: evaluated/ beside the checkpoint)"
+    )
     parser.add_argument("--split", choices=("train", "val", "test", "all"), default="test", help="(default: test)")
     parser.add_argument("--baselines", metavar="NAMES", default="", help="comma-separated (default: none)")
     parser.add_argument(
@@ -92,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    _check_output(options.output)
+    check_torchvision()
+    folder = options.output or options.checkpoint[0].parent / "evaluated"
+    _check_output(folder)
     import torch
 
     from cfe_lightning import evaluation, evaluation_table
@@ -125,8 +130,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
         ) from error
     result.rows += rows
-    evaluation_table.save(result, options.output, _settings(options, checkpoints, judge, section))
-    sys.stdout.write(f"{evaluation_table.short_table(result)}\nwritten to {options.output}\n")
+    evaluation_table.save(result, folder, _settings(options, checkpoints, judge, section))
+    sys.stdout.write(f"{evaluation_table.short_table(result)}\nwritten to {folder}\n")
     return 0
 
 
@@ -310,5 +315,7 @@ def _device(asked: str) -> torch.device:
 
 
 def _check_output(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--output {folder} is a file: give a folder.")
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file is not None:
+        raise NotADirectoryError(f"--output {folder} cannot be a folder, {file} is a file: give a folder.")
+    check_writable(folder)

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfe_lightning.cli.arguments import count, positive
+from cfe_lightning.cli.arguments import check_writable, count, positive
+from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    check_torchvision()
     _check_folders(options.input, options.output)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -244,6 +246,7 @@ def _check_folders(source: Path, output: Path) -> None:
             f"The input {source} and the output {output} lie within one another, so results would be read as images: "
             "give an --output elsewhere."
         )
+    check_writable(output)
 
 
 def _target(name: str | None, class_names: Sequence[str]) -> int | None:

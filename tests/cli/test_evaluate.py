@@ -86,6 +86,14 @@ def test_config_and_baselines(
     assert content["n_images"] == 10
 
 
+def test_results_lie_beside_the_checkpoint_unless_asked_otherwise(
+    checkpoint: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--checkpoint", checkpoint, "--data", config) == 0
+    assert sorted(path.name for path in (checkpoint.parent / "evaluated").iterdir()) == FILES
+    assert f"written to {checkpoint.parent / 'evaluated'}" in capsys.readouterr().out
+
+
 def test_same_command_gives_the_same_files(checkpoint: Path, config: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / name, "--baselines", "random")
@@ -171,6 +179,7 @@ def test_another_classifier_judges(checkpoint: Path, config: Path, tmp_path: Pat
         (["--checkpoint", "{tmp}/toy.yaml"], "cannot be read as a checkpoint"),
         (["--classifier", "{tmp}/none.pt"], "There is no classifier file"),
         (["--output", "{tmp}/toy.yaml"], "is a file: give a folder"),
+        (["--output", "{tmp}/toy.yaml/out"], "toy.yaml is a file: give a folder"),
         (["--data", "{tmp}/runs"], "has no class folders with images"),
     ],
 )
@@ -238,4 +247,4 @@ def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.Capt
         for alias in node.names
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy == {"cfe_lightning.cli.arguments"}
+    assert heavy == {"cfe_lightning.cli.arguments", "cfe_lightning.environment"}
