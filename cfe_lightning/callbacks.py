@@ -276,9 +276,9 @@ class WandbRun(pl.Callback):
 def wandb_must_be_offline() -> bool:
     """Whether W&B could only ask for a key or wait for a network, which is said in one line.
 
-    A ``WANDB_MODE`` of the user is respected.
+    A ``WANDB_MODE`` of the user is respected, but ``online`` is W&B's default anyway and helps no run without a key.
     """
-    if "WANDB_MODE" in os.environ:
+    if os.environ.get("WANDB_MODE", "online") != "online":
         return False
     import wandb
 

@@ -249,6 +249,7 @@ def test_the_guard_looks_in_between_and_at_the_end(tmp_path: Path) -> None:
         fit(tmp_path, NonFiniteGuard(every_n_batches=3), build=lambda: Breaks(toy_classifier(), iteration=4))
 
 
+@pytest.mark.parametrize("mode", [None, "online"])
 @pytest.mark.parametrize(
     ("has_key", "reachable", "reason"),
     [(False, True, "no API key is configured"), (True, False, "cannot be reached"), (True, True, None)],
@@ -257,11 +258,14 @@ def test_wandb_without_key_or_network_is_offline_and_says_so_once(
     has_key: bool,
     reachable: bool,
     reason: str | None,
+    mode: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE")
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_SILENT", "false")
     monkeypatch.delenv("WANDB_SILENT")
     settings = types.SimpleNamespace(base_url="https://wandb.invalid")
@@ -277,8 +281,9 @@ def test_wandb_without_key_or_network_is_offline_and_says_so_once(
     assert reason is None or reason in caplog.messages[0]
 
 
-def test_the_users_wandb_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
+@pytest.mark.parametrize("mode", ["offline", "disabled", "shared"])
+def test_the_users_wandb_mode_is_respected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
     assert not callbacks.wandb_must_be_offline()
 
 
