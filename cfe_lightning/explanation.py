@@ -19,8 +19,10 @@ from cfe_lightning import images
 if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
 
+#: Parts of a decomposition: together they are the image.
+SUMMANDS = ("agnostic", "distinct", "residual")
 #: Parts that are differences: 0 is no change.
-DIFFERENCES = frozenset({"distinct", "residual"})
+DIFFERENCES = frozenset(SUMMANDS[1:])
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Decomposer, Explainer, Explanation, runner_up
+from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, runner_up
 from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import faithfulness, localisation, reconstruction
@@ -179,7 +179,7 @@ class Tally:
                 self._keep(ssim=reconstruction.ssim(image, rendering))
         if "agnostic" in parts:
             self.available.add("agnostic")
-            summands = [parts[name] for name in ("agnostic", "distinct", "residual") if name in parts]
+            summands = [parts[name] for name in SUMMANDS if name in parts]
             gap = (image - torch.stack(summands).sum(dim=0)).abs().flatten(1).amax(dim=1) / 2
             self._keep(additivity=gap, **self._undecided("agnostic", self.judge(parts["agnostic"]), logits, label))
 
