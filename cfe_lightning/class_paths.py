@@ -37,7 +37,8 @@ def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable
     try:
         found = getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{class_path!r} cannot be imported: {error}") from error
+        hint = "" if package in ALLOWED_PACKAGES else " (put the folder that holds it on PYTHONPATH)"
+        raise ValueError(f"{class_path!r} cannot be imported: {error}{hint}") from error
     # Other functions of torchvision.models are no builders: one of them downloads and unpickles.
     if module_path == "torchvision.models" and name in models.list_models():
         return found

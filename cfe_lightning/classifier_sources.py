@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def torchvision_classifier(
         name: For example ``resnet50``.
         weights: The name of torchvision's weights, for example ``IMAGENET1K_V2`` or ``DEFAULT`` (downloaded once by
             torchvision), or a file with your own state dictionary; None leaves the network random.
-        class_names: Names in logit order; None takes those of the weights.
+        class_names: Names in logit order; None takes those of the weights. Two where a file's network has one output
+            before a sigmoid.
         image_size: Side of the square images; None takes that of the weights, as do ``mean`` and ``std``.
         mean: One number per channel on the [0, 1] scale.
         std: As ``mean``.
@@ -84,7 +86,7 @@ def torchvision_classifier(
     else:
         network = _build(class_path, arguments)
     if file is not None:
-        load_weights(network, file, without=_AUXILIARY.get(name, ()))
+        network, arguments = _fill(network, class_path, arguments, file, without=_AUXILIARY.get(name, ()))
     elif named is None:
         _log.warning("%s has random weights, because weights were not given.", name)
     return _freeze(
@@ -120,8 +122,8 @@ def wrap_classifier(
     You name the class, so it is trusted here; a checkpoint made with it will ask for ``--trusted <package>`` later.
 
     Args:
-        class_path: For example ``my_package.networks.MyNet``; the package must be importable (run from its folder, or
-            set PYTHONPATH).
+        class_path: For example ``my_package.networks.MyNet``; the folder that holds ``my_package`` must be on
+            PYTHONPATH, unless ``train.py`` lies there too.
         state_dict_path: A file of ``torch.save(network.state_dict(), ...)``. The usual wrappings (``state_dict``,
             ``model``, ...) and prefixes (``module.``, ``model.``, ``net.``, ...) are taken off.
         class_names: Names in logit order; two where the network has one output before a sigmoid.
@@ -214,6 +216,24 @@ def _build(class_path: str, arguments: dict[str, Any]) -> nn.Module:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{class_path} cannot be built with init_args {arguments}: {error}.") from error
+
+
+def _fill(
+    network: nn.Module, class_path: str, arguments: dict[str, Any], file: Path, without: Sequence[str]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with the file's weights and its arguments; for two classes the file may also have one output."""
+    try:
+        load_weights(network, file, without)
+        return network, arguments
+    except ValueError:
+        if arguments["num_classes"] == 2:
+            single = {**arguments, "num_classes": 1}
+            network = _build(class_path, single)
+            with suppress(ValueError):
+                load_weights(network, file, without)
+                return network, single
+        # In the words for the number of classes that was asked for.
+        raise
 
 
 def _freeze(

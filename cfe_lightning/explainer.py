@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +26,13 @@ class ExplainerModule(pl.LightningModule, ABC):
     Args:
         classifier: The classifier to be explained. Its weights are stored in every checkpoint, so a checkpoint alone
             is enough; all other constructor arguments must be plain data (numbers, strings, lists).
+
+    Attributes:
+        needs_gradient: Whether the method sends gradients through the classifier; one that only asks for its answers
+            sets this to False, and then works with classifiers that were exported without gradients.
     """
+
+    needs_gradient: ClassVar[bool] = True
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__()

@@ -333,6 +333,12 @@ def test_a_file_cannot_name_what_is_not_allowed(class_path, message):
         resolve_class_path(class_path)
 
 
+def test_a_package_that_is_not_found_says_where_it_would_be():
+    message = r"'my_package.MyNet' cannot be imported: No module .* \(put the folder that holds it on PYTHONPATH\)"
+    with pytest.raises(ValueError, match=message):
+        resolve_class_path("my_package.MyNet", trusted=["my_package"])
+
+
 def test_trust_is_for_one_package():
     assert resolve_class_path("torch.nn.Linear", trusted=["torch"]) is nn.Linear
     with pytest.raises(ValueError, match="which is not part of"):

@@ -59,6 +59,16 @@ def test_torchvision_with_a_file_of_other_classes(tmp_path):
         torchvision_classifier("resnet18", weights=str(tmp_path / "mine.pth"), class_names=["x", "y"], image_size=64)
 
 
+def test_torchvision_with_a_file_of_one_output(tmp_path):
+    trained = models.squeezenet1_1(weights=None, num_classes=1).eval()
+    torch.save(trained.state_dict(), tmp_path / "mine.pth")
+    classifier = torchvision_classifier("squeezenet1_1", str(tmp_path / "mine.pth"), ["no", "yes"], image_size=64)
+    assert classifier.spec.init_args["num_classes"] == 1
+    logits = classifier(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert logits.shape == (2, 2)
+    assert torch.equal(logits[:, 0], torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("name", "weights"), [("squeezenet1_1", "DEFAULT"), ("googlenet", "GoogLeNet_Weights.DEFAULT")]
 )

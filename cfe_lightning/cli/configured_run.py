@@ -131,8 +131,12 @@ class ConfiguredRun(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that does not fit before anything is written."""
-        if isinstance(self.model, ExplainerModule) and self.checkpoint:
+        """Refuses a classifier or a checkpoint that does not fit before anything is written."""
+        if not isinstance(self.model, ExplainerModule):
+            return
+        if self.model.needs_gradient:
+            self.model.classifier.require_gradient()
+        if self.checkpoint:
             check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
 
     def check_classifier(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
-from toy import toy_classifier
+from toy import FixedToyExplainer, ToyNetwork, toy_classifier
 
 from cfe_lightning import callbacks
 from cfe_lightning.cli import configured_run
@@ -274,6 +274,19 @@ def test_the_classifier_is_checked_before_the_run(workplace: Path, capsys: pytes
     assert not Path("checkpoints/toy").exists()
     assert train(*enough, "--skip-classifier-check", "--trainer.max_epochs", "1") == 0
     assert "class" in error(capsys, "--config", "toy.yaml", "--run", "three", "--data.num_classes", "3")
+
+
+def test_a_classifier_without_gradients_is_refused_by_the_methods_that_need_them(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ToyNetwork.forward
+    monkeypatch.setattr(ToyNetwork, "forward", lambda network, image: forward(network, image).detach())
+    write_config("fixed.yaml", "toy.FixedToyExplainer")
+    message = error(capsys, "--config", "fixed.yaml", "--skip-classifier-check")
+    assert message.startswith("No gradient reaches the image through this classifier (ToyNetwork)")
+    assert not Path("checkpoints").exists()
+    monkeypatch.setattr(FixedToyExplainer, "needs_gradient", False)
+    assert main(["--config", "fixed.yaml"]) == 0
 
 
 def test_another_architecture_cannot_be_resumed(
