@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from cfe_lightning import images
 from cfe_lightning.class_paths import resolve_class_path
-from cfe_lightning.classifier_tracing import FeatureMapTransform, as_feature_map
+from cfe_lightning.classifier_tracing import FeatureMapTransform, Level, TracedLayers, as_feature_map, trace_levels
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
@@ -26,13 +28,15 @@ class ClassifierSpec:
     Attributes:
         class_path: Import path of an ``nn.Module`` class or a ``torchvision.models`` builder.
         init_args: Arguments of that class or builder.
-        head: Dotted name of the last linear layer, for example ``fc``; None where the network has none to hook.
+        head: Dotted name of the layer that turns features into logits, for example ``fc``: the last linear layer, or
+            the block around it where only that starts from pooled features; None where there is none to hook.
         class_names: K names in logit order.
         image_size: Side of the square image the network expects, in pixels.
         mean: One number per channel on the [0, 1] scale; its length is the number of channels.
         std: As ``mean``.
         feature_map: Dotted name of the layer whose output is the map [B, D, h, w]; None where there is none.
         feature_map_transform: What turns that layer's output into the map, for example ``relu`` for a DenseNet.
+        head_on_cells: The head takes features as maps of one cell, [B, D, 1, 1].
         label: One attribute of a multi-label network, seen as two classes ("not label", "label").
         bgr: The network takes colours as blue, green, red; mean and std are given as red, green, blue all the same.
 
@@ -49,6 +53,7 @@ class ClassifierSpec:
     std: tuple[float, ...]
     feature_map: str | None = None
     feature_map_transform: FeatureMapTransform = "none"
+    head_on_cells: bool = False
     label: str | None = None
     bgr: bool = False
 
@@ -79,11 +84,30 @@ class ClassifierSpec:
         """Plain data for a checkpoint."""
         return asdict(self)
 
+    def with_layers(self, layers: TracedLayers) -> ClassifierSpec:
+        """The same with the head and the feature map that tracing found."""
+        return replace(self, **asdict(layers))
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClassifierSpec:
         """The inverse of ``to_dict``; lists become tuples."""
         tuples = {key: tuple(data[key]) for key in ("class_names", "mean", "std")}
         return cls(**{**data, **tuples})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """What a classifier sees in a batch of images.
+
+    Attributes:
+        feature_map: Activations before pooling, [B, D, h, w].
+        levels: Outputs of the layers asked for, each [B, C_i, H_i, W_i].
+        logits: Logits of K exclusive classes, [B, K].
+    """
+
+    feature_map: Tensor
+    levels: list[Tensor]
+    logits: Tensor
 
 
 class FrozenClassifier(nn.Module):
@@ -148,12 +172,34 @@ class FrozenClassifier(nn.Module):
         Raises:
             ValueError: If the network has no linear layer to stop before.
         """
-        inputs, _ = self._watch(self._layer("head", self.spec.head), image)
-        return inputs
+        ((inputs, _),), _ = self._watch([self._layer("head", self.spec.head)], image)
+        return inputs if inputs.ndim == 2 else inputs.mean(dim=(2, 3))
 
     def head(self, features: Tensor) -> Tensor:
         """Features [B, D] to logits of K exclusive classes, [B, K]."""
-        return self._exclusive(self._layer("head", self.spec.head)(features))
+        return self._exclusive(self._layer("head", self.spec.head)(self._as_input(features)))
+
+    def exact_head(self) -> Callable[[Tensor], Tensor]:
+        """A copy of the head in float64, features [B, D] to logits of K exclusive classes [B, K]."""
+        layer = copy.deepcopy(self._layer("head", self.spec.head)).double()
+        return lambda features: self._exclusive(layer(self._as_input(features)))
+
+    def linear_head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [K, D] and bias [K] of the head in float64, or None if the head is not linear.
+
+        They are read off its answers, so a parametrised or otherwise wrapped layer is no special case.
+        """
+        head, num_features = self.exact_head(), self.num_features
+        points = torch.cat([torch.zeros(1, num_features), torch.eye(num_features)]).to(self.mean.device).double()
+        with torch.no_grad():
+            bias, *_ = answers = head(points)
+            weight = (answers[1:] - bias).T
+            probe = torch.randn(8, num_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            probe = probe.to(bias.device)
+            expected = head(probe)
+        if not torch.allclose(probe @ weight.T + bias, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
+            return None
+        return weight.contiguous(), bias
 
     def feature_map(self, image: Tensor) -> Tensor:
         """Activations before pooling, [B, C, H, W] -> [B, D, h, w].
@@ -161,8 +207,51 @@ class FrozenClassifier(nn.Module):
         Raises:
             ValueError: If the spec names no feature map.
         """
-        _, output = self._watch(self._layer("feature_map", self.spec.feature_map), image)
-        return as_feature_map(output, self.spec.feature_map_transform)
+        return self.activations(image).feature_map
+
+    def activations(self, image: Tensor, levels: Mapping[str, Level] | None = None) -> Activations:
+        """Everything a decoder needs of images [B, C, H, W], in one pass.
+
+        Args:
+            image: The images.
+            levels: Layers whose outputs are wanted too, as ``find_levels`` returns them.
+
+        Raises:
+            ValueError: If the spec names no feature map, or the network has no such layer.
+        """
+        levels = levels or {}
+        layers = [self._layer("feature_map", self.spec.feature_map), *(self._layer("levels", name) for name in levels)]
+        seen, logits = self._watch(layers, image)
+        (_, output), *others = seen
+        return Activations(
+            feature_map=as_feature_map(output, self.spec.feature_map_transform),
+            levels=[
+                as_feature_map(value, "channels_last" if level.channels_last else "none")
+                for (_, value), level in zip(others, levels.values(), strict=True)
+            ],
+            logits=self._exclusive(logits),
+        )
+
+    @torch.no_grad()
+    def find_levels(self, names: Sequence[str] | None = None) -> dict[str, Level]:
+        """The network's maps at higher resolution than the feature map, nearest first; see ``trace_levels``.
+
+        Args:
+            names: Takes these layers instead of looking for up to three.
+
+        Raises:
+            ValueError: If there is no feature map, or a name is no layer that returns a map.
+        """
+        side = self.spec.image_size
+        feature_map = self.feature_map(torch.zeros(2, self.spec.channels, side, side, device=self.mean.device))
+        return trace_levels(self.network, self.spec.channels, side, feature_map, names=names)
+
+    @property
+    def num_features(self) -> int:
+        """D, the length of the head's input."""
+        side = self.spec.image_size
+        with torch.no_grad():
+            return self.features(torch.zeros(2, self.spec.channels, side, side, device=self.mean.device)).shape[1]
 
     def require_gradient(self) -> None:
         """Raises a ValueError if no gradient reaches the image, as with a program exported without one."""
@@ -220,19 +309,24 @@ class FrozenClassifier(nn.Module):
         except AttributeError as error:
             raise ValueError(f"{field} names {name!r}, but {kind} has no such layer.") from error
 
+    def _as_input(self, features: Tensor) -> Tensor:
+        return features[:, :, None, None] if self.spec.head_on_cells else features
+
     @torch.compiler.disable
-    def _watch(self, layer: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer's input and output in one pass; the hook is gone even after an exception."""
-        seen: list[tuple[Tensor, Tensor]] = []
-        # A copy, because a network may go on to change its activations in place.
-        handle = layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
-        try:
+    def _watch(self, layers: Sequence[nn.Module], image: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Inputs and outputs of layers and the network's output in one pass; no hook stays even after an exception."""
+        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+        with ExitStack() as hooks:
+            for calls, layer in zip(seen, layers, strict=True):
+                # A copy, because a network may go on to change its activations in place.
+                handle = layer.register_forward_hook(
+                    lambda _module, inputs, output, calls=calls: calls.append((inputs[0], output.clone()))
+                )
+                hooks.callback(handle.remove)
             # Code that was compiled before the hook was there would not call it.
             with torch.compiler.set_stance("force_eager"):
-                self.network(self.prepare(image))
-        finally:
-            handle.remove()
-        return seen[-1]
+                logits = self.network(self.prepare(image))
+        return [calls[-1] for calls in seen], logits
 
 
 def prepare(image: Tensor, spec: ClassifierSpec, mean: Tensor, std: Tensor) -> Tensor:

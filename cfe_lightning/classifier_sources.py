@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,13 +281,7 @@ def _freeze(
         )
     layers = trace_layers(network, spec.channels, image_size, head=head, feature_map=feature_map)
     _log.info("%s: head %s, feature map %s.", class_path, layers.head, layers.feature_map)
-    spec = replace(
-        spec,
-        head=layers.head,
-        feature_map=layers.feature_map,
-        feature_map_transform=layers.feature_map_transform,
-    )
-    classifier = FrozenClassifier(network, spec)
+    classifier = FrozenClassifier(network, spec.with_layers(layers))
     if feature_map is not None:
         shape = list(classifier.feature_map(torch.zeros(2, spec.channels, image_size, image_size)).shape)
         if len(shape) != 4:

@@ -6,7 +6,7 @@ Source: Mirror-CFE, section 9.1, rules 1 to 3. Letters: D features, L tokens, h,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -27,7 +27,9 @@ class TracedLayers:
     """What watching reveals.
 
     Attributes:
-        head: Dotted name of the last linear layer, whose output is the logits and whose input is [B, D]; or None.
+        head: Dotted name of the layer that turns features [B, D] into logits; or None. The last linear layer, unless
+            only a block around it (norm, hidden layers) starts from pooled features.
+        head_on_cells: Whether that block takes maps, so that features have to come as [B, D, 1, 1].
         feature_map: Dotted name of the layer whose (transformed) output averages to the head's input; or None.
         feature_map_transform: What is to be done with that layer's output.
     """
@@ -35,6 +37,7 @@ class TracedLayers:
     head: str | None
     feature_map: str | None
     feature_map_transform: FeatureMapTransform = "none"
+    head_on_cells: bool = False
 
 
 def probe_image(network: nn.Module, channels: int, image_size: int, batch_size: int = 2) -> Tensor:
@@ -77,7 +80,84 @@ def trace_layers(
             except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
                 break
             size *= 2
+        if name is None and head is None:
+            block = _find_block(network, probe_image(network, channels, image_size), feature_map)
+            if block is not None:
+                return block
     return TracedLayers(head=found_head, feature_map=name or feature_map, feature_map_transform=transform)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """One of a network's maps at higher resolution than its feature map.
+
+    Attributes:
+        size: Channels, height and width.
+        channels_last: Whether the layer returns [B, h, w, D].
+        non_negative: Whether it comes from a ReLU.
+    """
+
+    size: tuple[int, int, int]
+    channels_last: bool
+    non_negative: bool
+
+
+def trace_levels(
+    network: nn.Module,
+    channels: int,
+    image_size: int,
+    feature_map: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    count: int = 3,
+) -> dict[str, Level]:
+    """The maps between a network's input and its feature map, nearest to the feature map first.
+
+    For every resolution in between: the layer nested least deeply, and of those the last one called (Mirror-CFE,
+    section 9.1, rule 4).
+
+    Args:
+        network: Maps [B, C, S, S] to logits.
+        channels: C.
+        image_size: S.
+        feature_map: Any feature map of it, [B, D, h, w].
+        names: Takes these layers in this order instead of looking for some.
+        count: At most so many.
+
+    Raises:
+        ValueError: If a name given is no layer that returns a map, or the maps given shrink.
+    """
+    image = probe_image(network, channels, image_size)
+    calls: dict[str, Level] = {}
+
+    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            return
+        last = output.shape[1] == output.shape[2] != output.shape[3]
+        shape = output.permute(0, 3, 1, 2).shape if last else output.shape
+        calls.pop(name, None)  # a layer called twice counts where it was called last
+        calls[name] = Level(
+            size=(shape[1], shape[2], shape[3]), channels_last=last, non_negative=bool((output >= 0).all())
+        )
+
+    with _evaluating(network), torch.no_grad():
+        _watch(network, image, look)
+    if names is not None:
+        for name in names:
+            if name not in calls:
+                raise ValueError(f"levels names {name!r}, which is no layer that returns a map [B, D, h, w].")
+        sides = [calls[name].size[1] for name in names]
+        if sides != sorted(sides):
+            raise ValueError(f"levels must begin nearest to the feature map and not shrink, but have sides {sides}.")
+        return {name: calls[name] for name in names}
+    best: dict[int, str] = {}
+    for name, level in calls.items():
+        side = level.size[1]
+        if not feature_map.shape[2] < side < image_size or level.size[2] != side:
+            continue
+        if side not in best or name.count(".") <= best[side].count("."):
+            best[side] = name
+    return {best[side]: calls[best[side]] for side in sorted(best)[:count]}
 
 
 def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
@@ -135,6 +215,30 @@ def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str
             f"{type(network).__name__}: name its last linear layer, or leave head out."
         )
     return only, None
+
+
+def _find_block(network: nn.Module, image: Tensor, only: str | None) -> TracedLayers | None:
+    """A head of several layers (ConvNeXt, MobileNetV3): the innermost block from pooled features to the logits."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            calls.append((name, module, inputs[0].clone(), output.clone()))
+
+    logits = _watch(network, image, look)
+    for name, module, given, output in calls:
+        if given.ndim not in (2, 4) or output.shape != logits.shape or not _equal(output, logits):
+            continue
+        features = given if given.ndim == 2 else given.mean(dim=(2, 3))
+        # A block that pools for itself has to say the same of the pooled map.
+        if given.ndim == 4 and not _equal(module(features[:, :, None, None]), logits):
+            continue
+        feature_map, transform, _ = _find_map(network, image, features, only)
+        if feature_map is not None:
+            return TracedLayers(
+                head=name, head_on_cells=given.ndim == 4, feature_map=feature_map, feature_map_transform=transform
+            )
+    return None
 
 
 def _find_map(

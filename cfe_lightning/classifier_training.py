@@ -6,7 +6,6 @@ Source: DXAI, sections 2.4 and 6. The epoch is chosen on a validation split of i
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -27,8 +26,9 @@ class ClassifierTraining(pl.LightningModule):
 
     Args:
         output: The file to write, for example ``checkpoints/shapes.pt``; ``load_classifier`` reads it.
-        architecture: ``simple`` (two convolutions, DXAI's table 7), ``resnet18``, ``densenet121``, or the import path
-            of an ``nn.Module`` class of your own or of a ``torchvision.models`` builder.
+        architecture: ``simple`` (two convolutions, DXAI's table 7), ``pooled`` (five, and a feature map), ``resnet18``,
+            ``densenet121``, or the import path of an ``nn.Module`` class of your own or of a ``torchvision.models``
+            builder.
         small_image: For ``resnet18`` and ``densenet121``: a first layer that keeps the resolution of small images.
         init_args: Arguments for an architecture given by import path, with its number of classes.
         image_size: Side of the square images the network sees; None takes the data's.
@@ -49,7 +49,7 @@ class ClassifierTraining(pl.LightningModule):
         self,
         *,
         output: str,
-        architecture: Literal["simple", "resnet18", "densenet121"] | str = "simple",
+        architecture: Literal["simple", "pooled", "resnet18", "densenet121"] | str = "simple",
         small_image: bool = False,
         init_args: dict[str, Any] | None = None,
         image_size: int | None = None,
@@ -62,9 +62,9 @@ class ClassifierTraining(pl.LightningModule):
         std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        if architecture not in ("simple", "resnet18", "densenet121") and "." not in architecture:
+        if architecture not in ("simple", "pooled", "resnet18", "densenet121") and "." not in architecture:
             raise ValueError(
-                f"architecture must be simple, resnet18, densenet121 or an import path, got {architecture!r}."
+                f"architecture must be simple, pooled, resnet18, densenet121 or an import path, got {architecture!r}."
             )
         if small_image and architecture not in ("resnet18", "densenet121"):
             raise ValueError(f"small_image is for resnet18 and densenet121, but architecture is {architecture!r}.")
@@ -192,13 +192,7 @@ class ClassifierTraining(pl.LightningModule):
         assert self.spec is not None, "configure_model has not run"
         network = copy.deepcopy(self.network)
         layers = trace_layers(network, self.spec.channels, self.spec.image_size)
-        spec = replace(
-            self.spec,
-            head=layers.head,
-            feature_map=layers.feature_map,
-            feature_map_transform=layers.feature_map_transform,
-        )
-        return FrozenClassifier(network, spec)
+        return FrozenClassifier(network, self.spec.with_layers(layers))
 
     def _measure(self, batch: dict[str, Any]) -> None:
         logits = self(batch["image"])
@@ -217,6 +211,8 @@ class ClassifierTraining(pl.LightningModule):
             case "simple":
                 arguments = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
                 return f"{_OURS}.SimpleCnn", arguments
+            case "pooled":
+                return f"{_OURS}.PooledCnn", {"num_classes": num_classes, "channels": channels}
             case "resnet18" | "densenet121":
                 kind = "ResNet18" if self.architecture == "resnet18" else "DenseNet121"
                 arguments = {"num_classes": num_classes, "channels": channels, "small_image": self.small_image}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Parts of a decomposition: together they are the image.
 SUMMANDS = ("agnostic", "distinct", "residual")
 #: Parts that are differences: 0 is no change.
-DIFFERENCES = frozenset(SUMMANDS[1:])
+DIFFERENCES = frozenset({*SUMMANDS[1:], "redrawn"})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +38,8 @@ class Explanation:
         counterfactual_logits: Logits of ``counterfactual``, measured and never assumed, [B, K].
         steps: Images along the method's path, [B, T, C, H, W]; the first one is nearest to ``image``.
         strengths: How far along the path each step is, [B, T]; given together with ``steps``.
+        intended: Logits that the method meant the steps to have, [B, T, K]; given only together with ``steps``. Their
+            distance from what the classifier says of the steps is the method's own error.
         parts: Named images or image differences, each [B, C, H, W]. Reserved names: ``reconstruction`` (the method's
             own rendering of ``image`` before any edit), and for decompositions ``agnostic``, ``distinct`` and
             ``residual``, which sum to ``image``; ``distinct`` and ``residual`` are differences (0 is no change).
@@ -55,6 +57,7 @@ class Explanation:
     counterfactual_logits: Tensor | None = None
     steps: Tensor | None = None
     strengths: Tensor | None = None
+    intended: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
 
@@ -79,6 +82,9 @@ class Explanation:
             num_steps = self.steps.shape[1] if self.steps.ndim == 5 else 0
             expected["steps"] = (self.steps, (batch, num_steps, channels, height, width))
             expected["strengths"] = (self.strengths, (batch, num_steps))
+            expected["intended"] = (self.intended, (batch, num_steps, num_classes))
+        elif self.intended is not None:
+            raise ValueError("Explanation.intended is about steps and needs Explanation.steps.")
         if (self.counterfactual is None) != (self.counterfactual_logits is None):
             raise ValueError("Explanation.counterfactual and Explanation.counterfactual_logits must be given together.")
         for name, (value, shape) in expected.items():

@@ -4,7 +4,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from cfe_lightning.classifier_tracing import as_feature_map, probe_image, returns_probabilities, trace_layers
+from cfe_lightning.classifier_tracing import (
+    as_feature_map,
+    probe_image,
+    returns_probabilities,
+    trace_layers,
+    trace_levels,
+)
 
 
 def traced(network, channels=3, image_size=64, **names):
@@ -22,8 +28,8 @@ def traced(network, channels=3, image_size=64, **names):
         ("efficientnet_b0", ("classifier.1", "features", "none")),
         ("mobilenet_v2", ("classifier.1", "features", "none")),
         ("mnasnet0_5", ("classifier.1", "layers", "none")),
-        # A hidden layer or a norm between pooling and head: features, but no map that averages to them.
-        ("mobilenet_v3_small", ("classifier.3", None, "none")),
+        # A hidden layer between pooling and the last linear layer: the block of both is the head.
+        ("mobilenet_v3_small", ("classifier", "features", "none")),
         ("squeezenet1_1", (None, None, "none")),
     ],
 )
@@ -47,8 +53,36 @@ def test_transformers_and_plain_stacks_have_a_head_but_no_map():
     vgg = models.VGG(models.vgg.make_layers([8, "M", 8, "M"]), num_classes=3, init_weights=False)
     vgg.classifier = nn.Sequential(nn.Linear(8 * 49, 16), nn.ReLU(), nn.Linear(16, 3))
     assert traced(vgg) == ("classifier.2", None, "none")
+
+
+def test_a_head_with_a_norm_takes_pooled_cells():
     block = models.convnext.CNBlockConfig(8, None, 2)
-    assert traced(models.ConvNeXt([block], num_classes=3), image_size=32) == ("classifier.2", None, "none")
+    network = models.ConvNeXt([block], num_classes=3).eval()
+    layers = trace_layers(network, 3, 32)
+    assert (layers.head, layers.feature_map, layers.head_on_cells) == ("classifier", "features", True)
+    image = probe_image(network, 3, 32)
+    pooled = network.features(image).mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(network.classifier(pooled), network(image))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_levels_of_a_resnet_are_its_stages(name):
+    network = models.get_model(name, weights=None, num_classes=4)
+    levels = trace_levels(network, 3, 64, torch.zeros(1, 1, 2, 2))
+    assert list(levels) == ["layer3", "layer2", "layer1"]
+    assert [level.size[1] for level in levels.values()] == [4, 8, 16]
+    assert all(level.non_negative and not level.channels_last for level in levels.values())
+    assert list(trace_levels(network, 3, 64, torch.zeros(1, 1, 2, 2), names=["layer1"])) == ["layer1"]
+    with pytest.raises(ValueError, match="'layer9', which is no layer that returns a map"):
+        trace_levels(network, 3, 64, torch.zeros(1, 1, 2, 2), names=["layer9"])
+    with pytest.raises(ValueError, match="not shrink"):
+        trace_levels(network, 3, 64, torch.zeros(1, 1, 2, 2), names=["layer1", "layer3"])
+
+
+def test_levels_with_channels_last_say_so():
+    swin = models.SwinTransformer([4, 4], 16, [1, 1], [1, 1], [4, 4], num_classes=3)
+    (level,) = trace_levels(swin, 3, 32, torch.zeros(1, 1, 4, 4)).values()
+    assert (level.size, level.channels_last, level.non_negative) == ((16, 8, 8), True, False)
 
 
 def test_swin_keeps_its_channels_last_until_the_map():

@@ -239,7 +239,7 @@ def test_data_that_do_not_say_enough_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "resnet"}, "simple, resnet18, densenet121 or an import path, got 'resnet'"),
+        ({"architecture": "resnet"}, "simple, pooled, resnet18, densenet121 or an import path, got 'resnet'"),
         ({"architecture": "simple", "small_image": True}, "small_image is for resnet18 and densenet121"),
         ({"architecture": "resnet18", "init_args": {"a": 1}}, "init_args are for an architecture given by import path"),
     ],

@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -68,3 +69,21 @@ def test_a_missing_torchvision_is_named(tmp_path):
 def test_older_metadata_are_read_too(tmp_path):
     installed(tmp_path, "torchvision", "0.25.0", "raise RuntimeError('x')", ["torch (>=2.14.0)"])
     assert "it was made for torch>=2.14.0:" in check_beside(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["train", "explain", "evaluate"])
+def test_every_command_checks_before_anything_heavy_is_imported(command, tmp_path, monkeypatch, capsys):
+    def mismatch():
+        raise ValueError("torchvision does not fit torch.")
+
+    module = importlib.import_module(f"cfe_lightning.cli.{command}")
+    monkeypatch.setattr(module, "check_torchvision", mismatch)
+    (tmp_path / "photos").mkdir()
+    given = {
+        "train": [],
+        "explain": ["--checkpoint", "a.ckpt", "--input", f"{tmp_path}/photos", "--output", f"{tmp_path}/out"],
+        "evaluate": ["--checkpoint", "a.ckpt", "--data", f"{tmp_path}/photos", "--output", f"{tmp_path}/out"],
+    }
+    assert module.main(given[command]) == 2
+    assert capsys.readouterr().err == "error: torchvision does not fit torch.\n"
+    assert not (tmp_path / "out").exists()

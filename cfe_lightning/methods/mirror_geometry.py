@@ -84,9 +84,13 @@ def position(
     Returns:
         Features, [B, D]; the point itself where source and target have the same row.
     """
-    normal = weight[source] - weight[target]
+    return mirrored(features, weight[source] - weight[target], bias[source] - bias[target], step)
+
+
+def mirrored(features: Tensor, normal: Tensor, offset: Tensor, step: float | Tensor = 1.0) -> Tensor:
+    """Reflects features [B, D] in the hyperplanes ``normal . z + offset = 0``, [B, D] and [B]; see ``position``."""
     square = normal.square().sum(dim=1)
-    height = (normal * features).sum(dim=1) + bias[source] - bias[target]
+    height = (normal * features).sum(dim=1) + offset
     shift = torch.where(square > 0, 2 * step * height / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
     return features - shift[:, None] * normal
 
@@ -349,11 +353,11 @@ def reflect(
     if bool((source == target).any()):
         raise ValueError("The target of a reflection must differ from its source: ask for another class.")
     logits = features @ weight.T + bias
-    mirrored = position(features, weight, bias, source, target)
+    plain = position(features, weight, bias, source, target)
     if swap == "reflect":
-        moved = mirrored
+        moved = plain
     elif swap == "lbfgs":
-        moved = lbfgs_swap(features, lambda z: z @ weight.T + bias, source, target, start=mirrored)
+        moved = lbfgs_swap(features, lambda z: z @ weight.T + bias, source, target, start=plain)
     else:
         matrix = swap_matrix(weight, swap) if matrix is None else matrix
         moved = closed_form_swap(features, logits, matrix, source, target)
@@ -388,6 +392,53 @@ def reflect(
         distance=(moved - features).norm(dim=1),
         negative=((moved < least - 1e-12) | (moved > most + 1e-12)).to(features.dtype).mean(dim=1),
     )
+
+
+def linearised(head: Callable[[Tensor], Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+    """The tangent of a differentiable head at every sample: logits are about weight @ z + bias near it.
+
+    Args:
+        head: Map from [B, D] to logits [B, K] that treats every sample alike.
+        features: [B, D].
+
+    Returns:
+        Weight [B, K, D] and bias [B, K].
+    """
+    weight = torch.func.vmap(torch.func.jacrev(lambda z: head(z[None])[0]))(features)
+    return weight, head(features) - (weight @ features[:, :, None]).squeeze(2)
+
+
+def reflect_nonlinear(
+    features: Tensor, head: Callable[[Tensor], Tensor], source: Tensor, target: Tensor
+) -> tuple[Reflection, Tensor, Tensor]:
+    """As ``reflect`` for a head that is not linear: L-BFGS from the swap of its tangent.
+
+    First with a little weight on a short step, then without. The straight path between the two points no longer meets
+    the boundary half way.
+
+    Returns:
+        The reflection, and the tangent's weight [B, K, D] and bias [B, K] at the features.
+    """
+    if bool((source == target).any()):
+        raise ValueError("The target of a reflection must differ from its source: ask for another class.")
+    weight, bias = linearised(head, features)
+    logits = head(features)
+    inverse = torch.linalg.pinv(weight - weight.mean(dim=1, keepdim=True), rtol=1e-10)  # [B, D, K]
+    ends = inverse.gather(2, torch.stack([target, source], dim=1)[:, None].expand(-1, inverse.shape[1], -1))
+    start = features + margin(logits, source, target)[:, None] * (ends[:, :, 0] - ends[:, :, 1])
+    near = lbfgs_swap(features, head, source, target, start=start, proximity=1e-4)
+    moved = lbfgs_swap(features, head, source, target, start=near)
+    goal = swapped(logits.softmax(dim=1), source, target)
+    residual = (head(moved).softmax(dim=1) - goal).abs().amax(dim=1)
+    status = torch.where(residual < _TOLERANCE, _EXACT, _PAIR_ONLY)
+    reflection = Reflection(
+        features=moved,
+        status=status,
+        residual=residual,
+        distance=(moved - features).norm(dim=1),
+        negative=(moved < -1e-12).to(features.dtype).mean(dim=1),
+    )
+    return reflection, weight, bias
 
 
 def _pair_only(

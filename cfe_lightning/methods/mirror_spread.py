@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cfe_lightning.methods.mirror_geometry import position
+from cfe_lightning.methods.mirror_geometry import mirrored
 
 Spread = Literal["uniform", "location", "waterfill"]
 #: Share of the strongest place that the prior leaves to every place, so that each can be reached.
@@ -28,9 +28,7 @@ def spread_uniform(feature_map: Tensor, features: Tensor) -> Tensor:
     return feature_map + (features - feature_map.mean(dim=(2, 3)))[:, :, None, None]
 
 
-def spread_by_location(
-    feature_map: Tensor, features: Tensor, weight: Tensor, bias: Tensor, source: Tensor, target: Tensor
-) -> Tensor:
+def spread_by_location(feature_map: Tensor, features: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
     """Reflects the features of every place in the mirror, then shifts all places alike to the features.
 
     A place moves in proportion to how much more it speaks for the source than for the target.
@@ -38,16 +36,14 @@ def spread_by_location(
     Args:
         feature_map: [B, D, h, w].
         features: What the map shall average to, [B, D].
-        weight: [K, D].
-        bias: [K].
-        source: Classes, [B].
-        target: Classes, [B].
+        normal: The source's row of the head minus the target's, [B, D].
+        offset: The source's bias minus the target's, [B].
     """
     height, width = feature_map.shape[2:]
     places = feature_map.flatten(2).transpose(1, 2).flatten(0, 1)  # [B n, D]
     repeats = height * width
-    mirrored = position(places, weight, bias, source.repeat_interleave(repeats), target.repeat_interleave(repeats))
-    return spread_uniform(mirrored.unflatten(0, (-1, repeats)).transpose(1, 2).unflatten(2, (height, width)), features)
+    moved = mirrored(places, normal.repeat_interleave(repeats, dim=0), offset.repeat_interleave(repeats))
+    return spread_uniform(moved.unflatten(0, (-1, repeats)).transpose(1, 2).unflatten(2, (height, width)), features)
 
 
 def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor) -> Tensor:
@@ -81,18 +77,17 @@ def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor
     return torch.where((change >= 0)[:, :, None], grown, shrunk).view_as(feature_map)
 
 
-def class_maps(feature_map: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
+def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
     """Where each class is seen: the positive part of its row over the map, scaled to a maximum of 1.
 
     Args:
         feature_map: [B, D, h, w].
-        weight: [K, D].
-        classes: [B, M], M classes per sample.
+        rows: The head's rows of M classes per sample, [B, M, D].
 
     Returns:
         [B, M, h, w] in [0, 1]; all zero where a class is seen nowhere.
     """
-    maps = torch.einsum("bmd,bdhw->bmhw", weight[classes].to(feature_map), feature_map).relu()
+    maps = torch.einsum("bmd,bdhw->bmhw", rows.to(feature_map), feature_map).relu()
     return maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-8)
 
 

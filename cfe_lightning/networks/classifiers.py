@@ -1,4 +1,4 @@
-"""The classifiers that can be trained here: DXAI's small CNN, and torchvision's ResNet-18 and DenseNet-121.
+"""The classifiers that can be trained here: two small CNNs, and torchvision's ResNet-18 and DenseNet-121.
 
 They are classes, not functions, because a checkpoint names the class it is rebuilt from; layers keep torchvision's
 names. None starts from downloaded weights.
@@ -46,6 +46,31 @@ class SimpleCnn(nn.Module):
         return self.fc(self.activation(self.hidden(self.convolutions(image).flatten(1))))
 
 
+class PooledCnn(nn.Module):
+    """Five convolutions with batch norm, a global average and one linear layer: small, and with a feature map.
+
+    The map of a 32-pixel image is 8 x 8 cells; the levels before it are 16 x 16 and 32 x 32.
+
+    Args:
+        num_classes: Number of logits.
+        channels: 1 for grey, 3 for RGB.
+        width: Channels of the first convolution; the feature map has four times as many.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 3, width: int = 16) -> None:
+        super().__init__()
+        self.stem = _normed(channels, width, 1)
+        self.stage1 = _normed(width, 2 * width, 2)
+        self.stage2 = nn.Sequential(_normed(2 * width, 4 * width, 2), _normed(4 * width, 4 * width, 1))
+        self.stage3 = _normed(4 * width, 4 * width, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, S, S] -> [B, K]."""
+        return self.fc(self.pool(self.stage3(self.stage2(self.stage1(self.stem(image))))).flatten(1))
+
+
 class ResNet18(ResNet):
     """torchvision's ResNet-18 for any number of channels, with a stem for small images on request.
 
@@ -77,6 +102,11 @@ class DenseNet121(DenseNet):
         self.features.conv0 = _stem(channels, small_image)
         if small_image:
             self.features.pool0 = nn.Identity()
+
+
+def _normed(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 def _stem(channels: int, small_image: bool) -> nn.Conv2d:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 import toy
 
-from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.methods.dxai import Dxai
+from cfe_lightning.methods.mirror_cfe import MirrorCFE
+from cfe_lightning.networks.classifiers import PooledCnn
 
 #: Of all contract tests: classes, side of the images.
 NUM_CLASSES = 3
@@ -26,17 +30,42 @@ class Case:
         arguments: Constructor arguments that make it small.
         num_epochs: Training epochs of 4 batches after which every trainable parameter must have moved; 0 where there
             is nothing to train.
+        classifier: Makes the classifier to be explained.
     """
 
     kind: type[ExplainerModule]
     arguments: dict[str, Any] = field(default_factory=dict)
     num_epochs: int = 1
+    classifier: Callable[[], FrozenClassifier] = field(default=lambda: toy.toy_classifier(NUM_CLASSES, IMAGE_SIZE))
 
     def build(self, classifier: FrozenClassifier | None = None) -> ExplainerModule:
         """An untrained explainer of the toy classifier."""
-        return self.kind(classifier or toy.toy_classifier(NUM_CLASSES, IMAGE_SIZE), **self.arguments)
+        return self.kind(classifier or self.classifier(), **self.arguments)
 
 
+def pooled_classifier(num_classes: int = NUM_CLASSES, channels: int = 3) -> FrozenClassifier:
+    """A small random network with a feature map of 4 x 4 cells."""
+    arguments = {"num_classes": num_classes, "channels": channels, "width": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = PooledCnn(**arguments)
+        # A random head hardly tells images apart: stretched, it decides.
+        network.fc.weight.data.mul_(20)
+    spec = ClassifierSpec(
+        class_path="cfe_lightning.networks.classifiers.PooledCnn",
+        init_args=arguments,
+        head="fc",
+        feature_map="stage3",
+        class_names=toy.toy_class_names(num_classes),
+        image_size=IMAGE_SIZE,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+    )
+    return FrozenClassifier(network, spec)
+
+
+#: A Mirror-CFE of a few thousand parameters.
+MIRROR: dict[str, Any] = {"width": 4, "max_width": 8, "editor_width": 4, "norm": "group", "critic_widths": [4, 8]}
 #: A DXAI of a few thousand parameters.
 DXAI: dict[str, Any] = {
     "num_branches": 3,
@@ -72,5 +101,23 @@ CASES = [
             },
         ),
         id="Dxai-all-terms",
+    ),
+    pytest.param(Case(kind=MirrorCFE, arguments=MIRROR, classifier=pooled_classifier), id="MirrorCFE"),
+    pytest.param(
+        Case(
+            kind=MirrorCFE,
+            arguments=MIRROR
+            | {
+                "bounds": [0.0],
+                "spread": "waterfill",
+                "soft_mask": True,
+                "class_critic": False,
+                "counterfactual": "reflection",
+                "pairs": [["stripe 0", "stripe 1"]],
+                "num_steps": 4,
+            },
+            classifier=pooled_classifier,
+        ),
+        id="MirrorCFE-other-options",
     ),
 ]

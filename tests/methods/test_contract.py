@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import CASES, IMAGE_SIZE, NUM_CLASSES, Case
-from toy import ToyData, save_checkpoint, toy_classifier, toy_images, toy_trainer
+from toy import ToyData, save_checkpoint, toy_images, toy_trainer
 
 from cfe_lightning.callbacks import EMA
 from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
@@ -170,7 +170,7 @@ def test_hyper_parameters_are_plain_data(case: Case, tmp_path: Path) -> None:
 
 def test_a_checkpoint_alone_explains_the_same(case: Case, tmp_path: Path) -> None:
     file = tmp_path / "classifier.pt"
-    toy_classifier(NUM_CLASSES, IMAGE_SIZE).save(file)
+    case.classifier().save(file)
     explainer = case.build(load_classifier(str(file), TRUSTED)).eval()
     with torch.no_grad():
         # Untrained weights would hide a weight that is not stored.

@@ -16,6 +16,7 @@ from cfe_lightning.methods.mirror_geometry import (
     margin,
     position,
     reflect,
+    reflect_nonlinear,
     swap_matrix,
     swapped,
 )
@@ -129,6 +130,12 @@ def test_lbfgs_follows_a_head_that_is_not_linear() -> None:
     target = (source + 1) % 4
     moved = lbfgs_swap(features, head, source, target)
     torch.testing.assert_close(head(moved), swapped(head(features), source, target), atol=1e-5, rtol=0)
+    reflection, tangent, height = reflect_nonlinear(features, head, source, target)
+    assert (reflection.status == EXACT).all()
+    assert (reflection.distance <= (moved - features).norm(dim=1) + 1e-3).all()
+    close = features + 1e-4 * torch.randn_like(features)
+    expected = (tangent @ close[:, :, None]).squeeze(2) + height
+    torch.testing.assert_close(head(close), expected, atol=1e-5, rtol=0)
     near = lbfgs_swap(features, head, source, target, proximity=10.0)
     assert ((near - features).norm(dim=1) < (moved - features).norm(dim=1)).all()
 

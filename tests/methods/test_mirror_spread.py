@@ -32,10 +32,11 @@ def problem(num_classes: int = 3, num_features: int = 16, batch: int = 6) -> tup
 def test_every_spread_averages_to_the_reflected_features(spread: str) -> None:
     feature_map, features, weight, bias, source, target = problem()
     reflected = reflect(features, weight, bias, source, target, bounds=(0.0, torch.inf))
-    maps = class_maps(feature_map, weight, torch.stack([source, target], dim=1))
+    maps = class_maps(feature_map, weight[torch.stack([source, target], dim=1)])
+    normal, offset = weight[source] - weight[target], bias[source] - bias[target]
     moved = {
         "uniform": lambda: spread_uniform(feature_map, reflected.features),
-        "location": lambda: spread_by_location(feature_map, reflected.features, weight, bias, source, target),
+        "location": lambda: spread_by_location(feature_map, reflected.features, normal, offset),
         "waterfill": lambda: spread_by_water_filling(feature_map, reflected.features, prior_of(maps)),
     }[spread]()
     torch.testing.assert_close(moved.mean(dim=(2, 3)), reflected.features, atol=1e-12, rtol=0)
@@ -49,8 +50,9 @@ def test_every_spread_averages_to_the_reflected_features(spread: str) -> None:
 def test_reflecting_every_place_reflects_the_mean_and_is_its_own_inverse() -> None:
     feature_map, features, weight, bias, source, target = problem()
     mirrored = position(features, weight, bias, source, target)
-    moved = spread_by_location(feature_map, mirrored, weight, bias, source, target)
-    back = spread_by_location(moved, features, weight, bias, source, target)
+    normal, offset = weight[source] - weight[target], bias[source] - bias[target]
+    moved = spread_by_location(feature_map, mirrored, normal, offset)
+    back = spread_by_location(moved, features, normal, offset)
     torch.testing.assert_close(back, feature_map, atol=1e-12, rtol=0)
     # No constant had to be added: the mean of an affine map is the affine map of the mean.
     place = position(feature_map[:, :, 2, 1], weight, bias, source, target)
@@ -80,10 +82,10 @@ def test_water_filling_reaches_zero_itself() -> None:
 def test_class_maps_are_scaled_and_non_negative_and_empty_where_nothing_is_seen() -> None:
     feature_map, _, weight, _, source, target = problem()
     classes = torch.stack([source, target], dim=1)
-    maps = class_maps(feature_map, weight, classes)
+    maps = class_maps(feature_map, weight[classes])
     assert maps.min() >= 0
     torch.testing.assert_close(maps.amax(dim=(2, 3)), torch.ones(6, 2, dtype=torch.float64), atol=1e-6, rtol=0)
-    nothing = class_maps(feature_map, -weight.abs(), classes)
+    nothing = class_maps(feature_map, -weight.abs()[classes])
     assert nothing.abs().max() == 0
     assert (prior_of(nothing) == 1).all()
     assert prior_of(maps).min() > 0

@@ -1,0 +1,534 @@
+"""Mirror-CFE: what the image would look like on the other side of the classifier's own decision boundary.
+
+Paper: "Looking in the Mirror: A Faithful Counterfactual Explanation Method for Interpreting Deep Image Classification
+Models" (Chowdhury et al., ICCV 2025, arXiv 2509.16822). The classifier's features are reflected in the boundary between
+the predicted class and the target, and a decoder that learned to invert the classifier renders the way there.
+
+Deviations, each with its reason in ``docs/methods/mirror_cfe.md``: confidences are swapped in closed form instead of by
+L-BFGS, one decoder serves all pairs of classes, and the critic can be told which class an image should show.
+
+Shapes: B images, C channels, H, W pixels, K classes, D features, h, w cells of the feature map, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.losses import adversarial_loss
+from cfe_lightning.methods.mirror_geometry import Reflection, Swap, first_flip, reflect, reflect_nonlinear, swap_matrix
+from cfe_lightning.methods.mirror_spread import (
+    Spread,
+    class_maps,
+    edit_mask,
+    prior_of,
+    spread_by_location,
+    spread_by_water_filling,
+    spread_uniform,
+)
+from cfe_lightning.networks.mirror_decoder import DecoderNorm, MirrorDecoder, PatchCritic
+
+#: Pictures decoded at a time while explaining: bounds the memory whatever the number of steps.
+_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The classifier's head in float64.
+
+    Attributes:
+        logits: Features [B, D] to logits [B, K].
+        weight: [K, D]; like the others empty where the head is not linear.
+        bias: [K].
+        matrix: ``swap_matrix`` of it, [D, K]; None where the head is not linear.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    bias: Tensor = field(default_factory=lambda: torch.empty(0))
+    matrix: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mirrored:
+    """A batch on its way through the mirror.
+
+    Attributes:
+        source: Classes the path starts from, [B].
+        target: Classes it leads to, [B].
+        logits: The classifier's logits of the images, [B, K].
+        feature_map: The images' own maps, [B, D, h, w].
+        change: What the reflection adds to them, [B, D, h, w].
+        features: The images' own features, [B, D] float64.
+        reflection: Where the path ends in feature space.
+        rows: Rows of the head for source and target, [B, 2, D].
+        levels: The classifier's earlier maps, nearest to the feature map first, each [B, C_i, H_i, W_i].
+    """
+
+    source: Tensor
+    target: Tensor
+    logits: Tensor
+    feature_map: Tensor
+    change: Tensor
+    features: Tensor
+    reflection: Reflection
+    rows: Tensor
+    levels: list[Tensor]
+
+
+class MirrorCFE(ExplainerModule):
+    """Trains a decoder of one classifier's features and explains by reflecting them.
+
+    Args:
+        classifier: The classifier to be explained; it needs a feature map whose spatial mean the head reads.
+        levels: Dotted names of the classifier's layers that lend the decoder detail, nearest to the feature map first;
+            None finds up to three by tracing, an empty list decodes from the feature map alone (blurred).
+        swap: How features are reflected, see ``mirror_geometry.reflect``. Heads that are not linear are always inverted
+            by L-BFGS.
+        bounds: Lower and upper bound that reflected features must keep, such as [0] after a ReLU or [0, 6] after a
+            ReLU6; None keeps none.
+        spread: How the change is spread over the places of the feature map: "uniform", "location" (by how much each
+            place speaks for the source) or "waterfill" (where the class maps are, never negative; needs bounds).
+        thresholds: Lowest and highest threshold of the edit mask (Eq. 14).
+        soft_mask: A smooth mask, for animations without jumps.
+        pairs: Pairs of class names, such as [["3", "8"], ["4", "9"]]: training goes between them only. None draws any
+            other class.
+        num_steps: Steps of an explanation, from the reconstruction to the reflection.
+        counterfactual: Which picture of the path is the answer: the "first" that the classifier calls the target
+            (the reflection where none is), or the "reflection".
+        width: Decoder channels at full resolution, doubled where the resolution halves.
+        max_width: Upper limit of the decoder's channels.
+        editor_width: Channels inside the spatial pattern editors.
+        norm: "batch" for batches of 16 and more, "group" below.
+        critic_widths: Channels of the critic's stride-2 layers.
+        class_critic: Tell the critic which class an image should show; unconditional as published.
+        class_weight: Weight of KL(intended || predicted) on both renderings (Eq. 2).
+        adversarial_weight: Weight of Eq. 3.
+        reconstruction_weight: Weight of Eq. 4.
+        feature_weight: Weight of Eq. 5, relative to the mean length of the features.
+        triangulation_weight: Weight of Eq. 6 to 11; the paper doubles it for large or colour images.
+        tolerance: Half-width of the triangulation's band (alpha).
+        learning_rate: Adam step size of decoder and critic.
+        betas: Adam's.
+
+    Raises:
+        ValueError: If the classifier has no pooled feature map, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        classifier: FrozenClassifier,
+        *,
+        levels: list[str] | None = None,
+        swap: Swap = "softmax",
+        bounds: list[float] | None = None,
+        spread: Spread = "uniform",
+        thresholds: list[float] | None = None,
+        soft_mask: bool = False,
+        pairs: list[list[str]] | None = None,
+        num_steps: int = 20,
+        counterfactual: Literal["first", "reflection"] = "first",
+        width: int = 16,
+        max_width: int = 256,
+        editor_width: int = 128,
+        norm: DecoderNorm = "batch",
+        critic_widths: list[int] | None = None,
+        class_critic: bool = True,
+        class_weight: float = 1.0,
+        adversarial_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        triangulation_weight: float = 1.0,
+        tolerance: float = 0.2,
+        learning_rate: float = 2e-4,
+        betas: list[float] | None = None,
+    ) -> None:
+        super().__init__(classifier)
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be at least 2 (reconstruction and reflection), got {num_steps}.")
+        if bounds is not None and not 1 <= len(bounds) <= 2:
+            raise ValueError(f"bounds is a lower and perhaps an upper bound, such as [0] or [0, 6], got {bounds}.")
+        if spread == "waterfill" and (bounds is None or bounds[0] != 0):
+            raise ValueError("spread 'waterfill' needs features that are never negative: set bounds to [0].")
+        self.automatic_optimization = False
+        self.swap: Swap = swap
+        self.bounds = None if bounds is None else (bounds[0], bounds[1] if len(bounds) > 1 else torch.inf)
+        self.spread: Spread = spread
+        self.thresholds = (0.1, 0.5) if thresholds is None else (thresholds[0], thresholds[1])
+        self.soft_mask = soft_mask
+        self.num_steps = num_steps
+        self.counterfactual = counterfactual
+        self.class_weight = class_weight
+        self.adversarial_weight = adversarial_weight
+        self.reconstruction_weight = reconstruction_weight
+        self.feature_weight = feature_weight
+        self.triangulation_weight = triangulation_weight
+        self.tolerance = tolerance
+        self.learning_rate = learning_rate
+        self.betas = (0.5, 0.999) if betas is None else (betas[0], betas[1])
+        self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
+
+        with torch.no_grad():
+            feature_map = classifier.feature_map(torch.zeros(2, self.channels, self.image_size, self.image_size))
+        self.levels = classifier.find_levels(levels)
+        self.decoder = MirrorDecoder(
+            map_shape=(feature_map.shape[1], feature_map.shape[2], feature_map.shape[3]),
+            level_shapes=[level.size for level in self.levels.values()],
+            non_negative=[level.non_negative for level in self.levels.values()],
+            image_size=self.image_size,
+            channels=self.channels,
+            width=width,
+            max_width=max_width,
+            editor_width=editor_width,
+            norm=norm,
+        )
+        self.critic = PatchCritic(
+            channels=self.channels,
+            num_classes=classifier.num_classes if class_critic else 0,
+            widths=(64, 128, 256, 256) if critic_widths is None else critic_widths,
+        )
+        self._head: Head | None = None
+
+    partner: Tensor
+
+    # Through the mirror
+
+    @torch.no_grad()
+    def reflect(self, image: Tensor, target: Tensor | None = None) -> Mirrored:
+        """All of the way from the predicted class to a target that needs no decoder.
+
+        Args:
+            image: [B, C, H, W] in [-1, 1].
+            target: Classes asked for, [B]; None asks for the runner-up. Where a target is predicted already the way
+                leads to the runner-up, because no mirror stands in between.
+        """
+        seen = self.classifier.activations(image, self.levels)
+        # float64 throughout: steps are short and the swap is exact only to rounding.
+        feature_map = seen.feature_map.double()
+        features = feature_map.mean(dim=(2, 3))
+        source, other = seen.logits.argmax(dim=1), runner_up(seen.logits)
+        target = other if target is None else torch.where(target == source, other, target)
+        pair = torch.stack([source, target], dim=1)
+        head = self.head()
+        if head.matrix is None:
+            reflection, weight, bias = reflect_nonlinear(features, head.logits, source, target)
+            rows = weight.gather(1, pair[:, :, None].expand(-1, -1, weight.shape[2]))
+            offset = bias.gather(1, pair)
+        else:
+            reflection = reflect(
+                features,
+                head.weight,
+                head.bias,
+                source,
+                target,
+                swap=self.swap,
+                matrix=head.matrix if self.swap in ("softmax", "logits") else None,
+                bounds=self.bounds,
+            )
+            rows, offset = head.weight[pair], head.bias[pair]
+        if self.spread == "location":
+            normal, height = rows[:, 0] - rows[:, 1], offset[:, 0] - offset[:, 1]
+            reflected = spread_by_location(feature_map, reflection.features, normal, height)
+        elif self.spread == "waterfill":
+            prior = prior_of(class_maps(feature_map, rows))
+            # Where no reflection without negative features exists, the map is spread evenly.
+            inside = (reflection.features >= 0).all(dim=1)[:, None, None, None]
+            filled = spread_by_water_filling(feature_map, reflection.features.clamp_min(0), prior)
+            reflected = torch.where(inside, filled, spread_uniform(feature_map, reflection.features))
+        else:
+            reflected = spread_uniform(feature_map, reflection.features)
+        return Mirrored(
+            source=source,
+            target=target,
+            logits=seen.logits,
+            feature_map=seen.feature_map,
+            change=(reflected - feature_map).to(seen.feature_map.dtype),
+            features=features,
+            reflection=reflection,
+            rows=rows,
+            levels=seen.levels,
+        )
+
+    def head(self) -> Head:
+        """The classifier's head in float64; read once, because it is frozen."""
+        if self._head is None:
+            linear = self.classifier.linear_head()
+            if linear is None:
+                self._head = Head(logits=self.classifier.exact_head())
+            else:
+                weight, bias = linear
+                form: Literal["softmax", "logits"] = "logits" if self.swap == "logits" else "softmax"
+                self._head = Head(
+                    logits=lambda features: features @ weight.T + bias,
+                    weight=weight,
+                    bias=bias,
+                    matrix=swap_matrix(weight, form),
+                )
+        return self._head
+
+    def train(self, mode: bool = True) -> MirrorCFE:
+        """Forgets the head: weights may be loaded, or moved to another device, after this call."""
+        self._head = None
+        return super().train(mode)
+
+    def decode(self, mirrored: Mirrored, step: Tensor, summaries: list[Tensor] | None = None) -> Tensor:
+        """Renders the path at some steps.
+
+        Args:
+            mirrored: Where the path goes.
+            step: How far, [B, T] in [0, 1]: 0 is the image's own map, 1 the reflected one.
+            summaries: ``summarise`` of the decoder, if at hand.
+
+        Returns:
+            [B, T, C, H, W] in [-1, 1].
+        """
+        batch, num_steps = step.shape
+        share = step.to(mirrored.change.dtype)[:, :, None, None, None]
+        maps = (mirrored.feature_map[:, None] + share * mirrored.change[:, None]).flatten(0, 1)
+        if summaries is None:
+            summaries = self.decoder.summarise(mirrored.levels)
+        rows = mirrored.rows.repeat_interleave(num_steps, dim=0)
+        mask = edit_mask(class_maps(maps, rows), step.flatten(), self.thresholds, self.soft_mask)
+        return self.decoder(maps, mirrored.levels, summaries, mask).unflatten(0, (batch, num_steps))
+
+    def intended(self, mirrored: Mirrored, step: Tensor) -> Tensor:
+        """The head's logits of the features that each step stands for, [B, T] -> [B, T, K] float64."""
+        change = mirrored.reflection.features - mirrored.features
+        path = mirrored.features[:, None] + step.double()[:, :, None] * change[:, None]
+        return self.head().logits(path.flatten(0, 1)).unflatten(0, step.shape)
+
+    # Explaining
+
+    @torch.no_grad()
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """Walks from the predicted class through the mirror to the target.
+
+        Args:
+            image: [B, C, H, W] in [-1, 1].
+            target: Classes asked for, [B]; None asks for the runner-up.
+
+        Returns:
+            An explanation with the path as steps (the reconstruction first, the reflection last) and the ``intended``
+            logits beside what the classifier says; parts ``reconstruction``, ``boundary``, ``reflection`` and
+            ``redrawn`` (counterfactual minus reconstruction, without the decoder's own error); scores ``first_flip``
+            (the step from which the classifier says the target, 2 where it never does), ``intended_first_flip``,
+            ``confidence_gap`` (mean absolute difference of intended and predicted target probability along the path),
+            ``boundary_distance`` in feature space, ``status`` (index into ``mirror_geometry.STATUS``) and
+            ``swap_residual``.
+        """
+        image = image.to(self.dtype)
+        mirrored = self.reflect(image, target)
+        batch = len(image)
+        grid = torch.linspace(0, 1, self.num_steps, device=image.device)
+        # The boundary is a step of its own: an even number of steps would miss it.
+        step = torch.cat([grid, grid.new_tensor([0.5])]).expand(batch, -1)
+        summaries = self.decoder.summarise(mirrored.levels)
+        rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, _CHUNK // batch), dim=1)]
+        pictures = torch.cat(rendered, dim=1)
+        logits = torch.cat([self.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
+        logits = logits.unflatten(0, (batch, -1))[:, :-1]
+        steps, boundary = pictures[:, :-1], pictures[:, -1]
+        reconstruction, reflection = steps[:, 0], steps[:, -1]
+
+        arrived = logits.argmax(dim=2) == mirrored.target[:, None]
+        index = arrived.to(torch.int8).argmax(dim=1)
+        found = arrived.any(dim=1)
+        index = torch.where(found, index, self.num_steps - 1) if self.counterfactual == "first" else index * 0 - 1
+        rows = torch.arange(batch, device=image.device)
+        counterfactual, counterfactual_logits = steps[rows, index], logits[rows, index]
+        first = torch.where(found, grid[arrived.to(torch.int8).argmax(dim=1)], 2.0)
+        intended = self.intended(mirrored, step[:, :-1])
+        to = mirrored.target[:, None, None].expand(-1, self.num_steps, 1)
+        gap = intended.softmax(dim=2).gather(2, to) - logits.double().softmax(dim=2).gather(2, to)
+        redrawn = counterfactual - reconstruction
+        return Explanation(
+            image=image,
+            logits=mirrored.logits,
+            target=mirrored.target if target is None else target,
+            attribution=redrawn.abs().mean(dim=1, keepdim=True),
+            counterfactual=counterfactual,
+            counterfactual_logits=counterfactual_logits,
+            steps=steps,
+            strengths=step[:, :-1],
+            intended=intended.to(logits.dtype),
+            parts={
+                "reconstruction": reconstruction,
+                "boundary": boundary,
+                "reflection": reflection,
+                "redrawn": redrawn,
+            },
+            scores={
+                "first_flip": first,
+                "intended_first_flip": first_flip(
+                    self.head().logits(mirrored.features), mirrored.source, mirrored.target
+                ).float(),
+                "confidence_gap": gap.abs().mean(dim=(1, 2)).float(),
+                "boundary_distance": mirrored.reflection.distance.float() / 2,
+                "status": mirrored.reflection.status.float(),
+                "swap_residual": mirrored.reflection.residual.float(),
+            },
+        )
+
+    # Training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One critic step and one decoder step on the same renderings."""
+        image = self._inside_pairs(batch["image"])
+        decoder_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+        mirrored = self.reflect(image, self._draw_target(image))
+        step = torch.rand(len(image), 1, device=image.device)
+        path = self.decode(mirrored, torch.cat([torch.zeros_like(step), step], dim=1))
+        reconstruction, rendered = path.unbind(dim=1)
+        shown = torch.where(step[:, 0] < 0.5, mirrored.source, mirrored.target)
+
+        self.critic.requires_grad_(True)
+        critic_terms = {
+            "critic_real": adversarial_loss(self.critic(image, mirrored.source), real=True),
+            "critic_fake": adversarial_loss(self.critic(rendered.detach(), shown), real=False),
+        }
+        critic_terms["critic"] = critic_terms["critic_real"] + critic_terms["critic_fake"]
+        critic_optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(critic_terms["critic"])
+        critic_optimizer.step()
+
+        self.critic.requires_grad_(False)
+        terms = self._decoder_loss(image, mirrored, step, reconstruction, rendered, shown)
+        decoder_optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(terms["decoder"])
+        decoder_optimizer.step()
+        logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
+        self.log_dict(logged, batch_size=len(image))
+
+    def _draw_target(self, image: Tensor) -> Tensor:
+        """A target for every image: the partner of its predicted class, or any other class."""
+        with torch.no_grad():
+            source = self.classifier(image).argmax(dim=1)
+        shift = torch.randint(1, self.classifier.num_classes, source.shape, device=source.device)
+        other = (source + shift) % self.classifier.num_classes
+        return torch.where(self.partner[source] >= 0, self.partner[source], other)
+
+    def _inside_pairs(self, image: Tensor) -> Tensor:
+        """The batch with images outside of all pairs replaced by some inside, so that its size stays."""
+        if bool((self.partner < 0).all()):
+            return image
+        with torch.no_grad():
+            inside = self.partner[self.classifier(image).argmax(dim=1)] >= 0
+        kept = inside.nonzero().squeeze(1)
+        if len(kept) == 0:
+            return image
+        return image[kept[torch.arange(len(image), device=image.device) % len(kept)]]
+
+    def _decoder_loss(
+        self,
+        image: Tensor,
+        mirrored: Mirrored,
+        step: Tensor,
+        reconstruction: Tensor,
+        rendered: Tensor,
+        shown: Tensor,
+    ) -> dict[str, Tensor]:
+        own, there = torch.cat([torch.zeros_like(step), step], dim=1).unbind(dim=1)
+        intended = self.intended(mirrored, torch.stack([own, there], dim=1)).to(image.dtype)
+        seen = self.classifier.activations(torch.cat([reconstruction, rendered]))
+        features = seen.feature_map.mean(dim=(2, 3))
+        wanted = mirrored.features + step.double() * (mirrored.reflection.features - mirrored.features)
+        wanted = wanted.to(image.dtype)
+        length = mirrored.features.norm(dim=1).mean().to(image.dtype)
+        terms = {
+            "class": F.kl_div(
+                seen.logits.log_softmax(dim=1),
+                intended.transpose(0, 1).flatten(0, 1).log_softmax(dim=1),
+                log_target=True,
+                reduction="batchmean",
+            ),
+            "adversarial": adversarial_loss(self.critic(rendered, shown), real=True),
+            "reconstruction": (reconstruction - image).abs().mean(),
+            "feature": (features[len(image) :] - wanted).norm(dim=1).mean() / length,
+            "triangulation": self._triangulation(image, mirrored, step[:, 0], rendered, wanted),
+        }
+        total = (
+            self.class_weight * terms["class"]
+            + self.adversarial_weight * terms["adversarial"]
+            + self.reconstruction_weight * terms["reconstruction"]
+            + self.feature_weight * terms["feature"]
+            + self.triangulation_weight * terms["triangulation"]
+        )
+        return terms | {"decoder": total}
+
+    def _triangulation(
+        self, image: Tensor, mirrored: Mirrored, step: Tensor, rendered: Tensor, wanted: Tensor
+    ) -> Tensor:
+        """Asks for a visible change in proportion to the one in feature space (Eq. 6 to 11).
+
+        The reference is a random image of the class on the rendering's side of the mirror, taken from the batch;
+        images for which the batch holds none do not count.
+        """
+        side = torch.where(step < 0.5, mirrored.source, mirrored.target)
+        candidates = mirrored.source[None] == side[:, None]
+        candidates = candidates & ~torch.eye(len(image), dtype=torch.bool, device=image.device)
+        chosen = (candidates * (0.1 + torch.rand(candidates.shape, device=image.device))).argmax(dim=1)
+        counts = candidates.any(dim=1).to(image.dtype)
+        reference = mirrored.features[chosen].to(image.dtype)
+        near = (mirrored.features.to(image.dtype) - wanted).norm(dim=1)
+        ratio = ((wanted - reference).norm(dim=1) / (near + 1e-8)).clamp(1e-2, 1e2)
+        moved = (image - rendered).abs().mean(dim=(1, 2, 3))
+        apart = (rendered - image[chosen]).abs().mean(dim=(1, 2, 3)) / ratio
+        outside = F.relu((1 - self.tolerance) * apart - moved) + F.relu(moved - (1 + self.tolerance) * apart)
+        return (outside * counts).sum() / counts.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measures reconstruction, validity and faithfulness on the way to the partner class or the runner-up."""
+        image = batch["image"]
+        predicted = self.classifier(image).argmax(dim=1)
+        partner = self.partner[predicted]
+        target = torch.where(partner >= 0, partner, runner_up(self.classifier(image)))
+        mirrored = self.reflect(image, target)
+        step = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=image.device).expand(len(image), -1)
+        path = self.decode(mirrored, step)
+        logits = self.classifier(path.flatten(0, 1)).unflatten(0, step.shape)
+        to = mirrored.target[:, None, None].expand(-1, step.shape[1], 1)
+        gap = self.intended(mirrored, step).softmax(dim=2).gather(2, to) - logits.double().softmax(dim=2).gather(2, to)
+        error = (path[:, 0] - image).abs().mean()
+        validity = (logits[:, -1].argmax(dim=1) == mirrored.target).float().mean()
+        values = {
+            "loss": error + 1 - validity,
+            "reconstruction": error,
+            "validity": validity,
+            "confidence_gap": gap.abs().mean().float(),
+            "classifier_agreement": (logits[:, 0].argmax(dim=1) == predicted).float().mean(),
+            "change": (path[:, -1] - path[:, 0]).abs().mean(),
+        }
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam for the decoder and for the critic."""
+        self.critic.requires_grad_(True)
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas}
+        return [
+            torch.optim.Adam(self.decoder.parameters(), **options),
+            torch.optim.Adam(self.critic.parameters(), **options),
+        ]
+
+
+def _partners(class_names: tuple[str, ...], pairs: list[list[str]] | None) -> Tensor:
+    """The class on the other side for every class, -1 where any other class may be, [K]."""
+    partner = torch.full((len(class_names),), -1)
+    for pair in pairs or []:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(class_names):
+            raise ValueError(
+                f"pairs must be pairs of two different class names out of {list(class_names)}, got {list(pair)}."
+            )
+        first, second = (class_names.index(name) for name in pair)
+        if partner[first] >= 0 or partner[second] >= 0:
+            raise ValueError(f"Each class can be in one pair only, but {list(pair)} repeats one.")
+        partner[first], partner[second] = second, first
+    return partner
