@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no file of weights {file}.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, such as a whole pickled model, and opening that could run its code: "
+            "write the weights alone, with torch.save(network.state_dict(), ...)."
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

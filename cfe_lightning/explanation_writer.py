@@ -159,6 +159,7 @@ class _Judged:
     scale: Tensor | None  # [B], the change in full colour on the difference picture, on [0, 1]
     path: Tensor | None  # probabilities of the saved steps, [B, T, K]
     strengths: Tensor | None  # [B, T]
+    intended: Tensor | None  # probabilities that the method meant the steps to have, [B, T, K]
 
     def row(self, index: int, class_names: Sequence[str]) -> Row:
         """The part of the manifest's row that concerns decisions."""
@@ -184,6 +185,11 @@ class _Judged:
                 "predicted": [_number(value) for value in self.path[index, :, predicted]],
                 "target": [_number(value) for value in self.path[index, :, target]],
             }
+            if self.intended is not None:
+                row["curve"] |= {
+                    "intended_predicted": [_number(value) for value in self.intended[index, :, predicted]],
+                    "intended_target": [_number(value) for value in self.intended[index, :, target]],
+                }
         return row
 
 
@@ -216,6 +222,7 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         scale=scale,
         path=path,
         strengths=None if explanation.strengths is None else explanation.strengths.cpu(),
+        intended=None if explanation.intended is None else explanation.intended.float().softmax(dim=2).cpu(),
     )
 
 
@@ -250,7 +257,7 @@ def _keys(explanation: Explanation) -> dict[str, str]:
 def _finite(explanation: Explanation) -> Tensor:
     """Which images' explanations are numbers throughout, [B] bool."""
     given = [explanation.logits, explanation.attribution, explanation.counterfactual, explanation.steps]
-    given += [explanation.counterfactual_logits, explanation.strengths]
+    given += [explanation.counterfactual_logits, explanation.strengths, explanation.intended]
     given += [*explanation.parts.values(), *explanation.scores.values()]
     checks = [
         value.isfinite().flatten(1).all(dim=1) if value.ndim > 1 else value.isfinite()

@@ -131,6 +131,9 @@
     const file = filesOf(row).steps;
     if (!file || !row.curve) return null;
     const { strength, predicted, target } = row.curve, last = strength.length - 1;
+    // What the method meant the steps to be; its distance from the solid lines is the method's own error.
+    const meant = [row.curve.intended_predicted, row.curve.intended_target];
+    const dashed = (values, kind) => values ? [svg("polyline", { class: kind + " intended", points: points(values) })] : [];
     // Backgrounds stack: the file where it is found, else the embedded thumbnail.
     const layers = [address(row, file), row.thumbs && row.thumbs.steps].filter(Boolean);
     const frame = el("div", { className: "frame", role: "img" });
@@ -142,6 +145,7 @@
     const grid = (p, kind) => svg("line", { class: "grid " + kind, x1: 0, x2: 100, y1: 100 - 100 * p, y2: 100 - 100 * p });
     const curve = svg("svg", { class: "curve", viewBox: "0 -4 100 108", preserveAspectRatio: "none", "aria-hidden": "true" },
       grid(0, ""), grid(0.5, "half"), grid(1, ""),
+      ...dashed(meant[0], "predicted"), ...(row.predicted === row.target ? [] : dashed(meant[1], "target")),
       svg("polyline", { class: "predicted", points: points(predicted) }),
       ...(row.predicted === row.target ? [] : [svg("polyline", { class: "target", points: points(target) })]), cursor);
     const ticks = [1, 0.5, 0].map((p) => {
@@ -154,6 +158,7 @@
     const play = el("button", { type: "button", title: "Play (space)" }, "▶");
     play.setAttribute("aria-label", "Play the path");
     const readout = el("div", { className: "readout" });
+    const asMeant = (values, index) => values ? [el("small", { title: "dashed: what the method intended" }, ` (meant ${percent(values[index])})`)] : [];
     function show(index) {
       index = Math.min(last, Math.max(0, index));
       steps.set(row.name, index);
@@ -166,8 +171,8 @@
       cursor.setAttribute("x2", x(index));
       readout.replaceChildren(
         el("span", { className: "line" }, `step ${index + 1} of ${last + 1}, strength `, el("b", {}, significant(strength[index]))),
-        el("span", { className: "key-predicted" }, row.predicted + " ", el("b", {}, p[0])),
-        ...(row.predicted === row.target ? [] : [el("span", { className: "key-target" }, row.target + " ", el("b", {}, p[1]))]));
+        el("span", { className: "key-predicted" }, row.predicted + " ", el("b", {}, p[0]), ...asMeant(meant[0], index)),
+        ...(row.predicted === row.target ? [] : [el("span", { className: "key-target" }, row.target + " ", el("b", {}, p[1]), ...asMeant(meant[1], index))]));
     }
     slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
     const follow = (event) => {

@@ -104,6 +104,16 @@ def test_the_curve_is_what_the_classifier_says_about_the_saved_steps(tmp_path: P
         assert row["curve"]["target"] == pytest.approx(p[:, given.target[index]].tolist(), rel=1e-5)
 
 
+def test_what_the_steps_were_meant_to_be_is_in_the_row(tmp_path: Path):
+    intended = torch.randn(3, 3, 3)
+    given = explanation(intended=intended)
+    for index, row in enumerate(save(tmp_path, given)):
+        p = intended.softmax(dim=2)[index]
+        assert row["curve"]["intended_predicted"] == pytest.approx(p[:, given.predicted[index]].tolist(), rel=1e-5)
+        assert row["curve"]["intended_target"] == pytest.approx(p[:, given.target[index]].tolist(), rel=1e-5)
+    assert "intended_target" not in save(tmp_path, explanation())[0]["curve"]
+
+
 def test_differences_are_drawn_around_grey_and_amplified_by_the_gain_in_the_row(tmp_path: Path):
     image = torch.zeros(3, 3, 16, 16)
     distinct = torch.zeros_like(image)
