@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from cfe_lightning.data.image_data import ImageData
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
-def classifier_file(folder: Path, data: dict[str, Any]) -> Path:
+def classifier_file(folder: Path, data: dict[str, Any], pairs: list[list[str]] | None) -> Path:
     """A classifier of the size of a config's data, in place of the one that the user would have trained."""
     channels, image_size = data.get("channels", 3), data["image_size"]
+    names = tuple(itertools.chain.from_iterable(pairs)) if pairs else ("a", "b")
     spec = ClassifierSpec(
-        class_path="cfe_lightning.networks.classifiers.SimpleCnn",
-        init_args={"num_classes": 2, "channels": channels, "image_size": image_size},
-        head=None,
-        class_names=("a", "b"),
+        class_path="cfe_lightning.networks.classifiers.PooledCnn",
+        init_args={"num_classes": len(names), "channels": channels},
+        head="fc",
+        feature_map="stage3",
+        class_names=names,
         image_size=image_size,
         mean=(0.5,) * channels,
         std=(0.5,) * channels,
@@ -35,7 +38,7 @@ def classifier_file(folder: Path, data: dict[str, Any]) -> Path:
 
 
 def data_files(root: Path) -> None:
-    """A few images where a config looks for its own: a folder of class folders, and CelebA's layout."""
+    """A few images where a config looks for its own: class folders, and the layouts of CelebA and MNIST."""
     picture = Image.new("RGB", (8, 8))
     for split, label, patient in itertools.product(("train", "val", "test"), ("a", "b"), range(2)):
         folder = root / split / label
@@ -45,10 +48,15 @@ def data_files(root: Path) -> None:
     faces.mkdir(parents=True)
     for number in (1, 2, 3):
         picture.save(faces / f"00000{number}.jpg")
-    attributes = "".join(f"00000{number}.jpg {sex}\n" for number, sex in ((1, 1), (2, -1), (3, 1)))
-    (root / "celeba" / "list_attr_celeba.txt").write_text(f"3\nMale\n{attributes}")
+    attributes = "".join(f"00000{number}.jpg {has} {has}\n" for number, has in ((1, 1), (2, -1), (3, 1)))
+    (root / "celeba" / "list_attr_celeba.txt").write_text(f"3\nMale Mouth_Slightly_Open\n{attributes}")
     partition = "".join(f"00000{number}.jpg {number - 1}\n" for number in (1, 2, 3))
     (root / "celeba" / "list_eval_partition.txt").write_text(partition)
+    for name, prefix in itertools.product(("MNIST", "FashionMNIST"), ("train", "t10k")):
+        raw = root / name / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 10, 28, 28) + bytes(10 * 28 * 28))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 10) + bytes(range(10)))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -61,7 +69,7 @@ def test_a_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     classifier = content["model"]["init_args"].get("classifier")
     if classifier is not None:
         assert classifier["class_path"] == "cfe_lightning.classifier.load_classifier"
-        file = classifier_file(tmp_path, content["data"]["init_args"])
+        file = classifier_file(tmp_path, content["data"]["init_args"], content["model"]["init_args"].get("pairs"))
         overrides += ["--model.classifier.init_args.path", str(file)]
     run = ConfiguredRun([path.resolve()], overrides, tmp_path / "run", None)
     assert isinstance(run.datamodule, ImageData)
