@@ -13,7 +13,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dxai import ROOT, SETS, evaluate, train_classifier, train_dxai
+from dxai import OBJECTIVES, ROOT, SETS, evaluate, train_classifier, train_dxai
 
 ARCHITECTURES = ("resnet18", "simple")
 
@@ -26,7 +26,7 @@ def matrix(options: argparse.Namespace) -> list[str]:
     classifiers = {n: train_classifier(task, output[n], "--model.architecture", n) for n in ARCHITECTURES}
     rows = []
     for name in ARCHITECTURES:
-        checkpoint = train_dxai(task, output[name], "paper", classifiers[name], 0, [])
+        checkpoint = train_dxai(task, output[name], "paper", classifiers[name], 0, OBJECTIVES["paper"])
         cells = []
         for judge in ARCHITECTURES:
             target = output[name] / f"judged_by_{judge}"

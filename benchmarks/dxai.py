@@ -39,9 +39,9 @@ COLUMNS = (
 #: The published objective, the same run explained at the strength that leaves the classifier undecided, and a run
 #: trained towards an undecided agnostic part.
 OBJECTIVES = {
-    "paper": [],
+    "paper": ["--model.strength", "full"],
     "calibrated": [],
-    "neutral": ["--model.objective", "neutral", "--model.neutral_weight", "1", "--model.strength", "neutral"],
+    "neutral": ["--model.objective", "neutral", "--model.neutral_weight", "1"],
 }
 
 

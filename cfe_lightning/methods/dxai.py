@@ -5,8 +5,8 @@ image in a class's style; blending the other branches between two classes drives
 of branch 0, which is left with what makes the class.
 
 Deviations, each with its reason in ``docs/methods/dxai.md``: the image's level can pass the generator (``stem_norm``,
-``head_norm``), explanations use the mean style of a class and the predicted class, and ``objective: neutral`` asks the
-agnostic part for an undecided classifier (the paper's Definition 1) where the published loss asks for the other class.
+``head_norm``), explanations use the mean style of a class and the predicted class, and take away only as much as leaves
+the classifier undecided (the paper's Definition 1), where all of it, or the published loss, leads to another class.
 
 Shapes: B images, C channels, H, W pixels, K classes, N branches, T steps.
 """
@@ -54,8 +54,8 @@ class Dxai(ExplainerModule):
             "final" (the authors' last code, single-head critic), "first" (with the orthogonality loss), "joint_d".
         objective: What the classifier should say to a rendering without distinct part: "paper" asks for the
             alternative class, "neutral" for no decision (uniform output).
-        strength: How much of branch 0 an explanation calls distinct: "full" as published, "neutral" the share that
-            leaves the classifier undecided on this very image (see ``neutral_strength``).
+        strength: How much of branch 0 an explanation calls distinct: "neutral" the share that leaves the classifier
+            undecided on this very image (Definition 1, see ``neutral_strength``), "full" all of it, as published.
         num_branches: N >= 2; branch 0 becomes the distinct part.
         branch_width: Channels per branch at full resolution. Paper: 7; here 8 because it vectorises.
         max_branch_width: Upper limit of the channels per branch.
@@ -99,7 +99,7 @@ class Dxai(ExplainerModule):
         *,
         preset: Literal["paper", "final", "first", "joint_d"] = "paper",
         objective: Objective = "paper",
-        strength: Strength = "full",
+        strength: Strength = "neutral",
         num_branches: int = 5,
         branch_width: int = 8,
         max_branch_width: int = 64,
@@ -414,6 +414,7 @@ class Dxai(ExplainerModule):
         """The critic's logit for a rendering without distinct part, [B, heads] -> [B]."""
         return self._judgement(judged, alternative) if self.objective == "paper" else judged.mean(dim=1)
 
+    @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measures what an explanation of unseen images would be worth, with the deterministic mean style."""
         image, label = batch["image"], batch["label"]
@@ -422,10 +423,13 @@ class Dxai(ExplainerModule):
         agnostic_logits = self.classifier(explanation.parts["agnostic"])
         removed_logits = self.classifier(image - distinct)
         own_class = F.cross_entropy(self.classifier(explanation.parts["reconstruction"]), label)
+        # What was trained is the whole of branch 0, however much of it an explanation takes away.
+        branches = self.generator(image, self.mean_styles()[explanation.predicted])
+        without_logits = self.classifier(branches[:, 1:].sum(dim=1))
         if self.objective == "paper":
-            removed_class = F.cross_entropy(agnostic_logits, runner_up(explanation.logits))
+            removed_class = F.cross_entropy(without_logits, runner_up(explanation.logits))
         else:
-            removed_class = kl_from_uniform(agnostic_logits).mean()
+            removed_class = kl_from_uniform(without_logits).mean()
         reconstruction = distance(image, explanation.parts["reconstruction"])
         loss = self.weights.class_weight * 0.5 * (own_class + removed_class)
         loss = loss + self.weights.reconstruction_weight * reconstruction

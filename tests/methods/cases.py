@@ -68,6 +68,7 @@ def pooled_classifier(num_classes: int = NUM_CLASSES, channels: int = 3) -> Froz
 MIRROR: dict[str, Any] = {"width": 4, "max_width": 8, "editor_width": 4, "norm": "group", "critic_widths": [4, 8]}
 #: A DXAI of a few thousand parameters.
 DXAI: dict[str, Any] = {
+    "strength": "full",
     "num_branches": 3,
     "branch_width": 2,
     "min_resolution": 8,
