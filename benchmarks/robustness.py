@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import json
 import random
 import subprocess
 import sys
@@ -35,6 +36,18 @@ def content(out: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:
     return rows, {str(path.relative_to(out)): path.read_bytes() for path in pictures}
 
 
+def _kept(out: Path) -> set[str]:
+    """Names of the rows in the journals of an output folder; the last line of one may be cut off."""
+    names = set()
+    for journal in out.glob("manifest*.jsonl"):
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                names.add(json.loads(line).get("name"))
+            except json.JSONDecodeError:
+                continue
+    return names - {None}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
@@ -49,7 +62,7 @@ def main() -> int:
 
         def command(out: Path) -> list[str]:
             where = ("--checkpoint", options.checkpoint, "--input", str(folder / "in"), "--output", str(out))
-            return [sys.executable, str(ROOT / "explain.py"), *where, "--batch-size", "4"]
+            return [sys.executable, str(ROOT / "explain.py"), *where, "--batch-size", "2"]
 
         def start(out: Path) -> subprocess.Popen[bytes]:
             return subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -60,23 +73,25 @@ def main() -> int:
         rows, pictures = content(folder / "whole")
         states = collections.Counter(row["status"] for row in rows)
         print(f"{len(good) + len(bad)} files, {len(good)} readable: {dict(states)}, exit code {code}, {seconds:.1f} s")
-        complete = sorted(row["name"] for row in rows) == sorted(good | bad)
-        print("every name has one row" if complete else "NAMES ARE MISSING OR DOUBLE")
+        # A table in UTF-8 spells bytes that are no text.
+        wanted = {name.encode("utf-8", "backslashreplace").decode() for name in good | bad}
+        given = sorted(row["name"] for row in rows)
+        complete = given == sorted(wanted)
+        print("every name has one row" if complete else f"NAMES DIFFER: {set(given) ^ wanted}")
 
-        killed = 0
-        while killed < options.kills:
+        for _ in range(options.kills):
+            before = _kept(folder / "killed")
             process = start(folder / "killed")
-            moment = draw.uniform(0.3, 0.95) * seconds
+            # Importing takes most of the time: the clock starts with the first new rows.
+            while process.poll() is None and len(_kept(folder / "killed")) <= len(before):
+                time.sleep(0.01)
+            moment = draw.uniform(0, 1.5)
             time.sleep(moment)
             alive = process.poll() is None
             process.kill()
             process.wait()
-            part = folder / "killed" / "manifest.0.jsonl"
-            lines = part.read_bytes().count(b"\n") if part.exists() else 0
-            print(
-                f"killed after {moment:.1f} s: {'running' if alive else 'ALREADY DONE'}, {lines} lines in the journal"
-            )
-            killed += 1
+            kept = len(_kept(folder / "killed"))
+            print(f"killed {moment:.2f} s after its first rows ({'running' if alive else 'DONE'}), {kept} rows kept")
         code = start(folder / "killed").wait()
         same = content(folder / "killed") == (rows, pictures)
         print(f"run to the end, exit code {code}: {'identical' if same else 'DIFFERENT'} to the undisturbed run")
