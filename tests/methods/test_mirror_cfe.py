@@ -1,0 +1,203 @@
+"""Tests of ``cfe_lightning.methods.mirror_cfe`` beyond the contract: what explanations claim, and who is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import MIRROR, pooled_classifier
+from torch import nn
+from torchvision import models
+from toy import toy_images
+
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier_tracing import trace_layers
+from cfe_lightning.methods.mirror_cfe import MirrorCFE
+from cfe_lightning.methods.mirror_geometry import STATUS, swapped
+
+
+def tiny(num_classes: int = 3, classifier: FrozenClassifier | None = None, **changes: Any) -> MirrorCFE:
+    torch.manual_seed(0)
+    return MirrorCFE(classifier or pooled_classifier(num_classes), **{**MIRROR, **changes}).eval()
+
+
+def frozen(network: nn.Module, num_classes: int, image_size: int) -> FrozenClassifier:
+    """Any network with the layers that tracing finds."""
+    spec = ClassifierSpec(
+        class_path="torch.nn.Module",
+        init_args={},
+        head=None,
+        class_names=tuple(f"class {index}" for index in range(num_classes)),
+        image_size=image_size,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    return FrozenClassifier(network.eval(), spec.with_layers(trace_layers(network, 3, image_size)))
+
+
+def convnext() -> FrozenClassifier:
+    torch.manual_seed(0)
+    network = models.ConvNeXt([models.convnext.CNBlockConfig(16, None, 2)], num_classes=3)
+    nn.init.normal_(network.classifier[2].weight)
+    return frozen(network, 3, 32)
+
+
+def test_the_path_is_as_intended_in_feature_space():
+    model, image = tiny(num_steps=5), toy_images(4, 3)
+    explanation = model.explain(image)
+    steps = explanation.strengths
+    assert steps is not None
+    assert explanation.intended is not None
+    assert steps[0].tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    before = explanation.logits.softmax(dim=1)
+    source, target = explanation.predicted, explanation.target
+    intended = explanation.intended.softmax(dim=2)
+    torch.testing.assert_close(intended[:, 0], before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(intended[:, -1], swapped(before, source, target), atol=1e-5, rtol=0)
+    rows = torch.arange(4)
+    middle = explanation.intended[:, 2]
+    torch.testing.assert_close(middle[rows, source], middle[rows, target], atol=1e-4, rtol=0)
+    assert explanation.scores["status"].tolist() == [STATUS.index("exact")] * 4
+
+
+def test_the_counterfactual_is_the_first_step_that_flips():
+    model, image = tiny(num_steps=6), toy_images(4, 3)
+    explanation = model.explain(image)
+    target = explanation.target
+    # A classifier that says the target from step 3 on for the first two images, and never for the others.
+    said = torch.full((4, 7, 3), -1.0)
+    said[torch.arange(4), :, explanation.predicted] = 0.0
+    said[torch.arange(2)[:, None], torch.arange(3, 7)[None], target[:2, None]] = 1.0
+    original = model.classifier.forward
+    model.classifier.forward = lambda pictures: said.flatten(0, 1)  # type: ignore[method-assign]
+    explanation = model.explain(image)
+    model.classifier.forward = original  # type: ignore[method-assign]
+    assert explanation.counterfactual is not None
+    assert explanation.steps is not None
+    assert explanation.flipped is not None
+    assert explanation.scores["first_flip"].tolist() == pytest.approx([0.6, 0.6, 2, 2])
+    assert explanation.flipped.tolist() == [True, True, False, False]
+    torch.testing.assert_close(explanation.counterfactual[:2], explanation.steps[:2, 3])
+    torch.testing.assert_close(explanation.counterfactual[2:], explanation.steps[2:, 5])
+    redrawn = explanation.counterfactual - explanation.parts["reconstruction"]
+    torch.testing.assert_close(explanation.parts["redrawn"], redrawn)
+
+
+def test_the_boundary_is_half_way_whatever_the_number_of_steps():
+    odd, even = tiny(num_steps=3).explain(toy_images(2, 3)), tiny(num_steps=4).explain(toy_images(2, 3))
+    assert odd.steps is not None
+    torch.testing.assert_close(odd.parts["boundary"], odd.steps[:, 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(odd.parts["boundary"], even.parts["boundary"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spread", ["uniform", "location", "waterfill"])
+def test_maps_average_to_the_reflected_features(spread: str):
+    model = tiny(spread=spread, bounds=[0.0])
+    mirrored = model.reflect(toy_images(4, 3))
+    moved = (mirrored.feature_map + mirrored.change).mean(dim=(2, 3))
+    torch.testing.assert_close(moved, mirrored.reflection.features.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_without_an_edit_the_decoder_sees_the_image_s_own_levels():
+    model = tiny()
+    mirrored = model.reflect(toy_images(2, 3))
+    summaries = model.decoder.summarise(mirrored.levels)
+    mask = torch.zeros(2, 1, *mirrored.feature_map.shape[2:])
+    original = model.decoder(mirrored.feature_map, mirrored.levels, summaries, mask)
+    other = model.decoder(mirrored.feature_map, mirrored.levels, [torch.randn_like(s) for s in summaries], mask)
+    torch.testing.assert_close(original, other)
+    edited = model.decoder(mirrored.feature_map, mirrored.levels, summaries, mask + 1)
+    assert not torch.allclose(original, edited)
+
+
+def test_a_decoder_without_levels_works():
+    model = tiny(levels=[])
+    assert model.levels == {}
+    explanation = model.explain(toy_images(2, 3))
+    assert explanation.counterfactual is not None
+    assert explanation.counterfactual.shape == (2, 3, 16, 16)
+
+
+def test_a_target_that_is_predicted_already_leads_to_the_runner_up():
+    model, image = tiny(), toy_images(4, 3)
+    predicted = model.classifier(image).argmax(dim=1)
+    mirrored = model.reflect(image, predicted)
+    assert (mirrored.source == predicted).all()
+    assert (mirrored.target != predicted).all()
+    assert (model.explain(image, predicted).target == predicted).all()
+
+
+def test_a_head_that_is_not_linear_is_reflected_too():
+    classifier = convnext()
+    assert classifier.linear_head() is None
+    model = tiny(classifier=classifier, levels=[])
+    image = toy_images(3, 3, image_size=32)
+    explanation = model.explain(image)
+    assert explanation.intended is not None
+    wanted = swapped(explanation.logits.softmax(dim=1), explanation.predicted, explanation.target)
+    torch.testing.assert_close(explanation.intended[:, -1].softmax(dim=1), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_sigmoid_head_is_linear_with_a_row_of_zeros():
+    network = pooled_classifier(2).network
+    network.fc = nn.Linear(network.fc.in_features, 1)
+    head = frozen(network, 2, 16).linear_head()
+    assert head is not None
+    weight, bias = head
+    assert weight[0].abs().max() == 0
+    assert bias[0] == 0
+    torch.testing.assert_close(weight[1].float(), network.fc.weight[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "vit"])
+def test_a_classifier_without_pooled_features_is_refused(kind: str):
+    if kind == "vgg":
+        network: nn.Module = models.VGG(models.vgg.make_layers([8, "M"]), num_classes=3, init_weights=False)
+        network.classifier = nn.Sequential(nn.Linear(8 * 49, 16), nn.ReLU(), nn.Linear(16, 3))
+    else:
+        sizes = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+        network = models.VisionTransformer(image_size=32, **sizes, num_classes=3)
+    with pytest.raises(ValueError, match="has no feature map that this method could read"):
+        tiny(classifier=frozen(network, 3, 32))
+
+
+def test_training_stays_inside_the_pairs():
+    model = tiny(num_classes=4, pairs=[["stripe 0", "stripe 2"]])
+    assert model.partner.tolist() == [2, -1, 0, -1]
+    labels = torch.tensor([0, 1, 2, 3, 1, 3])
+    model.classifier.forward = lambda image: nn.functional.one_hot(image[:, 0, 0, 0].long(), 4).float()  # type: ignore[method-assign]
+    image = labels.view(-1, 1, 1, 1).float().expand(-1, 3, 16, 16)
+    kept = model._inside_pairs(image)[:, 0, 0, 0].long()
+    assert kept.tolist() == [0, 2, 0, 2, 0, 2]
+    assert model._draw_target(model._inside_pairs(image)).tolist() == [2, 0, 2, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": [["stripe 0", "cat"]]}, "pairs must be pairs of two different class names"),
+        ({"pairs": [["stripe 0", "stripe 0"]]}, "pairs must be pairs of two different class names"),
+        ({"pairs": [["stripe 0", "stripe 1"], ["stripe 1", "stripe 2"]]}, "in one pair only"),
+        ({"num_steps": 1}, "num_steps must be at least 2"),
+        ({"spread": "waterfill"}, r"set bounds to \[0\]"),
+        ({"bounds": []}, "a lower and perhaps an upper bound"),
+        ({"levels": ["fc"]}, "levels names 'fc', which is no layer that returns a map"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+def test_no_gradient_goes_through_the_reflection_but_through_the_judgement():
+    model = tiny()
+    image = toy_images(4, 3)
+    mirrored = model.reflect(image)
+    assert not mirrored.change.requires_grad
+    step = torch.full((4, 1), 0.7)
+    reconstruction, rendered = model.decode(mirrored, torch.cat([step * 0, step], dim=1)).unbind(dim=1)
+    terms = model._decoder_loss(image, mirrored, step, reconstruction, rendered, mirrored.target)
+    (gradient,) = torch.autograd.grad(terms["class"], [model.decoder.head.weight])
+    assert gradient.norm() > 0
+    assert all(parameter.grad is None for parameter in model.classifier.parameters())
