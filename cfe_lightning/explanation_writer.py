@@ -36,12 +36,14 @@ class ExplanationWriter(BasePredictionWriter):
     Args:
         output: Where to, prepared.
         num_images: How many images this process expects, for the progress bar; None or 0 shows no bar.
+        animation: Format of an animation of the steps beside the pictures, "gif" or "webp"; None writes none.
     """
 
-    def __init__(self, output: OutputFolder, *, num_images: int | None = None) -> None:
+    def __init__(self, output: OutputFolder, *, num_images: int | None = None, animation: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.output = output
         self.num_images = num_images
+        self.animation = animation
         self._started = 0.0
         self._progress: tqdm[Any] | None = None
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
@@ -127,6 +129,9 @@ class ExplanationWriter(BasePredictionWriter):
                 unfinished.unlink()
             for file, picture in pictures.items():
                 images.save_image(picture[index], self.output.path / folder / file)
+            if self.animation and explanation.steps is not None:
+                steps = explanation.steps[index].float().cpu()
+                images.save_animation(steps, self.output.path / folder / f"steps.{self.animation}")
             row |= judged.row(index, classifier.class_names)
             row |= {
                 "seconds": _number(seconds),

@@ -263,11 +263,28 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: Path) -> None:
     """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the file's own name with an ending: that could be longer than a file system takes.
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}.{os.getpid()}.part")
+    temporary = _unfinished(path)
     to_pil(image).save(temporary, format="PNG", compress_level=1)
     temporary.replace(path)
+
+
+def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> None:
+    """Writes steps [T, C, H, W] in [-1, 1] as an endless animation there and back, ``.gif`` or ``.webp``."""
+    frames = [to_pil(step) for step in (*steps, *steps.flip(0)[1:-1])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _unfinished(path)
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    form = path.suffix[1:].upper()
+    frames[0].save(
+        temporary, format=form, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
+    )
+    temporary.replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a file grows until it is whole. Not its own name with an ending: that could be too long for a name."""
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{name}.{os.getpid()}.part")
 
 
 def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:

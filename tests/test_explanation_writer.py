@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from PIL import Image
 from torch import Tensor
 
 from cfe_lightning import images
@@ -102,6 +103,22 @@ def test_the_curve_is_what_the_classifier_says_about_the_saved_steps(tmp_path: P
         assert row["curve"]["strength"] == [0.0, 0.5, 1.0]
         assert row["curve"]["predicted"] == pytest.approx(p[:, given.predicted[index]].tolist(), rel=1e-5)
         assert row["curve"]["target"] == pytest.approx(p[:, given.target[index]].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["gif", "webp"])
+def test_an_animation_goes_there_and_back_without_end(tmp_path: Path, form: str):
+    given = explanation()
+    writer = ExplanationWriter(OutputFolder(tmp_path), animation=form)
+    rows = writer.save(given, toy.toy_classifier(3), NAMES, [(0, 0)] * 3, 0.1)
+    with Image.open(tmp_path / rows[0]["folder"] / f"steps.{form}") as animation:
+        assert animation.size == (16, 16)
+        assert animation.n_frames == 4  # steps 1, 2, 3 and 2
+        assert animation.info["loop"] == 0
+        animation.seek(2)
+        last = images.from_pil(animation.convert("RGB"), channels=3)
+    assert given.steps is not None
+    tolerance = 0.2 if form == "gif" else 0.005  # a GIF has 256 colours
+    torch.testing.assert_close(last, given.steps[0, 2], atol=tolerance, rtol=0)
 
 
 def test_what_the_steps_were_meant_to_be_is_in_the_row(tmp_path: Path):

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
     parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
     parser.add_argument("--num-workers", metavar="N", type=count, default=0, help="processes that read images")
+    parser.add_argument("--animation", choices=("gif", "webp"), help="also write the steps of every image as animation")
     parser.add_argument(
         "--trusted",
         metavar="PACKAGE",
@@ -112,7 +113,9 @@ def _explain(options: argparse.Namespace) -> int:
         target=target,
         num_workers=options.num_workers,
     )
-    writer = ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])))
+    writer = ExplanationWriter(
+        output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation
+    )
     _predict(options, explainer, stream, writer)
     return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
 
@@ -232,6 +235,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
         "input": str(options.input.resolve()),
         "target": options.target,
         "precision": options.precision,
+        "animation": options.animation,
     }
 
 
