@@ -48,7 +48,7 @@ class Head:
         logits: Features [B, D] to logits [B, K].
         weight: [K, D]; like the others empty where the head is not linear.
         bias: [K].
-        matrix: ``swap_matrix`` of it, [D, K]; None where the head is not linear.
+        matrix: ``swap_matrix`` of it, [K, D]; None where the head is not linear.
     """
 
     logits: Callable[[Tensor], Tensor]

@@ -96,14 +96,14 @@ def mirrored(features: Tensor, normal: Tensor, offset: Tensor, step: float | Ten
 
 
 def swap_matrix(weight: Tensor, form: Literal["softmax", "logits"] = "softmax") -> Tensor:
-    """Directions in feature space that move one logit each: the head's pseudo-inverse, [K, D] -> [D, K].
+    """Directions in feature space that move one logit each: the head's pseudo-inverse, transposed, [K, D] -> [K, D].
 
     "softmax" (form B) inverts the rows minus their mean: the logits then match up to a common constant, which no
     softmax sees, and the step is the shortest there is. "logits" (form A) matches the logits themselves.
     """
     if form == "softmax":
         weight = weight - weight.mean(dim=0)
-    return torch.linalg.pinv(weight.double(), rtol=1e-10)
+    return torch.linalg.pinv(weight.double(), rtol=1e-10).T.contiguous()
 
 
 def closed_form_swap(features: Tensor, logits: Tensor, matrix: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -112,12 +112,11 @@ def closed_form_swap(features: Tensor, logits: Tensor, matrix: Tensor, source: T
     Args:
         features: [B, D].
         logits: The head's output on them, [B, K].
-        matrix: ``swap_matrix`` of the head, [D, K].
+        matrix: ``swap_matrix`` of the head, [K, D].
         source: Classes, [B].
         target: Classes, [B].
     """
-    direction = (matrix[:, target] - matrix[:, source]).T
-    return features + margin(logits, source, target)[:, None] * direction
+    return torch.addcmul(features, margin(logits, source, target)[:, None], matrix[target] - matrix[source])
 
 
 def first_flip(logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -353,10 +352,10 @@ def reflect(
     if bool((source == target).any()):
         raise ValueError("The target of a reflection must differ from its source: ask for another class.")
     logits = features @ weight.T + bias
-    plain = position(features, weight, bias, source, target)
     if swap == "reflect":
-        moved = plain
+        moved = position(features, weight, bias, source, target)
     elif swap == "lbfgs":
+        plain = position(features, weight, bias, source, target)
         moved = lbfgs_swap(features, lambda z: z @ weight.T + bias, source, target, start=plain)
     else:
         matrix = swap_matrix(weight, swap) if matrix is None else matrix
@@ -367,28 +366,34 @@ def reflect(
         return ((candidate @ weight.T + bias).softmax(dim=1) - goal).abs().amax(dim=1)
 
     status = torch.full_like(source, _EXACT)
-    failed = (residual(moved) >= _TOLERANCE) & (swap != "reflect")
+    error = residual(moved)
+    failed = (error >= _TOLERANCE) & (swap != "reflect")
     if bool(failed.any()):
         repaired = _pair_only(features[failed], logits[failed], weight, bias, source[failed], target[failed])
         moved = moved.masked_scatter(failed[:, None], repaired)
         status = torch.where(failed, _PAIR_ONLY, status)
+        error = residual(moved)
     if swap == "reflect":
-        status = torch.where(residual(moved) >= _TOLERANCE, _PAIR_ONLY, status)
+        status = torch.where(error >= _TOLERANCE, _PAIR_ONLY, status)
     if bounds is not None:
         lower, upper = bounds
         bounded, converged = bounded_swap(features, logits, weight, source, target, lower=lower, upper=upper)
         kept = converged & (residual(bounded) < _TOLERANCE)
         moved = torch.where(kept[:, None], bounded, moved)
+        error = residual(moved)
         status = torch.where(kept, _EXACT, torch.where(status == _EXACT, _NEGATIVE, status))
     degenerate = (weight[source] == weight[target]).all(dim=1)
     on_boundary = (margin(logits, source, target) == 0) & ~degenerate
-    moved = torch.where((degenerate | on_boundary)[:, None], features, moved)
-    status = torch.where(degenerate, _DEGENERATE, torch.where(on_boundary, _ON_BOUNDARY, status))
+    stuck = degenerate | on_boundary
+    if bool(stuck.any()):
+        moved = torch.where(stuck[:, None], features, moved)
+        status = torch.where(degenerate, _DEGENERATE, torch.where(on_boundary, _ON_BOUNDARY, status))
+        error = residual(moved)
     least, most = bounds or (0.0, torch.inf)
     return Reflection(
         features=moved,
         status=status,
-        residual=residual(moved),
+        residual=error,
         distance=(moved - features).norm(dim=1),
         negative=((moved < least - 1e-12) | (moved > most + 1e-12)).to(features.dtype).mean(dim=1),
     )
