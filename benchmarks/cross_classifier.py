@@ -10,7 +10,6 @@ already there is not done again.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from dxai import OBJECTIVES, ROOT, SETS, evaluate, train_classifier, train_dxai
@@ -20,8 +19,7 @@ ARCHITECTURES = ("resnet18", "simple")
 
 def matrix(options: argparse.Namespace) -> list[str]:
     """Trains what is missing, judges every pair and returns the rows of a Markdown table."""
-    task = SETS[options.set]
-    task = replace(task, data=[argument.format(root=options.root) for argument in task.data])
+    task = SETS[options.set].below(options.root)
     output = {name: options.output / options.set / name for name in ARCHITECTURES}
     classifiers = {n: train_classifier(task, output[n], "--model.architecture", n) for n in ARCHITECTURES}
     rows = []

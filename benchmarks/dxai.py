@@ -61,6 +61,10 @@ class Task:
     classifier_epochs: int = 4
     epochs: int = 3
 
+    def below(self, root: str) -> Task:
+        """The same with the folder that holds the data filled in."""
+        return replace(self, data=[argument.format(root=root) for argument in self.data])
+
 
 TOMATOES = '["tomato_cherry_maroon", "tomato_cherry_orange", "tomato_cherry_red", "tomato_cherry_yellow"]'
 SETS = {
@@ -126,7 +130,7 @@ def evaluate(checkpoints: list[Path], output: Path, limit: int, *options: str) -
 
 def judge(name: str, options: argparse.Namespace) -> list[str]:
     """Trains what is missing of one set, evaluates everything and returns Markdown rows."""
-    task = replace(SETS[name], data=[argument.format(root=options.root) for argument in SETS[name].data])
+    task = SETS[name].below(options.root)
     output = options.output / name
     classifier = train_classifier(task, output)
     checkpoints = []

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.explanation import alternative_class
 from cfe_lightning.losses import adversarial_loss, kl_between_logits, r1_penalty
 from cfe_lightning.methods.dxai import Dxai
-from cfe_lightning.methods.dxai_blending import Blend, alternative_class, blend, distance
+from cfe_lightning.methods.dxai_blending import Blend, blend, distance
 from cfe_lightning.networks.classifiers import SimpleCnn
 from cfe_lightning.networks.discriminators import CriticBlock
 from cfe_lightning.networks.multi_branch import ResidualBlock, StyledResidualBlock

@@ -182,3 +182,8 @@ def decides_for(logits: Tensor, target: Tensor) -> Tensor:
 def runner_up(logits: Tensor) -> Tensor:
     """The most probable class that is not the predicted one, [B, K] -> [B]; what ``target=None`` means."""
     return logits.topk(2, dim=1).indices[:, 1]
+
+
+def alternative_class(label: Tensor, num_classes: int) -> Tensor:
+    """A class other than ``label`` for every sample, uniform over the others, [B] -> [B]."""
+    return (label + torch.randint(1, num_classes, label.shape, device=label.device)) % num_classes

@@ -23,12 +23,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.explanation import Explanation, alternative_class, runner_up
 from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.methods.dxai_blending import (
     PRESETS,
     Blend,
-    alternative_class,
     blend,
     branch_orthogonality,
     distance,

@@ -84,11 +84,6 @@ def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> 
     )
 
 
-def alternative_class(label: Tensor, num_classes: int) -> Tensor:
-    """A class other than ``label`` for every sample, uniform over the others, [B] -> [B]."""
-    return (label + torch.randint(1, num_classes, label.shape, device=label.device)) % num_classes
-
-
 def distance(image: Tensor, other: Tensor) -> Tensor:
     """Mean squared plus mean absolute difference over all elements (Eq. 7)."""
     difference = image - other

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.losses import adversarial_loss
+from cfe_lightning.explanation import Explanation, alternative_class, runner_up
+from cfe_lightning.losses import adversarial_loss, kl_between_logits
 from cfe_lightning.methods.mirror_geometry import Reflection, Swap, first_flip, reflect, reflect_nonlinear, swap_matrix
 from cfe_lightning.methods.mirror_spread import (
     Spread,
@@ -230,7 +230,7 @@ class MirrorCFE(ExplainerModule):
                 source,
                 target,
                 swap=self.swap,
-                matrix=head.matrix if self.swap in ("softmax", "logits") else None,
+                matrix=head.matrix,
                 bounds=self.bounds,
             )
             rows, offset = head.weight[pair], head.bias[pair]
@@ -301,9 +301,13 @@ class MirrorCFE(ExplainerModule):
 
     def intended(self, mirrored: Mirrored, step: Tensor) -> Tensor:
         """The head's logits of the features that each step stands for, [B, T] -> [B, T, K] float64."""
-        change = mirrored.reflection.features - mirrored.features
-        path = mirrored.features[:, None] + step.double()[:, :, None] * change[:, None]
-        return self.head().logits(path.flatten(0, 1)).unflatten(0, step.shape)
+        return self.head().logits(_features_at(mirrored, step).flatten(0, 1)).unflatten(0, step.shape)
+
+    def _confidence_gap(self, mirrored: Mirrored, intended: Tensor, logits: Tensor) -> Tensor:
+        """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
+        target = mirrored.target[:, None, None].expand(-1, logits.shape[1], 1)
+        difference = intended.softmax(dim=2) - logits.double().softmax(dim=2)
+        return difference.gather(2, target).abs().mean(dim=(1, 2)).float()
 
     # Explaining
 
@@ -339,15 +343,12 @@ class MirrorCFE(ExplainerModule):
         reconstruction, reflection = steps[:, 0], steps[:, -1]
 
         arrived = logits.argmax(dim=2) == mirrored.target[:, None]
-        index = arrived.to(torch.int8).argmax(dim=1)
         found = arrived.any(dim=1)
-        index = torch.where(found, index, self.num_steps - 1) if self.counterfactual == "first" else index * 0 - 1
+        first = arrived.to(torch.int8).argmax(dim=1)
+        chosen = torch.where(found & (self.counterfactual == "first"), first, self.num_steps - 1)
         rows = torch.arange(batch, device=image.device)
-        counterfactual, counterfactual_logits = steps[rows, index], logits[rows, index]
-        first = torch.where(found, grid[arrived.to(torch.int8).argmax(dim=1)], 2.0)
+        counterfactual, counterfactual_logits = steps[rows, chosen], logits[rows, chosen]
         intended = self.intended(mirrored, step[:, :-1])
-        to = mirrored.target[:, None, None].expand(-1, self.num_steps, 1)
-        gap = intended.softmax(dim=2).gather(2, to) - logits.double().softmax(dim=2).gather(2, to)
         redrawn = counterfactual - reconstruction
         return Explanation(
             image=image,
@@ -366,11 +367,9 @@ class MirrorCFE(ExplainerModule):
                 "redrawn": redrawn,
             },
             scores={
-                "first_flip": first,
-                "intended_first_flip": first_flip(
-                    self.head().logits(mirrored.features), mirrored.source, mirrored.target
-                ).float(),
-                "confidence_gap": gap.abs().mean(dim=(1, 2)).float(),
+                "first_flip": torch.where(found, grid[first], 2.0),
+                "intended_first_flip": first_flip(intended[:, 0], mirrored.source, mirrored.target).float(),
+                "confidence_gap": self._confidence_gap(mirrored, intended, logits),
                 "boundary_distance": mirrored.reflection.distance.float() / 2,
                 "status": mirrored.reflection.status.float(),
                 "swap_residual": mirrored.reflection.residual.float(),
@@ -381,9 +380,9 @@ class MirrorCFE(ExplainerModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One critic step and one decoder step on the same renderings."""
-        image = self._inside_pairs(batch["image"])
+        image, source = self._inside_pairs(batch["image"])
         decoder_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
-        mirrored = self.reflect(image, self._draw_target(image))
+        mirrored = self.reflect(image, self._draw_target(source))
         step = torch.rand(len(image), 1, device=image.device)
         path = self.decode(mirrored, torch.cat([torch.zeros_like(step), step], dim=1))
         reconstruction, rendered = path.unbind(dim=1)
@@ -407,24 +406,20 @@ class MirrorCFE(ExplainerModule):
         logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
         self.log_dict(logged, batch_size=len(image))
 
-    def _draw_target(self, image: Tensor) -> Tensor:
-        """A target for every image: the partner of its predicted class, or any other class."""
-        with torch.no_grad():
-            source = self.classifier(image).argmax(dim=1)
-        shift = torch.randint(1, self.classifier.num_classes, source.shape, device=source.device)
-        other = (source + shift) % self.classifier.num_classes
-        return torch.where(self.partner[source] >= 0, self.partner[source], other)
+    @torch.no_grad()
+    def _inside_pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch and its predicted classes; images outside of all pairs give way to some inside: its size stays."""
+        source = self.classifier(image).argmax(dim=1)
+        kept = (self.partner[source] >= 0).nonzero().squeeze(1)
+        if len(kept) == 0:  # without pairs, too
+            return image, source
+        chosen = kept[torch.arange(len(image), device=image.device) % len(kept)]
+        return image[chosen], source[chosen]
 
-    def _inside_pairs(self, image: Tensor) -> Tensor:
-        """The batch with images outside of all pairs replaced by some inside, so that its size stays."""
-        if bool((self.partner < 0).all()):
-            return image
-        with torch.no_grad():
-            inside = self.partner[self.classifier(image).argmax(dim=1)] >= 0
-        kept = inside.nonzero().squeeze(1)
-        if len(kept) == 0:
-            return image
-        return image[kept[torch.arange(len(image), device=image.device) % len(kept)]]
+    def _draw_target(self, source: Tensor) -> Tensor:
+        """A target for every predicted class [B]: its partner, or any other class."""
+        other = alternative_class(source, self.classifier.num_classes)
+        return torch.where(self.partner[source] >= 0, self.partner[source], other)
 
     def _decoder_loss(
         self,
@@ -435,20 +430,13 @@ class MirrorCFE(ExplainerModule):
         rendered: Tensor,
         shown: Tensor,
     ) -> dict[str, Tensor]:
-        own, there = torch.cat([torch.zeros_like(step), step], dim=1).unbind(dim=1)
-        intended = self.intended(mirrored, torch.stack([own, there], dim=1)).to(image.dtype)
+        intended = self.intended(mirrored, torch.cat([torch.zeros_like(step), step], dim=1)).to(image.dtype)
         seen = self.classifier.activations(torch.cat([reconstruction, rendered]))
         features = seen.feature_map.mean(dim=(2, 3))
-        wanted = mirrored.features + step.double() * (mirrored.reflection.features - mirrored.features)
-        wanted = wanted.to(image.dtype)
+        wanted = _features_at(mirrored, step)[:, 0].to(image.dtype)
         length = mirrored.features.norm(dim=1).mean().to(image.dtype)
         terms = {
-            "class": F.kl_div(
-                seen.logits.log_softmax(dim=1),
-                intended.transpose(0, 1).flatten(0, 1).log_softmax(dim=1),
-                log_target=True,
-                reduction="batchmean",
-            ),
+            "class": kl_between_logits(intended.transpose(0, 1).flatten(0, 1), seen.logits),
             "adversarial": adversarial_loss(self.critic(rendered, shown), real=True),
             "reconstruction": (reconstruction - image).abs().mean(),
             "feature": (features[len(image) :] - wanted).norm(dim=1).mean() / length,
@@ -488,22 +476,21 @@ class MirrorCFE(ExplainerModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measures reconstruction, validity and faithfulness on the way to the partner class or the runner-up."""
         image = batch["image"]
-        predicted = self.classifier(image).argmax(dim=1)
+        decided = self.classifier(image)
+        predicted = decided.argmax(dim=1)
         partner = self.partner[predicted]
-        target = torch.where(partner >= 0, partner, runner_up(self.classifier(image)))
+        target = torch.where(partner >= 0, partner, runner_up(decided))
         mirrored = self.reflect(image, target)
         step = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=image.device).expand(len(image), -1)
         path = self.decode(mirrored, step)
         logits = self.classifier(path.flatten(0, 1)).unflatten(0, step.shape)
-        to = mirrored.target[:, None, None].expand(-1, step.shape[1], 1)
-        gap = self.intended(mirrored, step).softmax(dim=2).gather(2, to) - logits.double().softmax(dim=2).gather(2, to)
         error = (path[:, 0] - image).abs().mean()
         validity = (logits[:, -1].argmax(dim=1) == mirrored.target).float().mean()
         values = {
             "loss": error + 1 - validity,
             "reconstruction": error,
             "validity": validity,
-            "confidence_gap": gap.abs().mean().float(),
+            "confidence_gap": self._confidence_gap(mirrored, self.intended(mirrored, step), logits).mean(),
             "classifier_agreement": (logits[:, 0].argmax(dim=1) == predicted).float().mean(),
             "change": (path[:, -1] - path[:, 0]).abs().mean(),
         }
@@ -517,6 +504,12 @@ class MirrorCFE(ExplainerModule):
             torch.optim.Adam(self.decoder.parameters(), **options),
             torch.optim.Adam(self.critic.parameters(), **options),
         ]
+
+
+def _features_at(mirrored: Mirrored, step: Tensor) -> Tensor:
+    """The features that steps [B, T] of the path stand for, [B, T, D] float64."""
+    change = mirrored.reflection.features - mirrored.features
+    return mirrored.features[:, None] + step.double()[:, :, None] * change[:, None]
 
 
 def _partners(class_names: tuple[str, ...], pairs: list[list[str]] | None) -> Tensor:

@@ -180,7 +180,9 @@ def lbfgs_swap(
     changes: list[Tensor] = []
     curvatures: list[Tensor] = []
     for _ in range(num_steps):
-        done = (gradient.abs().amax(dim=1) < 1e-8) | (error < 1e-6 if proximity == 0 else torch.zeros_like(error) > 0)
+        done = gradient.abs().amax(dim=1) < 1e-8
+        if proximity == 0:
+            done = done | (error < 1e-6)
         if bool(done.all()):
             break
         direction = _two_loops(gradient, moves, changes, curvatures)

@@ -9,10 +9,10 @@ from cases import DXAI
 from torch.nn import functional as F
 from toy import ToyData, toy_classifier, toy_images
 
+from cfe_lightning.explanation import alternative_class
 from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.methods.dxai import SWEEP, Dxai
 from cfe_lightning.methods.dxai_blending import (
-    alternative_class,
     blend,
     branch_orthogonality,
     distance,
