@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from cfe_lightning import load_explainer
 from cfe_lightning.data.folder import ImageFolder
+from cfe_lightning.images import grid, to_pil
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.mirror_geometry import closed_form_swap, lbfgs_swap, position, reflect, swap_matrix
 
@@ -78,6 +79,35 @@ def figures(model: MirrorCFE, data: ImageFolder, batch_size: int) -> dict[str, f
     return result | {"n": count, "images/s": count / seconds}
 
 
+def draw(model: MirrorCFE, data: ImageFolder, path: Path, rows: int = 10) -> None:
+    """A grid of the first test images that the classifier has right, one after the other from all classes in pairs.
+
+    Columns: image, reconstruction, boundary, first counterfactual, reflection, change from the reconstruction to it.
+    """
+    images = data.dataset("test")
+    chosen: dict[int, list[torch.Tensor]] = {}
+    for index in range(len(images)):
+        sample = images[index]
+        paired = bool((model.partner < 0).all()) or int(model.partner[sample["label"]]) >= 0
+        if paired and int(model.classifier(sample["image"][None]).argmax()) == sample["label"]:
+            chosen.setdefault(sample["label"], []).append(sample["image"])
+    each = -(-rows // len(chosen))
+    image = torch.stack([one for label in sorted(chosen) for one in chosen[label][:each]])
+    partner = model.partner[model.classifier(image).argmax(dim=1)]
+    explanation = model.explain(image, None if bool((partner < 0).any()) else partner)
+    parts = explanation.parts
+    assert explanation.counterfactual is not None
+    change = 2 * (parts["reflection"] - parts["reconstruction"]).abs() - 1
+    columns = [
+        *(image, parts["reconstruction"], parts["boundary"], explanation.counterfactual, parts["reflection"]),
+        change.clamp(max=1),
+    ]
+    enlarge = max(1, 128 // image.shape[3])
+    columns = [column.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for column in columns]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(grid(columns)).save(path)
+
+
 def geometry(count: int = 10_000, num_classes: int = 10, num_features: int = 64) -> None:
     """Closed form (form A) against L-BFGS from the plain reflection, in float64."""
     torch.manual_seed(0)
@@ -111,6 +141,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder of images, split as for the training")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--grid", type=Path, help="also draw examples of the first checkpoint into this file")
     parser.add_argument("--geometry", action="store_true")
     options = parser.parse_args()
     if options.geometry:
@@ -127,6 +158,8 @@ def main() -> None:
         )
         data.prepare_data()
         data.setup("test")
+        if options.grid and checkpoint == options.checkpoint[0]:
+            draw(model, data, options.grid)
         row = figures(model, data, options.batch_size)
         print(f"{checkpoint}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
 

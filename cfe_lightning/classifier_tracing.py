@@ -160,6 +160,49 @@ def trace_levels(
     return {best[side]: calls[best[side]] for side in sorted(best)[:count]}
 
 
+def why_no_feature_map(network: nn.Module, channels: int, image_size: int) -> str:
+    """Why no feature map of a network averages to what its head reads: one clause, with the closest layer.
+
+    Args:
+        network: Maps [B, C, S, S] to logits.
+        channels: C.
+        image_size: S.
+    """
+    kind = type(network).__name__
+    linear: list[tuple[str, Tensor, Tensor]] = []
+    outputs: list[tuple[str, Tensor]] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((name, output.clone()))
+            if isinstance(module, nn.Linear):
+                linear.append((name, inputs[0].clone(), output.clone()))
+
+    with _evaluating(network), torch.no_grad():
+        logits = _watch(network, probe_image(network, channels, image_size), look)
+    if not linear:
+        return f"{kind} has no linear layer that could be watched"
+    name, features, output = linear[-1]
+    if output.numel() != logits.numel() or not torch.allclose(output.flatten(), logits.flatten(), rtol=1e-4):
+        return f"in {kind} the last linear layer, {name}, does not return the logits"
+    head = f"in {kind} the last linear layer is {name} ({features.shape[-1]} inputs)"
+    if features.ndim != 2:
+        return f"{head}, but it reads {list(features.shape)} instead of one row per image"
+    closest: tuple[float, str] | None = None
+    for layer, value in outputs:
+        for transform in get_args(FeatureMapTransform):
+            if _fits(value, transform, features.shape[1]):
+                candidate = as_feature_map(value, transform)
+                if candidate.shape[2] * candidate.shape[3] == 1:
+                    continue
+                average = candidate.mean(dim=(2, 3))
+                error = float((average - features).norm() / features.norm().clamp_min(1e-12))
+                closest = min(closest or (error, layer), (error, layer))
+    if closest is None:
+        return f"{head}, but no layer returns a map of so many channels"
+    return f"{head}, but no layer's output averages to them (closest: {closest[1]}, relative error {closest[0]:.2g})"
+
+
 def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
     """A layer's output [B, D, h, w], [B, h, w, D] or [B, L, D] (h = w = sqrt(L)) to the feature map [B, D, h, w]."""
     if transform == "relu":

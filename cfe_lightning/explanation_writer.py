@@ -36,7 +36,7 @@ class ExplanationWriter(BasePredictionWriter):
     Args:
         output: Where to, prepared.
         num_images: How many images this process expects, for the progress bar; None or 0 shows no bar.
-        animation: Format of an animation of the steps beside the pictures, "gif" or "webp"; None writes none.
+        animation: Format of an animation of the steps beside the pictures, "gif", "webp" or "mp4"; None writes none.
     """
 
     def __init__(self, output: OutputFolder, *, num_images: int | None = None, animation: str | None = None) -> None:

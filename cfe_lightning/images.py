@@ -6,11 +6,14 @@ Every image tensor of the package is float32, [C, H, W] or [B, C, H, W], in [-1,
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +29,8 @@ MAX_PIXELS = 100_000_000
 #: Pillow opens more, but hands some of it (EPS) to other programs: a stranger's file must not choose those.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _STRIP_PIXELS = 1 << 20
+#: Longer side that a video has at least.
+_SMALLEST_VIDEO = 256
 
 _log = logging.getLogger(__name__)
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -269,16 +274,46 @@ def save_image(image: Tensor, path: Path) -> None:
 
 
 def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> None:
-    """Writes steps [T, C, H, W] in [-1, 1] as an endless animation there and back, ``.gif`` or ``.webp``."""
+    """Writes steps [T, C, H, W] in [-1, 1] as an animation there and back: ``.gif`` and ``.webp`` endless, or ``.mp4``.
+
+    A video enlarges small pictures by a whole factor, because players blur them otherwise.
+    """
     frames = [to_pil(step) for step in (*steps, *steps.flip(0)[1:-1])]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
-    options = {"lossless": True} if path.suffix == ".webp" else {}
-    form = path.suffix[1:].upper()
-    frames[0].save(
-        temporary, format=form, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
-    )
+    if path.suffix == ".mp4":
+        _save_video(frames, temporary, milliseconds)
+    else:
+        options = {"lossless": True} if path.suffix == ".webp" else {}
+        form = path.suffix[1:].upper()
+        frames[0].save(
+            temporary, format=form, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
+        )
     temporary.replace(path)
+
+
+def can_save_video() -> bool:
+    """Whether PyAV is there, which ``save_animation`` needs for ``.mp4``."""
+    return importlib.util.find_spec("av") is not None
+
+
+def _save_video(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
+    import av
+
+    width, height = frames[0].size
+    factor = max(1, _SMALLEST_VIDEO // max(width, height))
+    # H.264 stores colour at half resolution: sides have to be even.
+    size = (width * factor // 2 * 2, height * factor // 2 * 2)
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(1000, milliseconds))
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            enlarged = frame.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            picture = av.VideoFrame.from_image(enlarged.crop((0, 0, *size)))
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def _unfinished(path: Path) -> Path:

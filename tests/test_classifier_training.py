@@ -198,6 +198,20 @@ def test_the_loss_is_smoothed_cross_entropy(tmp_path):
     assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_noise_is_for_training_only(tmp_path):
+    module = ClassifierTraining(output="x.pt", noise=0.5, image_size=64, channels=1, class_names=["a", "b"])
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None
+    seen = []
+    module.network.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    batch = {"image": torch.zeros(8, 1, 64, 64), "label": torch.zeros(8, dtype=torch.long)}
+    module.training_step(batch, 0)
+    module.validation_step(batch, 0)
+    # The network's own scale is [-1, 1] as well: mean and standard deviation 0.5 on [0, 1].
+    assert seen[0].std().item() == pytest.approx(0.5, rel=0.02)
+    assert seen[1].abs().max() == 0
+
+
 def test_the_network_sees_what_the_frozen_classifier_will_show_it(tmp_path):
     module = ClassifierTraining(
         output="x.pt", image_size=8, channels=3, class_names=["a", "b"], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]

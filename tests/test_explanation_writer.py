@@ -121,6 +121,19 @@ def test_an_animation_goes_there_and_back_without_end(tmp_path: Path, form: str)
     torch.testing.assert_close(last, given.steps[0, 2], atol=tolerance, rtol=0)
 
 
+def test_an_animation_as_a_video_is_enlarged_and_even(tmp_path: Path):
+    av = pytest.importorskip("av")
+    steps = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 1, 15, 17)
+    images.save_animation(steps, tmp_path / "steps.mp4", milliseconds=50)
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.mp4"]
+    with av.open(str(tmp_path / "steps.mp4")) as video:
+        assert video.streams.video[0].average_rate == 20
+        frames = [frame.to_ndarray(format="gray") for frame in video.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(224, 254)] * 6
+    means = [frame.mean() for frame in frames]
+    assert means == pytest.approx([0, 85, 170, 255, 170, 85], abs=6)
+
+
 def test_what_the_steps_were_meant_to_be_is_in_the_row(tmp_path: Path):
     intended = torch.randn(3, 3, 3)
     given = explanation(intended=intended)

@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
     parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
     parser.add_argument("--num-workers", metavar="N", type=count, default=0, help="processes that read images")
-    parser.add_argument("--animation", choices=("gif", "webp"), help="also write the steps of every image as animation")
+    parser.add_argument(
+        "--animation", choices=("gif", "webp", "mp4"), help="also write the steps of every image as animation"
+    )
     parser.add_argument(
         "--trusted",
         metavar="PACKAGE",
@@ -88,9 +90,11 @@ def _explain(options: argparse.Namespace) -> int:
     from cfe_lightning.data.image_stream import ImageStream
     from cfe_lightning.explainer import load_explainer
     from cfe_lightning.explanation_writer import ExplanationWriter
-    from cfe_lightning.images import find_images
+    from cfe_lightning.images import can_save_video, find_images
     from cfe_lightning.manifest import OutputFolder
 
+    if options.animation == "mp4" and not can_save_video():
+        raise ValueError("--animation mp4 needs the package av: pip install av, or choose webp or gif.")
     started = time.perf_counter()
     explainer = load_explainer(options.checkpoint, options.trusted)
     target = _target(options.target, explainer.classifier.class_names)

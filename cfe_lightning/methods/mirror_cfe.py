@@ -21,10 +21,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.classifier_tracing import probe_image, why_no_feature_map
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, alternative_class, runner_up
 from cfe_lightning.losses import adversarial_loss, kl_between_logits
-from cfe_lightning.methods.mirror_geometry import Reflection, Swap, first_flip, reflect, reflect_nonlinear, swap_matrix
+from cfe_lightning.methods.mirror_geometry import (
+    Reflection,
+    Swap,
+    bisect_step,
+    first_flip,
+    reflect,
+    reflect_nonlinear,
+    swap_matrix,
+)
 from cfe_lightning.methods.mirror_spread import (
     Spread,
     class_maps,
@@ -118,6 +127,7 @@ class MirrorCFE(ExplainerModule):
         tolerance: Half-width of the triangulation's band (alpha).
         learning_rate: Adam step size of decoder and critic.
         betas: Adam's.
+        decay_from: Share of the training after which both learning rates fall linearly towards zero; 1 keeps them.
 
     Raises:
         ValueError: If the classifier has no pooled feature map, or an argument is out of range.
@@ -150,8 +160,11 @@ class MirrorCFE(ExplainerModule):
         tolerance: float = 0.2,
         learning_rate: float = 2e-4,
         betas: list[float] | None = None,
+        decay_from: float = 1.0,
     ) -> None:
         super().__init__(classifier)
+        if not 0 <= decay_from <= 1:
+            raise ValueError(f"decay_from is a share of the training, from 0 to 1, got {decay_from}.")
         if num_steps < 2:
             raise ValueError(f"num_steps must be at least 2 (reconstruction and reflection), got {num_steps}.")
         if bounds is not None and not 1 <= len(bounds) <= 2:
@@ -174,10 +187,10 @@ class MirrorCFE(ExplainerModule):
         self.tolerance = tolerance
         self.learning_rate = learning_rate
         self.betas = (0.5, 0.999) if betas is None else (betas[0], betas[1])
+        self.decay_from = decay_from
         self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
 
-        with torch.no_grad():
-            feature_map = classifier.feature_map(torch.zeros(2, self.channels, self.image_size, self.image_size))
+        feature_map = _pooled_map(classifier)
         self.levels = classifier.find_levels(levels)
         self.decoder = MirrorDecoder(
             map_shape=(feature_map.shape[1], feature_map.shape[2], feature_map.shape[3]),
@@ -303,6 +316,25 @@ class MirrorCFE(ExplainerModule):
         """The head's logits of the features that each step stands for, [B, T] -> [B, T, K] float64."""
         return self.head().logits(_features_at(mirrored, step).flatten(0, 1)).unflatten(0, step.shape)
 
+    def _crossings(self, mirrored: Mirrored) -> tuple[Tensor, Tensor]:
+        """Steps at which the path meets the boundary and from which the head says the target, [B] float64 each."""
+        ends = torch.tensor([0.0, 1.0], device=mirrored.target.device).expand(len(mirrored.target), -1)
+        start, end = self.intended(mirrored, ends).unbind(dim=1)
+        if self.head().matrix is not None:
+            return torch.full_like(start[:, 0], 0.5), first_flip(start, end, mirrored.target)
+        # Where the head is not linear, neither is the way of the logits.
+        source, target = mirrored.source[:, None, None], mirrored.target[:, None, None]
+
+        def reached(step: Tensor) -> Tensor:
+            logits = self.intended(mirrored, step)
+            to_target = logits.gather(2, target.expand(-1, 2, 1)).squeeze(2)
+            to_source = logits[:, :1].gather(2, source).squeeze(2)
+            return torch.cat([to_target[:, :1] >= to_source, to_target[:, 1:] >= logits[:, 1:].amax(dim=2)], dim=1)
+
+        step = bisect_step(reached, ends.double() * 0, ends.double() * 0 + 1)
+        arrives = end.argmax(dim=1) == mirrored.target
+        return step[:, 0], torch.where(arrives, step[:, 1], 2.0)
+
     def _confidence_gap(self, mirrored: Mirrored, intended: Tensor, logits: Tensor) -> Tensor:
         """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
         target = mirrored.target[:, None, None].expand(-1, logits.shape[1], 1)
@@ -323,7 +355,8 @@ class MirrorCFE(ExplainerModule):
             An explanation with the path as steps (the reconstruction first, the reflection last) and the ``intended``
             logits beside what the classifier says; parts ``reconstruction``, ``boundary``, ``reflection`` and
             ``redrawn`` (counterfactual minus reconstruction, without the decoder's own error); scores ``first_flip``
-            (the step from which the classifier says the target, 2 where it never does), ``intended_first_flip``,
+            (the step from which the classifier says the target, 2 where it never does), ``intended_first_flip`` (from
+            which the head says so of the reflected features), ``boundary_step`` (0.5 for a linear head),
             ``confidence_gap`` (mean absolute difference of intended and predicted target probability along the path),
             ``boundary_distance`` in feature space, ``status`` (index into ``mirror_geometry.STATUS``) and
             ``swap_residual``.
@@ -331,9 +364,10 @@ class MirrorCFE(ExplainerModule):
         image = image.to(self.dtype)
         mirrored = self.reflect(image, target)
         batch = len(image)
+        meets, intended_flip = self._crossings(mirrored)
         grid = torch.linspace(0, 1, self.num_steps, device=image.device)
         # The boundary is a step of its own: an even number of steps would miss it.
-        step = torch.cat([grid, grid.new_tensor([0.5])]).expand(batch, -1)
+        step = torch.cat([grid.expand(batch, -1), meets[:, None].to(grid)], dim=1)
         summaries = self.decoder.summarise(mirrored.levels)
         rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, _CHUNK // batch), dim=1)]
         pictures = torch.cat(rendered, dim=1)
@@ -368,15 +402,25 @@ class MirrorCFE(ExplainerModule):
             },
             scores={
                 "first_flip": torch.where(found, grid[first], 2.0),
-                "intended_first_flip": first_flip(intended[:, 0], mirrored.source, mirrored.target).float(),
+                "intended_first_flip": intended_flip.float(),
                 "confidence_gap": self._confidence_gap(mirrored, intended, logits),
-                "boundary_distance": mirrored.reflection.distance.float() / 2,
+                "boundary_step": meets.float(),
+                "boundary_distance": (meets * mirrored.reflection.distance).float(),
                 "status": mirrored.reflection.status.float(),
                 "swap_residual": mirrored.reflection.residual.float(),
             },
         )
 
     # Training
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Lowers the learning rates; from the progress alone, so that a resumed run goes on where it was."""
+        if self.decay_from < 1 and self.trainer.max_epochs and self.trainer.max_epochs > 0:
+            progress = (self.current_epoch + batch_idx / self.trainer.num_training_batches) / self.trainer.max_epochs
+            rate = self.learning_rate * min(1.0, (1 - progress) / (1 - self.decay_from))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One critic step and one decoder step on the same renderings."""
@@ -504,6 +548,27 @@ class MirrorCFE(ExplainerModule):
             torch.optim.Adam(self.decoder.parameters(), **options),
             torch.optim.Adam(self.critic.parameters(), **options),
         ]
+
+
+@torch.no_grad()
+def _pooled_map(classifier: FrozenClassifier) -> Tensor:
+    """A feature map of the classifier, [2, D, h, w]; a ValueError unless its average is what the head reads."""
+    spec = classifier.spec
+    if spec.head is None or spec.feature_map is None:
+        reason = why_no_feature_map(classifier.network, spec.channels, spec.image_size)
+    else:
+        image = probe_image(classifier, spec.channels, spec.image_size)
+        feature_map, features = classifier.feature_map(image), classifier.features(image)
+        average = feature_map.mean(dim=(2, 3))
+        # Only names given by hand can be wrong here.
+        if average.shape == features.shape and torch.allclose(average, features, rtol=1e-3, atol=1e-4):
+            return feature_map
+        reason = f"the average of {spec.feature_map} is not what {spec.head} reads"
+    raise ValueError(
+        f"Mirror-CFE needs a classifier that averages its feature map over all places: {reason}. Name head and "
+        "feature_map if there are such layers, or choose a ResNet, DenseNet, EfficientNet, RegNet, MobileNet, Swin or "
+        "ConvNeXt."
+    )
 
 
 def _features_at(mirrored: Mirrored, step: Tensor) -> Tensor:

@@ -119,19 +119,41 @@ def closed_form_swap(features: Tensor, logits: Tensor, matrix: Tensor, source: T
     return torch.addcmul(features, margin(logits, source, target)[:, None], matrix[target] - matrix[source])
 
 
-def first_flip(logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """The step from which the target is the largest intended logit, at least 0.5 and at most 1, [B].
+def first_flip(start: Tensor, end: Tensor, target: Tensor) -> Tensor:
+    """The step from which the target is the largest intended logit on a path of logits that change linearly.
 
-    Along an exact swap the logits of source and target change places linearly and the others stay. Holds where the
-    source is the largest logit; on the mirror (margin 0) it is 0.5.
+    Args:
+        start: Logits where the path begins, [B, K].
+        end: Logits where it ends.
+        target: Classes, [B].
+
+    Returns:
+        [B]: 0.5 and more for a swap, 0 where the target is the largest from the start, 2 where not even at the end.
     """
-    gap = margin(logits, source, target)
-    others = logits.scatter(1, torch.stack([source, target], dim=1), -torch.inf)
-    if logits.shape[1] == 2:
-        return torch.full_like(gap, 0.5)
-    lead = others.amax(dim=1) - _of(logits, target)
-    tiny = torch.finfo(gap.dtype).tiny
-    return torch.where(gap > 0, lead / gap.clamp_min(tiny), 0.5).clamp(0.5, 1.0)
+    before, after = (logits - _of(logits, target)[:, None] for logits in (start, end))
+    tiny = torch.finfo(start.dtype).tiny
+    overtaken = torch.where(before > 0, before / (before - after).clamp_min(tiny), 0.0)
+    step = overtaken.amax(dim=1)
+    return torch.where((after > 0).any(dim=1), 2.0, step.clamp(max=1.0))
+
+
+def bisect_step(reached: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, *, iterations: int = 40) -> Tensor:
+    """Steps at which something begins to hold, between ``low``, where it does not, and ``high``, where it does.
+
+    Args:
+        reached: Steps to whether it holds there, any shape.
+        low: Where it does not hold.
+        high: Where it holds.
+        iterations: Each halves the error.
+
+    Returns:
+        The upper end of what is left.
+    """
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        holds = reached(middle)
+        low, high = torch.where(holds, low, middle), torch.where(holds, middle, high)
+    return high
 
 
 def lbfgs_swap(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from cases import MIRROR, pooled_classifier
 from torch import nn
 from torchvision import models
-from toy import toy_images
+from toy import ToyData, toy_images, toy_trainer
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier_tracing import trace_layers
@@ -137,6 +140,38 @@ def test_a_head_that_is_not_linear_is_reflected_too():
     assert explanation.intended is not None
     wanted = swapped(explanation.logits.softmax(dim=1), explanation.predicted, explanation.target)
     torch.testing.assert_close(explanation.intended[:, -1].softmax(dim=1), wanted, atol=1e-4, rtol=0)
+    # The logits are no straight line, so neither landmark is at a step known beforehand.
+    mirrored = model.reflect(image)
+    rows, scores = torch.arange(3), explanation.scores
+    at_boundary = model.intended(mirrored, scores["boundary_step"][:, None].double())[:, 0]
+    torch.testing.assert_close(
+        at_boundary[rows, mirrored.source], at_boundary[rows, mirrored.target], atol=1e-5, rtol=0
+    )
+    assert (scores["boundary_step"] - 0.5).abs().max() > 1e-3
+    flip = scores["intended_first_flip"][:, None].double()
+    said = model.intended(mirrored, torch.cat([flip - 1e-3, flip + 1e-3], dim=1)).argmax(dim=2)
+    assert (said == mirrored.target[:, None]).tolist() == [[False, True]] * 3
+
+
+def test_an_average_of_tokens_is_a_feature_map_too():
+    class MeanTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, stride=4)
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.decide = nn.Linear(8, 3)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.decide(self.block(self.patches(image).flatten(2).transpose(1, 2)).mean(dim=1))
+
+    torch.manual_seed(0)
+    model = tiny(classifier=frozen(MeanTokens(), 3, 16))
+    mirrored = model.reflect(toy_images(3, 3))
+    assert mirrored.change.shape == (3, 8, 4, 4)
+    said = model.intended(mirrored, torch.ones(3, 1))[:, 0].softmax(dim=1)
+    wanted = swapped(mirrored.logits.softmax(dim=1), mirrored.source, mirrored.target)
+    torch.testing.assert_close(said.float(), wanted, atol=1e-5, rtol=0)
+    assert torch.isfinite(model.explain(toy_images(3, 3)).steps).all()  # type: ignore[arg-type]
 
 
 def test_a_sigmoid_head_is_linear_with_a_row_of_zeros():
@@ -150,16 +185,65 @@ def test_a_sigmoid_head_is_linear_with_a_row_of_zeros():
     torch.testing.assert_close(weight[1].float(), network.fc.weight[0], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "vit"])
-def test_a_classifier_without_pooled_features_is_refused(kind: str):
-    if kind == "vgg":
-        network: nn.Module = models.VGG(models.vgg.make_layers([8, "M"]), num_classes=3, init_weights=False)
-        network.classifier = nn.Sequential(nn.Linear(8 * 49, 16), nn.ReLU(), nn.Linear(16, 3))
-    else:
-        sizes = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
-        network = models.VisionTransformer(image_size=32, **sizes, num_classes=3)
-    with pytest.raises(ValueError, match="has no feature map that this method could read"):
-        tiny(classifier=frozen(network, 3, 32))
+def test_classifiers_without_pooled_features_are_refused_with_the_reason():
+    vgg = models.VGG(models.vgg.make_layers([8, "M"]), num_classes=3, init_weights=False)
+    vgg.classifier = nn.Sequential(nn.Linear(8 * 49, 20), nn.ReLU(), nn.Linear(20, 3))
+    sizes = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    vit = models.VisionTransformer(image_size=32, **sizes, num_classes=3)
+    nn.init.normal_(vit.heads.head.weight)
+    squeezed = models.squeezenet1_1(weights=None, num_classes=3)
+    for network, reason in (
+        (vgg, r"in VGG the last linear layer is classifier.2 \(20 inputs\), but no layer returns a map of so many"),
+        (
+            vit,
+            r"VisionTransformer .* heads.head \(16 inputs\), but .*\(closest: encoder\..*, relative error \d",
+        ),
+        (squeezed, "SqueezeNet has no linear layer that could be watched"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^Mirror-CFE needs a classifier that averages .*{reason}.* choose a ResN"
+        ):
+            tiny(classifier=frozen(network, 3, 32))
+
+
+def test_a_named_map_that_the_head_does_not_read_is_refused():
+    network = models.resnet18(weights=None, num_classes=3)
+    spec = frozen(network, 3, 64).spec
+    named = FrozenClassifier(network, replace(spec, feature_map="layer3"))
+    with pytest.raises(ValueError, match="the average of layer3 is not what fc reads"):
+        tiny(classifier=named)
+
+
+#: Specification 9.1's table: every family that has a pooled feature map, its head linear or not.
+_FAMILIES = {
+    "resnet18": True,
+    "wide_resnet50_2": True,
+    "regnet_x_400mf": True,
+    "shufflenet_v2_x0_5": True,
+    "densenet121": True,
+    "efficientnet_b0": True,
+    "efficientnet_v2_s": True,
+    "mobilenet_v2": True,
+    "mnasnet0_5": True,
+    "swin_t": True,
+    "mobilenet_v3_small": False,
+}
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_every_family_of_torchvision_is_reflected_and_rendered(name: str):
+    torch.manual_seed(0)
+    classifier = frozen(models.get_model(name, weights=None, num_classes=4), 4, 64)
+    assert (classifier.linear_head() is not None) == _FAMILIES[name]
+    model = tiny(classifier=classifier)
+    image = toy_images(2, 3, image_size=64)
+    mirrored = model.reflect(image)
+    moved = (mirrored.feature_map + mirrored.change).mean(dim=(2, 3))
+    torch.testing.assert_close(moved, mirrored.reflection.features.float(), atol=1e-4, rtol=1e-3)
+    wanted = swapped(mirrored.logits.softmax(dim=1), mirrored.source, mirrored.target)
+    said = model.intended(mirrored, torch.ones(2, 1))[:, 0].softmax(dim=1)
+    torch.testing.assert_close(said.float(), wanted, atol=1e-4, rtol=0)
+    assert model.decode(mirrored, torch.ones(2, 1)).shape == (2, 1, 3, 64, 64)
 
 
 def test_training_stays_inside_the_pairs():
@@ -174,6 +258,19 @@ def test_training_stays_inside_the_pairs():
     assert model._draw_target(source).tolist() == [2, 0, 2, 0, 2, 0]
 
 
+def test_the_learning_rates_fall_in_the_last_part(tmp_path: Path):
+    class Rates(pl.Callback):
+        seen: ClassVar[list[list[float]]] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.seen.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+    model = tiny(num_classes=2, decay_from=0.5, learning_rate=1e-3)
+    toy_trainer(tmp_path, [Rates()], max_epochs=2).fit(model, ToyData(batch_size=4, num_images=16))
+    rates = [1e-3] * 5 + [0.75e-3, 0.5e-3, 0.25e-3]
+    torch.testing.assert_close(torch.tensor(Rates.seen), torch.tensor([[rate] * 2 for rate in rates]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -182,6 +279,7 @@ def test_training_stays_inside_the_pairs():
         ({"pairs": [["stripe 0", "stripe 1"], ["stripe 1", "stripe 2"]]}, "in one pair only"),
         ({"num_steps": 1}, "num_steps must be at least 2"),
         ({"spread": "waterfill"}, r"set bounds to \[0\]"),
+        ({"decay_from": 2.0}, "decay_from is a share of the training"),
         ({"bounds": []}, "a lower and perhaps an upper bound"),
         ({"levels": ["fc"]}, "levels names 'fc', which is no layer that returns a map"),
     ],

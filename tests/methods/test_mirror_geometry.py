@@ -157,9 +157,16 @@ def test_the_intended_flip_is_where_the_path_crosses(num_classes: int) -> None:
     path = features[:, None] + grid[None, :, None] * (moved - features)[:, None]
     arrived = ((path @ weight.T + bias).argmax(dim=2) == target[:, None]).double()
     measured = grid[arrived.argmax(dim=1)]
-    flip = first_flip(logits, source, target)
+    flip = first_flip(logits, moved @ weight.T + bias, target)
     torch.testing.assert_close(flip, measured, atol=1.001e-3, rtol=0)
     assert num_classes == 2 or (flip > 0.501).any()
+
+
+def test_the_intended_flip_without_one_and_from_the_start() -> None:
+    start = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [4.0, 0.0, 3.0]], dtype=torch.float64)
+    end = torch.tensor([[3.0, 2.0, 0.0], [0.0, 3.0, 1.0], [0.0, 4.0, 3.0]], dtype=torch.float64)
+    # Never; from the start; above the source from 1/2 on but above the third class only from 3/4 on.
+    assert first_flip(start, end, torch.tensor([1, 1, 1])).tolist() == [2, 0, 0.75]
 
 
 @pytest.mark.parametrize(("num_features", "num_classes"), [(32, 10), (64, 10), (512, 10), (512, 100)])
