@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from cfe_lightning import images
 from cfe_lightning.class_paths import resolve_class_path
-from cfe_lightning.classifier_tracing import FeatureMapTransform, Level, TracedLayers, as_feature_map, trace_levels
+from cfe_lightning.classifier_tracing import (
+    FeatureMapTransform,
+    Level,
+    TracedLayers,
+    as_feature_map,
+    probe_image,
+    trace_levels,
+    why_no_feature_map,
+)
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
@@ -265,6 +273,30 @@ class FrozenClassifier(nn.Module):
                 f"method needs one: export the network so that it can be differentiated, or choose {_LOGITS_METHODS}, "
                 "which needs only logits."
             )
+
+    @torch.no_grad()
+    def pooled_feature_map(self) -> Tensor:
+        """A feature map, [2, D, h, w], whose average over all places is known to be what the head reads.
+
+        Raises:
+            ValueError: If there is no such map; the sentence names the closest layer.
+        """
+        spec = self.spec
+        if spec.head is None or spec.feature_map is None:
+            reason = why_no_feature_map(self.network, spec.channels, spec.image_size)
+        else:
+            image = probe_image(self, spec.channels, spec.image_size)
+            feature_map, features = self.feature_map(image), self.features(image)
+            average = feature_map.mean(dim=(2, 3))
+            # Only names given by hand can be wrong here.
+            if average.shape == features.shape and torch.allclose(average, features, rtol=1e-3, atol=1e-4):
+                return feature_map
+            reason = f"the average of {spec.feature_map} is not what {spec.head} reads"
+        raise ValueError(
+            f"This method needs a classifier that averages its feature map over all places: {reason}. Name head and "
+            "feature_map if there are such layers, or choose a ResNet, DenseNet, EfficientNet, RegNet, MobileNet, Swin "
+            "or ConvNeXt."
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes spec and weights into one file that ``load_classifier`` reads."""

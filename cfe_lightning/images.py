@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -242,6 +243,52 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+
+
+def cut_montage(image: Tensor, num_slices: int) -> Tensor:
+    """Cuts a montage into its slices, row by row; the inverse of ``tile_montage``.
+
+    Args:
+        image: The montage, [B, C, H, W], of slices with H / sqrt(S) x W / sqrt(S) pixels.
+        num_slices: S, a square number.
+
+    Returns:
+        The slices, [B, S, C, H / sqrt(S), W / sqrt(S)].
+
+    Raises:
+        ValueError: If S is no square number, or H or W cannot be divided by its root.
+    """
+    side = montage_side(num_slices)
+    height, width = image.shape[-2:]
+    if height % side or width % side:
+        raise ValueError(
+            f"A montage of {num_slices} slices needs a height and width that {side} divides, got {height} x {width}: "
+            "change the image size or the number of slices."
+        )
+    cells = image.unflatten(3, (side, width // side)).unflatten(2, (side, height // side))
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def tile_montage(slices: Tensor) -> Tensor:
+    """Tiles slices [B, S, C, h, w] row by row into one picture, [B, C, sqrt(S) h, sqrt(S) w].
+
+    Raises:
+        ValueError: If S is no square number.
+    """
+    side = montage_side(slices.shape[1])
+    return slices.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def montage_side(num_slices: int) -> int:
+    """The slices in a row of a montage: the root of their number.
+
+    Raises:
+        ValueError: If the number is no square.
+    """
+    side = math.isqrt(max(num_slices, 0))
+    if side < 1 or side**2 != num_slices:
+        raise ValueError(f"A montage is a square and needs 1, 4, 9, 16, ... slices, got {num_slices}.")
+    return side
 
 
 def to_unit(image: Tensor) -> Tensor:

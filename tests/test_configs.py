@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,21 @@ from PIL import Image
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
 from cfe_lightning.cli.configured_run import ConfiguredRun
 from cfe_lightning.data.image_data import ImageData
+from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
+def size_of(data: dict[str, Any]) -> tuple[int, int]:
+    """Channels and side of the images; slices are grey unless said otherwise, and tiled."""
+    if "slice_size" in data:
+        return data.get("channels", 1), data["slice_size"] * math.isqrt(data["num_slices"])
+    return data.get("channels", 3), data["image_size"]
+
+
 def classifier_file(folder: Path, data: dict[str, Any], pairs: list[list[str]] | None) -> Path:
     """A classifier of the size of a config's data, in place of the one that the user would have trained."""
-    channels, image_size = data.get("channels", 3), data["image_size"]
+    channels, image_size = size_of(data)
     names = tuple(itertools.chain.from_iterable(pairs)) if pairs else ("a", "b")
     spec = ClassifierSpec(
         class_path="cfe_lightning.networks.classifiers.PooledCnn",
@@ -37,6 +46,17 @@ def classifier_file(folder: Path, data: dict[str, Any], pairs: list[list[str]] |
     return folder / "classifier.pt"
 
 
+def autoencoder_file(folder: Path, data: dict[str, Any]) -> Path:
+    """The smallest autoencoder of a config's kind of images, in place of the one that takes days."""
+    arguments = {"multipliers": [1], "encoder_multipliers": [1], "width": 4, "groups": 2, "blocks": 1, "code_dim": 4}
+    channels, image_size = size_of({**data, "num_slices": 1})
+    module = DiffusionAutoencoder(image_size=image_size, channels=channels, **arguments, attention_sizes=[], time_dim=4)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=str(folder))
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(folder / "autoencoder.ckpt")
+    return folder / "autoencoder.ckpt"
+
+
 def data_files(root: Path) -> None:
     """A few images where a config looks for its own: class folders, and the layouts of CelebA and MNIST."""
     picture = Image.new("RGB", (8, 8))
@@ -44,6 +64,10 @@ def data_files(root: Path) -> None:
         folder = root / split / label
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{split}{label}{patient}_0.png")
+    for patient in range(40):
+        (root / f"slice{patient}.dcm").write_bytes(b"")
+    rows = [f"{patient},slice{patient}.dcm,{'ab'[patient % 2]}" for patient in range(40)]
+    (root / "slices.csv").write_text("\n".join(["patient,path,label", *rows]))
     faces = root / "celeba" / "img_align_celeba"
     faces.mkdir(parents=True)
     for number in (1, 2, 3):
@@ -71,6 +95,8 @@ def test_a_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert classifier["class_path"] == "cfe_lightning.classifier.load_classifier"
         file = classifier_file(tmp_path, content["data"]["init_args"], content["model"]["init_args"].get("pairs"))
         overrides += ["--model.classifier.init_args.path", str(file)]
+    if "autoencoder" in content["model"]["init_args"]:
+        overrides += ["--model.autoencoder", str(autoencoder_file(tmp_path, content["data"]["init_args"]))]
     run = ConfiguredRun([path.resolve()], overrides, tmp_path / "run", None)
     assert isinstance(run.datamodule, ImageData)
     assert isinstance(run.trainer, Trainer)

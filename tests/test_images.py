@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 
 from cfe_lightning import images
-from cfe_lightning.images import UnreadableImageError, find_images, read_image, resize
+from cfe_lightning.images import (
+    UnreadableImageError,
+    cut_montage,
+    find_images,
+    montage_side,
+    read_image,
+    resize,
+    tile_montage,
+)
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 10, 3), dtype=np.uint8)
@@ -473,3 +481,47 @@ class TestDrawing:
         assert (laid[:, 1:5, 1:6] == 0).all()
         assert (laid[:, 1:5, 8:13] == -1).all()
         assert (laid[:, 0] == 1).all()
+
+
+class TestMontage:
+    def test_slices_stand_row_by_row(self) -> None:
+        # Slice k has the values 100 k + 10 channel + row + column / 10.
+        slices = torch.stack(
+            [
+                100.0 * k + 10 * torch.arange(2)[:, None, None] + torch.arange(3)[:, None] + torch.arange(4) / 10
+                for k in range(4)
+            ]
+        )
+        image = tile_montage(slices[None])
+        assert image.shape == (1, 2, 6, 8)
+        assert torch.equal(image[0, 1, 0], torch.cat([slices[0, 1, 0], slices[1, 1, 0]]))
+        assert torch.equal(image[0, 1, 5], torch.cat([slices[2, 1, 2], slices[3, 1, 2]]))
+        assert torch.equal(image[0, 0, :, 4], torch.cat([slices[1, 0, :, 0], slices[3, 0, :, 0]]))
+
+    @pytest.mark.parametrize("num_slices", [1, 4, 9, 16])
+    def test_cutting_and_tiling_are_inverse(self, num_slices: int) -> None:
+        slices = torch.randn(2, num_slices, 3, 4, 5)
+        image = tile_montage(slices)
+        side = montage_side(num_slices)
+        assert image.shape == (2, 3, 4 * side, 5 * side)
+        assert torch.equal(cut_montage(image, num_slices), slices)
+        assert torch.equal(tile_montage(cut_montage(image, num_slices)), image)
+
+    def test_one_slice_is_the_image(self) -> None:
+        image = torch.randn(2, 3, 4, 4)
+        assert torch.equal(cut_montage(image, 1)[:, 0], image)
+
+    @pytest.mark.parametrize("num_slices", [-4, 0, 2, 8])
+    def test_what_is_no_square(self, num_slices: int) -> None:
+        message = rf"^A montage is a square and needs 1, 4, 9, 16, \.\.\. slices, got {num_slices}\.$"
+        with pytest.raises(ValueError, match=message):
+            cut_montage(torch.zeros(1, 1, 8, 8), num_slices)
+        if num_slices >= 0:
+            with pytest.raises(ValueError, match=message):
+                tile_montage(torch.zeros(1, num_slices, 1, 2, 2))
+
+    @pytest.mark.parametrize(("height", "width"), [(8, 9), (9, 8)])
+    def test_what_cannot_be_cut(self, height: int, width: int) -> None:
+        message = f"needs a height and width that 2 divides, got {height} x {width}: change the image size or the"
+        with pytest.raises(ValueError, match=message):
+            cut_montage(torch.zeros(1, 1, height, width), 4)

@@ -68,7 +68,8 @@ class ImageData(pl.LightningDataModule):
     def dataset(self, split: Split) -> Dataset[Sample]:
         """The samples of one split as dictionaries of the batch contract, without the batch dimension.
 
-        A data set with ``labels: Tensor`` ([N] int64) can be drawn class-balanced.
+        A data set with ``labels: Tensor`` ([N] int64) can be drawn class-balanced. One with ``draw(index, generator,
+        augmentation)`` makes its training samples itself, with random numbers of the generator only.
         """
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -92,7 +93,7 @@ class ImageData(pl.LightningDataModule):
                 f"The training split has {len(dataset)} images for {num_processes} process(es), fewer than one batch "  # type: ignore[arg-type]
                 f"of {self.batch_size} each: lower batch_size or add images."
             )
-        augmentation = _Augmentation(self.horizontal_flip, self.vertical_flip, self.quarter_turns)
+        augmentation = Augmentation(self.horizontal_flip, self.vertical_flip, self.quarter_turns)
         return _ResumableLoader(
             dataset=_Drawn(dataset, augmentation if any(augmentation) else None),
             batch_size=self.batch_size,
@@ -124,15 +125,21 @@ class ImageData(pl.LightningDataModule):
         )
 
 
-class _Augmentation(NamedTuple):
-    """Label-preserving changes, each at random: no method of the data module, so loader processes can pickle it."""
+class Augmentation(NamedTuple):
+    """Label-preserving changes, each at random: no method of the data module, so loader processes can pickle it.
+
+    Attributes:
+        horizontal_flip: See ``ImageData``.
+        vertical_flip: See ``ImageData``.
+        quarter_turns: See ``ImageData``.
+    """
 
     horizontal_flip: bool
     vertical_flip: bool
     quarter_turns: bool
 
     def apply(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Changes one image, [C, H, W] -> [C, H, W]."""
+        """Changes one image [C, H, W], or all slices of a stack [S, C, H, W] alike."""
         turns, horizontal, vertical = torch.randint(4, (3,), generator=generator).tolist()
         if self.quarter_turns:
             image = torch.rot90(image, turns, dims=(-2, -1))
@@ -146,7 +153,7 @@ class _Augmentation(NamedTuple):
 class _Drawn(Dataset[Sample]):
     """Training samples by (index, random number); truth fields are dropped where augmentation would not match them."""
 
-    def __init__(self, dataset: Dataset[Sample], augmentation: _Augmentation | None) -> None:
+    def __init__(self, dataset: Dataset[Sample], augmentation: Augmentation | None) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
 
@@ -156,10 +163,13 @@ class _Drawn(Dataset[Sample]):
     def __getitem__(self, draw: tuple[int, int] | int) -> Sample:
         # Trainer(overfit_batches=...) exchanges our sampler for one that yields plain indices.
         index, seed = draw if isinstance(draw, tuple) else (draw, 0)
+        generator = torch.Generator().manual_seed(seed)
+        if hasattr(self.dataset, "draw"):
+            return self.dataset.draw(index, generator, self.augmentation)
         sample = self.dataset[index]
         if self.augmentation is None:
             return sample
-        image = self.augmentation.apply(sample["image"], torch.Generator().manual_seed(seed))
+        image = self.augmentation.apply(sample["image"], generator)
         return {key: sample[key] for key in ("label", "name")} | {"image": image}
 
 

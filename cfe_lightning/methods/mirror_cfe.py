@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.classifier_tracing import probe_image, why_no_feature_map
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, alternative_class, runner_up
 from cfe_lightning.losses import adversarial_loss, kl_between_logits
@@ -190,7 +189,7 @@ class MirrorCFE(ExplainerModule):
         self.decay_from = decay_from
         self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
 
-        feature_map = _pooled_map(classifier)
+        feature_map = classifier.pooled_feature_map()
         self.levels = classifier.find_levels(levels)
         self.decoder = MirrorDecoder(
             map_shape=(feature_map.shape[1], feature_map.shape[2], feature_map.shape[3]),
@@ -548,27 +547,6 @@ class MirrorCFE(ExplainerModule):
             torch.optim.Adam(self.decoder.parameters(), **options),
             torch.optim.Adam(self.critic.parameters(), **options),
         ]
-
-
-@torch.no_grad()
-def _pooled_map(classifier: FrozenClassifier) -> Tensor:
-    """A feature map of the classifier, [2, D, h, w]; a ValueError unless its average is what the head reads."""
-    spec = classifier.spec
-    if spec.head is None or spec.feature_map is None:
-        reason = why_no_feature_map(classifier.network, spec.channels, spec.image_size)
-    else:
-        image = probe_image(classifier, spec.channels, spec.image_size)
-        feature_map, features = classifier.feature_map(image), classifier.features(image)
-        average = feature_map.mean(dim=(2, 3))
-        # Only names given by hand can be wrong here.
-        if average.shape == features.shape and torch.allclose(average, features, rtol=1e-3, atol=1e-4):
-            return feature_map
-        reason = f"the average of {spec.feature_map} is not what {spec.head} reads"
-    raise ValueError(
-        f"Mirror-CFE needs a classifier that averages its feature map over all places: {reason}. Name head and "
-        "feature_map if there are such layers, or choose a ResNet, DenseNet, EfficientNet, RegNet, MobileNet, Swin or "
-        "ConvNeXt."
-    )
 
 
 def _features_at(mirrored: Mirrored, step: Tensor) -> Tensor:

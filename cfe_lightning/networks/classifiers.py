@@ -1,4 +1,4 @@
-"""The classifiers that can be trained here: two small CNNs, and torchvision's ResNet-18 and DenseNet-121.
+"""The classifiers that can be trained here: two small CNNs, torchvision's ResNet-18 and DenseNet-121, and a montage's.
 
 They are classes, not functions, because a checkpoint names the class it is rebuilt from; layers keep torchvision's
 names. None starts from downloaded weights.
@@ -7,10 +7,13 @@ names. None starts from downloaded weights.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from cfe_lightning.images import cut_montage, montage_side, tile_montage
 
 
 class SimpleCnn(nn.Module):
@@ -102,6 +105,44 @@ class DenseNet121(DenseNet):
         self.features.conv0 = _stem(channels, small_image)
         if small_image:
             self.features.pool0 = nn.Identity()
+
+
+class SliceStack(DenseNet121):
+    """One DenseNet-121 for all slices of a montage: the slices' pooled features are averaged, then one linear layer.
+
+    Whatever looks beyond one cell looks within one slice, and every map is tiled as the slices are. So an explainer
+    finds maps that lie on the montage, whose average over all cells is the average over the slices. Without the
+    montage the weights are those of ``DenseNet121``.
+
+    Paper: DiffExplainer (section 7.1) does not say how the slices enter; here: averaged features, because then neither
+    their order nor their number changes the weights.
+
+    Args:
+        num_classes: Number of logits.
+        channels: 1 for grey, 3 for RGB.
+        num_slices: Slices in the montage, a square number.
+        small_image: As in ``ResNet18``, for slices below about 100 pixels.
+
+    Raises:
+        ValueError: If ``num_slices`` is no square number; in ``forward``, if its root does not divide the image's side.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 3, num_slices: int = 4, small_image: bool = False) -> None:
+        super().__init__(num_classes, channels, small_image)
+        montage_side(num_slices)
+        # Slices as a longer batch would do for the logits, but who watches the layers expects one map per image.
+        for layer in self.features.modules():
+            if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and layer.kernel_size not in (1, (1, 1)):
+                layer.register_forward_pre_hook(partial(_cut, num_slices))
+                layer.register_forward_hook(partial(_tile, num_slices))
+
+
+def _cut(num_slices: int, layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return cut_montage(inputs[0], num_slices).flatten(0, 1)
+
+
+def _tile(num_slices: int, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return tile_montage(output.unflatten(0, (-1, num_slices)))
 
 
 def _normed(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -12,6 +12,7 @@ import toy
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.networks.classifiers import PooledCnn
@@ -31,16 +32,28 @@ class Case:
         num_epochs: Training epochs of 4 batches after which every trainable parameter must have moved; 0 where there
             is nothing to train.
         classifier: Makes the classifier to be explained.
+        prepare: Changes the untrained explainer, for example because its networks begin as zero.
     """
 
     kind: type[ExplainerModule]
     arguments: dict[str, Any] = field(default_factory=dict)
     num_epochs: int = 1
     classifier: Callable[[], FrozenClassifier] = field(default=lambda: toy.toy_classifier(NUM_CLASSES, IMAGE_SIZE))
+    prepare: Callable[[ExplainerModule], object] = field(default=lambda explainer: None)
 
     def build(self, classifier: FrozenClassifier | None = None) -> ExplainerModule:
         """An untrained explainer of the toy classifier."""
-        return self.kind(classifier or self.classifier(), **self.arguments)
+        explainer = self.kind(classifier or self.classifier(), **self.arguments)
+        self.prepare(explainer)
+        return explainer
+
+
+def with_noise(module: torch.nn.Module) -> None:
+    """Fills the parameters that begin as zero, so that a diffusion autoencoder's pictures depend on its codes."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.abs().max() == 0:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def pooled_classifier(num_classes: int = NUM_CLASSES, channels: int = 3) -> FrozenClassifier:
@@ -81,6 +94,26 @@ DXAI: dict[str, Any] = {
     "critic_width": 4,
     "critic_max_width": 8,
 }
+#: A diffusion autoencoder of a few thousand parameters; random, so that its pictures are noise.
+AUTOENCODER: dict[str, Any] = {
+    "image_size": IMAGE_SIZE,
+    "code_dim": 6,
+    "width": 8,
+    "multipliers": [1, 2],
+    "blocks": 1,
+    "attention_sizes": [8],
+    "time_dim": 8,
+    "groups": 4,
+}
+DIFF_EXPLAINER: dict[str, Any] = {
+    "autoencoder": AUTOENCODER,
+    "metric": "covariance",
+    "num_steps": 3,
+    "search_points": 2,
+    "search_rounds": 1,
+    "diffusion_steps": 2,
+    "agent_epochs": 2,
+}
 
 CASES = [
     pytest.param(Case(kind=toy.ToyExplainer, arguments={"amplitude": 0.7}), id="ToyExplainer"),
@@ -120,5 +153,16 @@ CASES = [
             classifier=pooled_classifier,
         ),
         id="MirrorCFE-other-options",
+    ),
+    pytest.param(Case(kind=DiffExplainer, arguments=DIFF_EXPLAINER, prepare=with_noise), id="DiffExplainer"),
+    pytest.param(
+        Case(
+            kind=DiffExplainer,
+            arguments=DIFF_EXPLAINER
+            | {"alignment": "kl", "metric": "diagonal", "confidence": 0.6, "sampler": "dpm", "decoding_steps": 4},
+            classifier=pooled_classifier,
+            prepare=with_noise,
+        ),
+        id="DiffExplainer-other-options",
     ),
 ]

@@ -201,7 +201,7 @@ def test_classifiers_without_pooled_features_are_refused_with_the_reason():
         (squeezed, "SqueezeNet has no linear layer that could be watched"),
     ):
         with pytest.raises(
-            ValueError, match=f"^Mirror-CFE needs a classifier that averages .*{reason}.* choose a ResN"
+            ValueError, match=f"^This method needs a classifier that averages .*{reason}.* choose a ResN"
         ):
             tiny(classifier=frozen(network, 3, 32))
 

@@ -1,0 +1,147 @@
+"""The door between DICOM and NIfTI files and tensors: one grey slice at a time, its values windowed to [-1, 1].
+
+Both formats need packages of their own (``pip install cfe-lightning[medical]``), which are imported when the first such
+file is read. Slices lie as a DICOM viewer shows them: the patient's front is up, the patient's right is on the left.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfe_lightning.images import UnreadableImageError
+
+DICOM_ENDING = ".dcm"
+NIFTI_ENDINGS = (".nii", ".nii.gz")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the name is that of a DICOM file."""
+    return path.name.lower().endswith(DICOM_ENDING)
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name is that of a NIfTI volume."""
+    return path.name.lower().endswith(NIFTI_ENDINGS)
+
+
+def is_medical(path: Path) -> bool:
+    """Whether the name is that of one or the other."""
+    return is_dicom(path) or is_nifti(path)
+
+
+def read_dicom(path: Path, window: tuple[float, float] | None = None) -> Tensor:
+    """Reads a DICOM file of one grey image; its slope and intercept are applied, MONOCHROME1 is inverted.
+
+    Args:
+        path: The file.
+        window: Level and width in the file's units (Hounsfield units for CT), see ``apply_window``.
+
+    Returns:
+        The slice, [1, H, W] in [-1, 1].
+
+    Raises:
+        ModuleNotFoundError: If pydicom is missing.
+        UnreadableImageError: If the file is broken, or no single grey image. The message does not repeat the path.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut
+    except ModuleNotFoundError as error:
+        raise _missing("pydicom", path) from error
+    try:
+        file = pydicom.dcmread(path)
+        photometric = str(file.PhotometricInterpretation)
+        values = apply_modality_lut(file.pixel_array, file)
+    # pydicom and the decoders it finds raise nearly anything on broken files.
+    except Exception as error:
+        raise _unreadable("DICOM", error) from error
+    if values.ndim != 2 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise UnreadableImageError(
+            f"The DICOM file holds {photometric} pixels of the shape {list(values.shape)}, but one grey image is "
+            "needed."
+        )
+    image = apply_window(values, window)
+    # MONOCHROME1 shows low values bright.
+    return -image if photometric == "MONOCHROME1" else image
+
+
+def read_nifti(path: Path, index: int, window: tuple[float, float] | None = None) -> Tensor:
+    """Reads one axial slice of a NIfTI volume, stored in whatever orientation.
+
+    Of an unpacked ``.nii`` only the slice itself is read; a ``.nii.gz`` has to be unpacked up to it every time.
+
+    Args:
+        path: The volume, [X, Y, Z] or [X, Y, Z, 1].
+        index: Which slice, counted from 0 at the patient's feet (Z of the volume in RAS orientation).
+        window: Level and width in the file's units, see ``apply_window``.
+
+    Returns:
+        The slice, [1, H, W] in [-1, 1].
+
+    Raises:
+        ModuleNotFoundError: If nibabel is missing.
+        UnreadableImageError: If the file is broken, no single volume, or has no such slice. The message does not repeat
+            the path.
+    """
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        raise _missing("nibabel", path) from error
+    try:
+        volume: Any = nibabel.load(path)
+        shape = volume.shape
+        orientation = nibabel.io_orientation(volume.affine)
+        axis = orientation[:, 0].tolist().index(2)
+    except Exception as error:
+        raise _unreadable("NIfTI", error) from error
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]):
+        raise UnreadableImageError(f"The NIfTI file has the shape {list(shape)}, but one volume [X, Y, Z] is needed.")
+    if not 0 <= index < shape[axis]:
+        raise UnreadableImageError(
+            f"Slice {index} was asked for, but the volume has {shape[axis]} axial slices, 0 to {shape[axis] - 1}."
+        )
+    # The one slice is cut out before the volume is turned, so that the others need not be read.
+    stored = index if orientation[axis, 1] > 0 else shape[axis] - 1 - index
+    cut = [slice(stored, stored + 1) if i == axis else slice(None) for i in range(3)] + [0] * (len(shape) - 3)
+    try:
+        part = nibabel.apply_orientation(np.asanyarray(volume.dataobj[tuple(cut)]), orientation)
+    except Exception as error:
+        raise _unreadable("NIfTI", error) from error
+    # [X to the right, Y to the front] becomes [down from the front, from the patient's right].
+    return apply_window(part[::-1, ::-1, 0].T, window)
+
+
+def apply_window(values: np.ndarray, window: tuple[float, float] | None) -> Tensor:
+    """Clips values to a window and scales it to [-1, 1].
+
+    Args:
+        values: [H, W] in any units.
+        window: Level (the middle) and width; None takes the smallest and the largest finite value.
+
+    Returns:
+        [1, H, W] in [-1, 1]; -1 where the value is not a number, and everywhere if None meets a slice of one value.
+    """
+    values = values.astype(np.float64)
+    if window is None:
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    else:
+        level, width = window
+        low, high = level - width / 2, level + width / 2
+    clipped = np.nan_to_num(values, nan=low).clip(low, high)
+    scaled = (clipped - low) / max(high - low, np.finfo(np.float64).tiny) * 2 - 1
+    return torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))[None]
+
+
+def _missing(package: str, path: Path) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"{path} can be read only with the package {package}: pip install {package}.")
+
+
+def _unreadable(kind: str, error: Exception) -> UnreadableImageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UnreadableImageError(f"Not a readable {kind} file: {' '.join(reason.split()) or type(error).__name__}")

@@ -1,0 +1,52 @@
+"""The smallest step at which something expensive to judge comes true, searched in batches.
+
+Source: DiffExplainer's specification, section 5.4. Nothing is assumed about what lies between the points that are
+looked at: of several crossings the first that the grid sees counts.
+
+Shapes: B images, T steps per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def smallest_step(
+    reached: Callable[[Tensor, Tensor], Tensor], limit: Tensor, *, points: int = 8, rounds: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Looks along [0, limit] on a grid and then again inside the first interval whose end meets the goal.
+
+    Args:
+        reached: Steps [R, T] of the images ``rows`` [R] to whether the goal is met there, [R, T] bool.
+        limit: Largest step of each image, [B], positive.
+        points: Steps looked at per round, the zero of the first round apart.
+        rounds: Rounds after the first; each divides the uncertainty by ``points + 1``.
+
+    Returns:
+        The smallest step seen to meet the goal [B], the limit where none does; and whether one does, [B] bool.
+    """
+    rows = torch.arange(len(limit), device=limit.device)
+    share = torch.linspace(0, 1, points + 1, device=limit.device, dtype=limit.dtype)
+    grid = limit[:, None] * share
+    met = reached(grid, rows)
+    found = met.any(dim=1)
+    first = met.to(torch.int8).argmax(dim=1)
+    high = torch.where(found, grid.gather(1, first[:, None]).squeeze(1), limit)
+    low = grid.gather(1, (first - 1).clamp_min(0)[:, None]).squeeze(1)
+    # At zero already: nothing is left to be searched.
+    open_rows = rows[found & (first > 0)]
+    inside = torch.arange(1, points + 1, device=limit.device, dtype=limit.dtype) / (points + 1)
+    for _ in range(rounds):
+        if len(open_rows) == 0:
+            break
+        below, above = low[open_rows], high[open_rows]
+        grid = below[:, None] + (above - below)[:, None] * inside
+        met = reached(grid, open_rows)
+        first = torch.where(met.any(dim=1), met.to(torch.int8).argmax(dim=1), points)
+        ends = torch.cat([below[:, None], grid, above[:, None]], dim=1)
+        low[open_rows] = ends.gather(1, first[:, None]).squeeze(1)
+        high[open_rows] = ends.gather(1, first[:, None] + 1).squeeze(1)
+    return high, found

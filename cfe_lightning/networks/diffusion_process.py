@@ -1,0 +1,123 @@
+"""The diffusion of a diffusion autoencoder: noising, deterministic decoding (DDIM) and its exact inversion.
+
+Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, arXiv 2010.02502; DiffExplainer's specification,
+section 3. The state stays float32 and is never clipped: clipping on one of the two ways destroys the inversion.
+
+Shapes: B images, C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+#: Predicts the noise in a state [B, C, H, W] at diffusion steps [B] int64.
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]
+#: "ddim" is exactly inverted by ``invert``; "dpm" (DPM-Solver++, second order) is for previews.
+Sampler = Literal["ddim", "dpm"]
+
+NUM_TRAINING_STEPS = 1000
+_BETAS = (1e-4, 0.02)
+
+
+class DiffusionProcess(nn.Module):
+    """A linear schedule of 1,000 steps, fixed by the method.
+
+    Steps are numbered 0 to 999. A grid of T steps (T divides 1,000) has the diffusion steps 0, 1000/T, ...; below the
+    first of them stands the clean image.
+    """
+
+    alpha_bar: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        betas = torch.linspace(*_BETAS, NUM_TRAINING_STEPS, dtype=torch.float64)
+        # One entry more: the clean image before step 0.
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+
+    def noised(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """Images and Gaussian noise [B, C, H, W] mixed as at diffusion steps [B]."""
+        level = self.alpha_bar[step + 1][:, None, None, None]
+        return (level.sqrt().to(image) * image) + ((1 - level).sqrt().to(image) * noise)
+
+    def decode(self, predict: NoisePredictor, state: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
+        """From states of pure noise [B, C, H, W] to images, the last ones not clipped."""
+        if sampler == "dpm":
+            return self._decode_dpm(predict, state, num_steps)
+        for step, below, level in reversed(self._grid(num_steps)):
+            noise = predict(state, torch.full((len(state),), step, device=state.device))
+            state = self._moved(state, noise, level, below)
+        return state
+
+    def invert(
+        self, predict: NoisePredictor, image: Tensor, num_steps: int, refinements: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """From images to the states that ``decode`` turns into them again.
+
+        Every step is solved by a fixed-point iteration: at its end it is the inverse of the decoding step
+        (specification, section 3.5).
+
+        Args:
+            predict: The noise predictor that will decode.
+            image: [B, C, H, W] in [-1, 1].
+            num_steps: T, a divisor of 1,000; the same as for decoding.
+            refinements: Iterations per step after the first estimate.
+
+        Returns:
+            The states [B, C, H, W], and the largest last correction of each [B] (root mean square over pixels; 0
+            without refinements): where it is not small the reconstruction is not exact.
+        """
+        state, residual = image, image.new_zeros(len(image))
+        for step, below, level in self._grid(num_steps):
+            steps = torch.full((len(state),), step, device=state.device)
+            moved = self._moved(state, predict(state, steps), below, level)
+            for iteration in range(refinements):
+                refined = self._moved(state, predict(moved, steps), below, level)
+                if iteration == refinements - 1:
+                    residual = torch.maximum(residual, (refined - moved).square().mean(dim=(1, 2, 3)).sqrt())
+                moved = refined
+            state = moved
+        return state, residual
+
+    def _grid(self, num_steps: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Diffusion step, and the shares of image in the variance below and at it, from the image upwards."""
+        if num_steps < 1 or NUM_TRAINING_STEPS % num_steps:
+            raise ValueError(f"The number of diffusion steps must divide {NUM_TRAINING_STEPS}, got {num_steps}.")
+        stride = NUM_TRAINING_STEPS // num_steps
+        below = self.alpha_bar[:1].squeeze(0)
+        grid = []
+        for step in range(0, NUM_TRAINING_STEPS, stride):
+            level = self.alpha_bar[step + 1]
+            grid.append((step, below, level))
+            below = level
+        return grid
+
+    @staticmethod
+    def _moved(state: Tensor, noise: Tensor, level: Tensor, to: Tensor) -> Tensor:
+        """The state at another level, if the noise in it is ``noise``; coefficients are computed in float64."""
+        keep = (to / level).sqrt()
+        add = (1 - to).sqrt() - keep * (1 - level).sqrt()
+        return keep.to(state) * state + add.to(state) * noise.to(state)
+
+    def _decode_dpm(self, predict: NoisePredictor, state: Tensor, num_steps: int) -> Tensor:
+        first, last = _BETAS
+        scheduler: Any = DPMSolverMultistepScheduler(
+            num_train_timesteps=NUM_TRAINING_STEPS,
+            beta_start=first,
+            beta_end=last,
+            beta_schedule="linear",
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            timestep_spacing="leading",
+        )
+        scheduler.set_timesteps(num_steps)
+        # Steps stay on the CPU: looking one up by a GPU scalar would wait for the GPU every time.
+        for step in scheduler.timesteps:
+            noise = predict(state, torch.full((len(state),), int(step), device=state.device))
+            state = scheduler.step(noise, step, state).prev_sample
+        return state

@@ -1,0 +1,162 @@
+"""Tests of ``cfe_lightning.methods.semantic_agent``: closed forms against autograd and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfe_lightning.methods.semantic_agent import (
+    METRICS,
+    StepMetric,
+    agent_gradient,
+    agreement,
+    alignment_loss,
+    code_statistics,
+    fit_ridge,
+    metric_matrix,
+    travelled,
+    unit_step,
+)
+
+
+def codes(count: int = 400, dim: int = 5) -> Tensor:
+    """Correlated codes of very different spreads."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * torch.tensor([0.01, 0.1, 1, 3, 10])
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + 4
+
+
+def problem(num_classes: int = 3, batch: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(num_classes, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(num_classes, generator=generator, dtype=torch.float64)
+    code = torch.randn(batch, 5, generator=generator, dtype=torch.float64)
+    source = torch.arange(batch) % num_classes
+    return weight, bias, code, source, (source + 1) % num_classes
+
+
+def test_statistics_are_those_of_the_codes() -> None:
+    given = codes()
+    statistics = code_statistics(given)
+    torch.testing.assert_close(statistics.mean, given.mean(dim=0))
+    torch.testing.assert_close(statistics.spread, given.std(dim=0))
+    torch.testing.assert_close(statistics.covariance, given.T.cov())
+
+
+def test_an_entry_that_never_changes_can_be_divided_by() -> None:
+    given = codes()
+    given[:, 2] = 7
+    assert code_statistics(given).spread[2] == 1
+
+
+@pytest.mark.parametrize("of", ["margin", "logit", "probability"])
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_the_closed_form_gradient_is_autograds(of: str, num_classes: int) -> None:
+    weight, bias, code, source, target = problem(num_classes)
+    code.requires_grad_()
+    logits = code @ weight.T + bias
+    rows = torch.arange(len(code))
+    value = {
+        "margin": logits[rows, target] - logits[rows, source],
+        "logit": logits[rows, target],
+        "probability": logits.softmax(dim=1)[rows, target],
+    }[of]
+    (expected,) = torch.autograd.grad(value.sum(), [code])
+    found = agent_gradient(weight, logits.detach(), source, target, of)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_a_step_changes_the_agents_margin_by_exactly_as_much_as_asked(kind: StepMetric) -> None:
+    weight, bias, code, source, target = problem()
+    matrix = metric_matrix(kind, code_statistics(codes()))
+    gradient = agent_gradient(weight, code @ weight.T + bias, source, target, "margin")
+    moved = code + 2.5 * unit_step(gradient, matrix)
+    rows = torch.arange(len(code))
+    margins = [(one @ weight.T + bias) for one in (code, moved)]
+    change = [margin[rows, target] - margin[rows, source] for margin in margins]
+    torch.testing.assert_close(change[1] - change[0], torch.full((6,), 2.5, dtype=torch.float64))
+
+
+def test_a_step_is_the_shortest_one_in_its_metric() -> None:
+    """Any direction that leaves the margin alone can only add to its length."""
+    weight, bias, code, source, target = problem()
+    matrix = metric_matrix("covariance", code_statistics(codes()), shrinkage=0.0)
+    gradient = agent_gradient(weight, code @ weight.T + bias, source, target, "margin")
+    step = unit_step(gradient, matrix)
+    inverse = torch.linalg.inv(matrix)
+    sideways = torch.randn(6, 5, dtype=torch.float64)
+    sideways -= gradient * ((sideways * gradient).sum(dim=1) / gradient.square().sum(dim=1))[:, None]
+    inner = ((step @ inverse) * sideways).sum(dim=1)
+    torch.testing.assert_close(inner, torch.zeros(6, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_distances_are_standard_deviations_along_the_step() -> None:
+    covariance = torch.diag(torch.tensor([4.0, 0.25], dtype=torch.float64))
+    step = torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert travelled(step, covariance).tolist() == [2.0, 2.0]
+
+
+def test_the_metrics_are_those_of_the_specification() -> None:
+    statistics = code_statistics(codes())
+    torch.testing.assert_close(metric_matrix("identity", statistics), torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(metric_matrix("diagonal", statistics).diagonal(), statistics.spread**2)
+    mixed = metric_matrix("covariance", statistics, shrinkage=0.2)
+    expected = 0.8 * statistics.covariance + 0.2 * statistics.covariance.trace() / 5 * torch.eye(5)
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_ridge_is_where_a_long_descent_ends() -> None:
+    given = code_statistics(codes())
+    standardised = (codes() - given.mean) / given.spread
+    wanted = standardised @ torch.randn(5, 3, dtype=torch.float64) + torch.randn(400, 3, dtype=torch.float64)
+    weight, bias = fit_ridge(standardised, wanted, penalty=0.1)
+    variables = [torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+    for variable in variables:
+        variable.requires_grad_()
+    optimizer = torch.optim.LBFGS(variables, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        residual = standardised @ variables[0].T + variables[1] - wanted
+        loss = residual.square().sum() / 400 + 0.1 * variables[0].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(weight, variables[0].detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(bias, variables[1].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_alignment_is_the_distance_it_is_called() -> None:
+    said, wanted = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
+    logits, decided = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.75, 0.25]]).log()
+    assert alignment_loss(said, wanted, logits, decided, "l1").item() == 1.5
+    assert alignment_loss(said, wanted, logits, decided, "mse").item() == 2.5
+    # 0.75 log(0.75 / 0.5) + 0.25 log(0.25 / 0.5)
+    assert alignment_loss(said, wanted, logits, decided, "kl").item() == pytest.approx(0.130812, abs=1e-6)
+
+
+def test_agreement_of_two_classes_counts_class_one_as_positive() -> None:
+    wanted = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0]])
+    said = torch.tensor([[2.0, 0.0], [0.0, 0.5], [0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
+    values = agreement(said, wanted)
+    assert values["accuracy"].item() == pytest.approx(3 / 5)
+    assert values["sensitivity"].item() == pytest.approx(2 / 3)
+    assert values["specificity"].item() == pytest.approx(1 / 2)
+    assert values["f1"].item() == pytest.approx(2 / 3)
+    # Pairs (positive, negative): (1, -2), (1, .5), (2, -2), (2, .5) right, (-1, -2) right, (-1, .5) wrong.
+    assert values["auc"].item() == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_perfect_agent_agrees(num_classes: int) -> None:
+    wanted = torch.randn(200, num_classes, generator=torch.Generator().manual_seed(0)).double()
+    values = agreement(wanted, wanted)
+    for name in ("accuracy", "sensitivity", "specificity", "f1", "margin_correlation"):
+        assert values[name].item() == pytest.approx(1), name
+    # One class against the rest by its own probability is not the largest of several.
+    assert values["auc"].item() == pytest.approx(1) if num_classes == 2 else values["auc"].item() > 0.95
+    assert values["kl"].item() == pytest.approx(0, abs=1e-9)
+    assert agreement(-wanted, wanted)["margin_correlation"].item() < -0.99 if num_classes == 2 else True
