@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, resolve_class_path
-from cfe_lightning.explanation import Explanation
+from cfe_lightning.explanation import Explanation, runner_up
 
 #: Keys of a checkpoint that only a resumed training needs.
 RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
@@ -47,7 +47,11 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for the runner-up class."""
+        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for ``default_target``."""
+
+    def default_target(self, logits: Tensor) -> Tensor:
+        """The class that is asked for where none is named, logits [B, K] -> [B]: the runner-up."""
+        return runner_up(logits)
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:

@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.ckpt or last.ckpt of a run of train.py")
     parser.add_argument("--input", type=Path, required=True, help="folder of images, read with everything below it")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
-    parser.add_argument("--target", metavar="CLASS", help="class to ask for (default: each image's runner-up)")
+    parser.add_argument(
+        "--target", metavar="CLASS", help="class to ask for (default: the image's runner-up, or the other of a pair)"
+    )
     parser.add_argument("--limit", metavar="N", type=positive, help="explain only the first N images")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=16, help="images at a time (default: 16)")

@@ -219,15 +219,16 @@ class MirrorCFE(ExplainerModule):
 
         Args:
             image: [B, C, H, W] in [-1, 1].
-            target: Classes asked for, [B]; None asks for the runner-up. Where a target is predicted already the way
-                leads to the runner-up, because no mirror stands in between.
+            target: Classes asked for, [B]; None asks for ``default_target``. Where a target is predicted already the
+                way leads to the runner-up, because no mirror stands in between.
         """
         seen = self.classifier.activations(image, self.levels)
         # float64 throughout: steps are short and the swap is exact only to rounding.
         feature_map = seen.feature_map.double()
         features = feature_map.mean(dim=(2, 3))
         source, other = seen.logits.argmax(dim=1), runner_up(seen.logits)
-        target = other if target is None else torch.where(target == source, other, target)
+        asked = self.default_target(seen.logits) if target is None else target
+        target = torch.where(asked == source, other, asked)
         pair = torch.stack([source, target], dim=1)
         head = self.head()
         if head.matrix is None:
@@ -268,6 +269,11 @@ class MirrorCFE(ExplainerModule):
             rows=rows,
             levels=seen.levels,
         )
+
+    def default_target(self, logits: Tensor) -> Tensor:
+        """The other class of the predicted one's pair, which alone the decoder has learnt; else the runner-up."""
+        partner = self.partner[logits.argmax(dim=1)]
+        return torch.where(partner >= 0, partner, runner_up(logits))
 
     def head(self) -> Head:
         """The classifier's head in float64; read once, because it is frozen."""
@@ -348,7 +354,7 @@ class MirrorCFE(ExplainerModule):
 
         Args:
             image: [B, C, H, W] in [-1, 1].
-            target: Classes asked for, [B]; None asks for the runner-up.
+            target: Classes asked for, [B]; None asks for ``default_target``.
 
         Returns:
             An explanation with the path as steps (the reconstruction first, the reflection last) and the ``intended``
@@ -517,13 +523,9 @@ class MirrorCFE(ExplainerModule):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Measures reconstruction, validity and faithfulness on the way to the partner class or the runner-up."""
+        """Measures reconstruction, validity and faithfulness on the way to the default target."""
         image = batch["image"]
-        decided = self.classifier(image)
-        predicted = decided.argmax(dim=1)
-        partner = self.partner[predicted]
-        target = torch.where(partner >= 0, partner, runner_up(decided))
-        mirrored = self.reflect(image, target)
+        mirrored = self.reflect(image)
         step = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=image.device).expand(len(image), -1)
         path = self.decode(mirrored, step)
         logits = self.classifier(path.flatten(0, 1)).unflatten(0, step.shape)
@@ -534,7 +536,7 @@ class MirrorCFE(ExplainerModule):
             "reconstruction": error,
             "validity": validity,
             "confidence_gap": self._confidence_gap(mirrored, self.intended(mirrored, step), logits).mean(),
-            "classifier_agreement": (logits[:, 0].argmax(dim=1) == predicted).float().mean(),
+            "classifier_agreement": (logits[:, 0].argmax(dim=1) == mirrored.source).float().mean(),
             "change": (path[:, -1] - path[:, 0]).abs().mean(),
         }
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)

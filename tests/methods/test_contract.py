@@ -15,7 +15,7 @@ from cfe_lightning.callbacks import EMA
 from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
 from cfe_lightning.classifier import load_classifier
 from cfe_lightning.explainer import ExplainerModule, load_explainer
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.explanation import Explanation
 
 TRUSTED = ["toy"]
 
@@ -88,7 +88,8 @@ def test_an_explanation_is_complete_and_in_range(trained: tuple[ExplainerModule,
     explanation = explain(explainer)  # its shapes are checked by Explanation itself
     assert torch.equal(explanation.image, image)
     assert torch.equal(explanation.logits, explainer.classifier(image))
-    assert torch.equal(explanation.target, runner_up(explanation.logits))
+    assert torch.equal(explanation.target, explainer.default_target(explanation.logits))
+    assert (explanation.target != explanation.predicted).all()
     assert explanation.attribution.min() >= 0
     tensors = [explanation.attribution, *explanation.parts.values(), *explanation.scores.values()]
     if explanation.counterfactual is not None:

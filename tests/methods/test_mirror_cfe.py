@@ -246,6 +246,13 @@ def test_every_family_of_torchvision_is_reflected_and_rendered(name: str):
     assert model.decode(mirrored, torch.ones(2, 1)).shape == (2, 1, 3, 64, 64)
 
 
+def test_the_partner_is_asked_for_where_there_is_one():
+    model = tiny(pairs=[["stripe 0", "stripe 2"]])
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
+    assert model.default_target(logits).tolist() == [2, 2, 0]
+    assert tiny().default_target(logits).tolist() == [1, 2, 1]
+
+
 def test_training_stays_inside_the_pairs():
     model = tiny(num_classes=4, pairs=[["stripe 0", "stripe 2"]])
     assert model.partner.tolist() == [2, -1, 0, -1]
