@@ -67,6 +67,8 @@ OWNED = {
     "lpips": {"losses"},
     "jsonargparse": {"cli.configured_run", "cli.evaluate"},
     "jinja2": {"report"},
+    "pydicom": {"medical_files"},
+    "nibabel": {"medical_files"},
 }
 #: Layers that know neither Lightning nor files.
 PLAIN = ("images", "losses", "networks", "metrics", "classifier_tracing", "explanation")

@@ -15,7 +15,7 @@ from cfe_lightning.images import EXTENSIONS, find_images
 
 _log = logging.getLogger(__name__)
 #: Folder names and CSV entries that mean a split, in lower case.
-_SPLIT_NAMES: dict[str, Split] = {
+SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -26,7 +26,7 @@ _SPLIT_NAMES: dict[str, Split] = {
 }
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """One labelled file as found, before classes are numbered; ``split`` None means that we choose."""
 
     name: str
@@ -128,8 +128,8 @@ class ImageFolder(ImageData):
         else:
             columns = _Columns(name_column, label_column, group_column, split_column)
             entries = _read_csv(self.root, Path(labels), columns, group_pattern)
-        self.class_names = _choose_classes(entries, class_names, self.root)
-        splits = _assign(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
+        self.class_names = choose_classes(entries, class_names, self.root)
+        splits = assign_splits(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
         self._datasets: dict[Split, ImageFiles] = {}
         for split, members in splits.items():
             files = _number(members, self.class_names, self.root)
@@ -156,20 +156,20 @@ class ImageFolder(ImageData):
         )
 
 
-def _read_folders(root: Path, group_pattern: str | None) -> list[_Entry]:
+def _read_folders(root: Path, group_pattern: str | None) -> list[Entry]:
     folders = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    named = [name for name in folders if name.lower() in _SPLIT_NAMES]
-    others = [name for name in folders if name.lower() not in _SPLIT_NAMES]
+    named = [name for name in folders if name.lower() in SPLIT_NAMES]
+    others = [name for name in folders if name.lower() not in SPLIT_NAMES]
     # A class may be called "test"; only a folder for training, or nothing but split names, makes split folders.
-    is_split = any(_SPLIT_NAMES[name.lower()] == "train" for name in named) or (named and not others)
+    is_split = any(SPLIT_NAMES[name.lower()] == "train" for name in named) or (named and not others)
     if not is_split:
         return _read_classes(root, "", None, group_pattern)
     if others:
         _log.warning("%s has split folders, so these folders are left out: %s.", root, ", ".join(others))
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     classes: dict[str, set[str]] = {}
     for name in named:
-        found = _read_classes(root, f"{name}/", _SPLIT_NAMES[name.lower()], group_pattern)
+        found = _read_classes(root, f"{name}/", SPLIT_NAMES[name.lower()], group_pattern)
         classes[name] = {entry.label for entry in found}
         entries += found
     every_class = set().union(*classes.values())
@@ -180,7 +180,7 @@ def _read_folders(root: Path, group_pattern: str | None) -> list[_Entry]:
     return entries
 
 
-def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: str | None) -> list[_Entry]:
+def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: str | None) -> list[Entry]:
     """The images of the class folders in ``root/prefix``; names are relative to ``root``."""
     parent = root / prefix
     loose = 0
@@ -190,7 +190,7 @@ def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: s
             continue
         if path.is_dir():
             names = [f"{prefix}{path.name}/{inner}" for inner in find_images(path)]
-            entries += [_Entry(name, path.name, split, _group_of(name, group_pattern)) for name in names]
+            entries += [Entry(name, path.name, split, _group_of(name, group_pattern)) for name in names]
         else:
             loose += path.suffix.lower() in EXTENSIONS
     if not entries:
@@ -210,7 +210,7 @@ class _Columns(NamedTuple):
     split: str
 
 
-def _read_csv(root: Path, labels: Path, columns: _Columns, group_pattern: str | None) -> list[_Entry]:
+def _read_csv(root: Path, labels: Path, columns: _Columns, group_pattern: str | None) -> list[Entry]:
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(f"There is no CSV of labels {labels}, neither as given nor below {root}.")
@@ -258,7 +258,7 @@ def _row_entry(
     columns: _Columns,
     group_pattern: str | None,
     root: Path,
-) -> _Entry:
+) -> Entry:
     name, label = (row[columns.name] or "").strip(), (row[columns.label] or "").strip()
     name = name.removeprefix("./")
     files = by_name.get(name, [])
@@ -270,15 +270,13 @@ def _row_entry(
     if not label:
         raise ValueError(f"{place}: {name!r} has no label in the column {columns.label!r}.")
     split = (row.get(columns.split) or "").strip()
-    if split and split.lower() not in _SPLIT_NAMES:
+    if split and split.lower() not in SPLIT_NAMES:
         raise ValueError(f"{place}: {split!r} in the column {columns.split!r} is none of train, val, test.")
     group = (row.get(columns.group) or "").strip()
     for column, value in ((columns.split, split), (columns.group, group)):
         if column in row and not value:
             raise ValueError(f"{place}: {name!r} has an empty field in the column {column!r}.")
-    return _Entry(
-        found, label, _SPLIT_NAMES[split.lower()] if split else None, group or _group_of(found, group_pattern)
-    )
+    return Entry(found, label, SPLIT_NAMES[split.lower()] if split else None, group or _group_of(found, group_pattern))
 
 
 def _group_of(name: str, group_pattern: str | None) -> str | None:
@@ -302,7 +300,8 @@ def _first_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
-def _choose_classes(entries: list[_Entry], wanted: list[str] | None, root: Path) -> tuple[str, ...]:
+def choose_classes(entries: list[Entry], wanted: list[str] | None, root: Path) -> tuple[str, ...]:
+    """The classes wanted, or all that were found, in the order of the logits; fewer than two are refused."""
     found = sorted({entry.label for entry in entries})
     for name in wanted or ():
         if name not in found:
@@ -313,12 +312,12 @@ def _choose_classes(entries: list[_Entry], wanted: list[str] | None, root: Path)
     return chosen
 
 
-def _assign(entries: list[_Entry], fractions: dict[Split, float], seed: int) -> dict[Split, list[_Entry]]:
+def assign_splits(entries: list[Entry], fractions: dict[Split, float], seed: int) -> dict[Split, list[Entry]]:
     """The split of every entry: its own, or by the hash of its group where it has none or a split is missing."""
     given = {entry.split for entry in entries if entry.split is not None}
     carved: dict[Split, float] = {split: share for split, share in fractions.items() if split not in given}
     shares: dict[Split, float] = {"train": 1.0 - sum(carved.values()), **carved}
-    splits: dict[Split, list[_Entry]] = {split: [] for split in get_args(Split)}
+    splits: dict[Split, list[Entry]] = {split: [] for split in get_args(Split)}
     # Also the entries of other splits are hashed, and not used: simpler than taking the training entries apart.
     chosen = split_by_group([entry.group or entry.name for entry in entries], shares, seed)
     for entry, choice in zip(entries, chosen, strict=True):
@@ -326,7 +325,7 @@ def _assign(entries: list[_Entry], fractions: dict[Split, float], seed: int) -> 
     return splits
 
 
-def _number(entries: list[_Entry], class_names: tuple[str, ...], root: Path) -> list[LabelledFile]:
+def _number(entries: list[Entry], class_names: tuple[str, ...], root: Path) -> list[LabelledFile]:
     """Files with class numbers; entries of other classes are left out."""
     index = {name: number for number, name in enumerate(class_names)}
     return [

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfe_lightning import images, medical_files
-from cfe_lightning.data.folder import _SPLIT_NAMES, _assign, _choose_classes, _Entry
+from cfe_lightning.data.folder import SPLIT_NAMES, Entry, assign_splits, choose_classes
 from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split
 from cfe_lightning.data.image_files import LabelledImages, take_turns
 
@@ -152,9 +152,9 @@ class PatientSlices(ImageData):
                 f"window is for DICOM and NIfTI files, but {labels} names none: leave window out, other pictures are "
                 "read with the grey levels they have."
             )
-        entries = [_Entry(patient.name, patient.label, patient.split, None) for patient in patients.values()]
-        self.class_names = _choose_classes(entries, class_names, Path(labels))
-        splits = _assign(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
+        entries = [Entry(patient.name, patient.label, patient.split, None) for patient in patients.values()]
+        self.class_names = choose_classes(entries, class_names, Path(labels))
+        splits = assign_splits(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
         members: dict[Split, list[Patient]] = {
             split: [patients[entry.name] for entry in chosen if entry.label in self.class_names]
             for split, chosen in splits.items()
@@ -384,7 +384,7 @@ def _row_patient(row: dict[str, str], place: str, columns: _Columns, root: Path)
         if not field:
             raise ValueError(f"{place}: the field in the column {column!r} is empty: fill it, or remove the row.")
     split = fields.get(columns.split)
-    if split is not None and split.lower() not in _SPLIT_NAMES:
+    if split is not None and split.lower() not in SPLIT_NAMES:
         raise ValueError(f"{place}: {split!r} in the column {columns.split!r} is none of train, val, test.")
     position = _number(fields[columns.position], place, columns) if columns.position in fields else None
     name = fields[columns.path]
@@ -406,7 +406,7 @@ def _row_patient(row: dict[str, str], place: str, columns: _Columns, root: Path)
     return Patient(
         fields[columns.patient],
         fields[columns.label],
-        _SPLIT_NAMES[split.lower()] if split is not None else None,
+        SPLIT_NAMES[split.lower()] if split is not None else None,
         [Slice(path, name, position, axial)],
     )
 
