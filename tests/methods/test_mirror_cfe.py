@@ -18,6 +18,7 @@ from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier_tracing import trace_layers
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.mirror_geometry import STATUS, swapped
+from cfe_lightning.networks.classifiers import PooledCnn
 
 
 def tiny(num_classes: int = 3, classifier: FrozenClassifier | None = None, **changes: Any) -> MirrorCFE:
@@ -112,6 +113,16 @@ def test_without_an_edit_the_decoder_sees_the_image_s_own_levels():
     torch.testing.assert_close(original, other)
     edited = model.decoder(mirrored.feature_map, mirrored.levels, summaries, mask + 1)
     assert not torch.allclose(original, edited)
+
+
+@pytest.mark.parametrize("image_size", [28, 32, 128, 224])
+def test_one_image_of_any_size(image_size: int):
+    torch.manual_seed(0)
+    model = tiny(classifier=frozen(PooledCnn(3, width=4), 3, image_size), num_steps=2)
+    explanation = model.explain(toy_images(1, 3, image_size=image_size), torch.tensor([1]))
+    assert explanation.steps is not None
+    assert explanation.steps.shape == (1, 2, 3, image_size, image_size)
+    assert torch.isfinite(explanation.steps).all()
 
 
 def test_a_decoder_without_levels_works():
