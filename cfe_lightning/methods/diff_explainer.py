@@ -71,7 +71,7 @@ class DiffExplainer(ExplainerModule):
     """Fits the agent of one classifier on the codes of a trained autoencoder, and explains by moving codes.
 
     The training images are encoded once and the agent is fitted to all codes before the first batch; one validation
-    judges it and calibrates the metric of the step. A training of one batch is enough (``limit_train_batches: 1``).
+    judges it and calibrates the metric of the step. A training of two batches is enough (``limit_train_batches``).
 
     Args:
         classifier: The classifier to be explained. Its features and last linear layer are read; without a linear head
