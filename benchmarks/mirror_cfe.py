@@ -19,14 +19,15 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from cfe_lightning import load_explainer
 from cfe_lightning.data.folder import ImageFolder
+from cfe_lightning.data.image_data import Split
 from cfe_lightning.images import grid, to_pil
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.mirror_geometry import closed_form_swap, lbfgs_swap, position, reflect, swap_matrix
 
 
-def figures(model: MirrorCFE, data: ImageFolder, batch_size: int) -> dict[str, float]:
-    """All figures over the test images of all pairs."""
-    classifier, images = model.classifier, data.dataset("test")
+def figures(model: MirrorCFE, data: ImageFolder, batch_size: int, split: Split) -> dict[str, float]:
+    """All figures over the images of all pairs in one split."""
+    classifier, images = model.classifier, data.dataset(split)
     sums: dict[str, list[torch.Tensor]] = {}
     seconds = 0.0
     for start in range(0, len(images), batch_size):
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[])
     parser.add_argument("--root", help="folder of images, split as for the training")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="compare settings on val")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--grid", type=Path, help="also draw examples of the first checkpoint into this file")
@@ -160,7 +162,7 @@ def main() -> None:
         data.setup("test")
         if options.grid and checkpoint == options.checkpoint[0]:
             draw(model, data, options.grid)
-        row = figures(model, data, options.batch_size)
+        row = figures(model, data, options.batch_size, options.split)
         print(f"{checkpoint}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
 
 
