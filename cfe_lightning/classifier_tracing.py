@@ -183,7 +183,7 @@ def why_no_feature_map(network: nn.Module, channels: int, image_size: int) -> st
     if not linear:
         return f"{kind} has no linear layer that could be watched"
     name, features, output = linear[-1]
-    if output.numel() != logits.numel() or not torch.allclose(output.flatten(), logits.flatten(), rtol=1e-4):
+    if not _returns(output, logits):
         return f"in {kind} the last linear layer, {name}, does not return the logits"
     head = f"in {kind} the last linear layer is {name} ({features.shape[-1]} inputs)"
     if features.ndim != 2:
@@ -247,10 +247,7 @@ def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str
 
     logits = _watch(network, image, look)
     for name, features, output in reversed(calls):
-        if features.ndim != 2 or output.numel() != logits.numel():
-            continue
-        # A head that starts at zero (torchvision's ViT) has logits 0, which no relative error can compare.
-        if torch.equal(output.flatten(), logits.flatten()) or _equal(output.flatten(), logits.flatten()):
+        if features.ndim == 2 and _returns(output, logits):
             return name, features
     if only is not None and only in dict(network.named_modules()):
         raise ValueError(
@@ -326,6 +323,15 @@ def _equal(value: Tensor, reference: Tensor) -> bool:
     """Relative error below 1e-5; all zeros equal nothing, or a dead network would match everywhere."""
     scale = reference.norm()
     return bool(scale > 0 and (value - reference).norm() <= _TOLERANCE * scale)
+
+
+def _returns(output: Tensor, logits: Tensor) -> bool:
+    """Whether a layer's output is the network's, whatever their shapes."""
+    if output.numel() != logits.numel():
+        return False
+    output, logits = output.flatten(), logits.flatten()
+    # A head that starts at zero (torchvision's ViT) has logits 0, which no relative error can compare.
+    return torch.equal(output, logits) or _equal(output, logits)
 
 
 def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Any], None]) -> Tensor:

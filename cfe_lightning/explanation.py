@@ -179,6 +179,13 @@ def decides_for(logits: Tensor, target: Tensor) -> Tensor:
     return (asked > others.amax(dim=1, keepdim=True)).squeeze(1)
 
 
+def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
+    asked = target[:, None, None].expand(-1, logits.shape[1], 1)
+    difference = intended.softmax(dim=2) - logits.double().softmax(dim=2)
+    return difference.gather(2, asked).abs().mean(dim=(1, 2)).to(logits.dtype)
+
+
 def runner_up(logits: Tensor) -> Tensor:
     """The most probable class that is not the predicted one, [B, K] -> [B]; what ``target=None`` means."""
     return logits.topk(2, dim=1).indices[:, 1]

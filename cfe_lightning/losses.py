@@ -1,4 +1,4 @@
-"""Loss terms that more than one method uses, as pure functions.
+"""Loss terms and measures that more than one method uses, as pure functions.
 
 Shapes: B images, C channels, H, W pixels, K classes.
 """
@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 
 def adversarial_loss(logits: Tensor, real: bool) -> Tensor:
@@ -39,3 +40,9 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
     # Rounding can leave an undecided classifier a hair below zero.
     return (-math.log(logits.shape[1]) - F.log_softmax(logits, dim=1).mean(dim=1)).clamp_min(0)
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Of images [B, C, H, W] in [-1, 1], each in dB with a peak of 2, at most 100 (identical images), [B]."""
+    ratio = peak_signal_noise_ratio(reconstruction, image, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return torch.as_tensor(ratio).clamp_max(100.0)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
-from cfe_lightning.data.image_data import ImageData, Split, check_groups, split_by_group
+from cfe_lightning.data.image_data import ImageData, Split, check_fractions, check_groups, split_by_group
 from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable, take_turns
 from cfe_lightning.images import EXTENSIONS, find_images
 
@@ -118,11 +118,7 @@ class ImageFolder(ImageData):
         self.cache = cache
         if not self.root.is_dir():
             raise FileNotFoundError(f"There is no folder {self.root}: set root to the folder that holds the images.")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
-                f"and {test_fraction}."
-            )
+        check_fractions(val_fraction, test_fraction)
         if labels is None:
             entries = _read_folders(self.root, group_pattern)
         else:
@@ -270,13 +266,19 @@ def _row_entry(
     if not label:
         raise ValueError(f"{place}: {name!r} has no label in the column {columns.label!r}.")
     split = (row.get(columns.split) or "").strip()
-    if split and split.lower() not in SPLIT_NAMES:
-        raise ValueError(f"{place}: {split!r} in the column {columns.split!r} is none of train, val, test.")
+    found_split = read_split(split, place, columns.split) if split else None
     group = (row.get(columns.group) or "").strip()
     for column, value in ((columns.split, split), (columns.group, group)):
         if column in row and not value:
             raise ValueError(f"{place}: {name!r} has an empty field in the column {column!r}.")
-    return Entry(found, label, SPLIT_NAMES[split.lower()] if split else None, group or _group_of(found, group_pattern))
+    return Entry(found, label, found_split, group or _group_of(found, group_pattern))
+
+
+def read_split(text: str, place: str, column: str) -> Split:
+    """What a CSV's field means; a ValueError that names the ``place`` and the column if it is no split."""
+    if text.lower() not in SPLIT_NAMES:
+        raise ValueError(f"{place}: {text!r} in the column {column!r} is none of train, val, test.")
+    return SPLIT_NAMES[text.lower()]
 
 
 def _group_of(name: str, group_pattern: str | None) -> str | None:

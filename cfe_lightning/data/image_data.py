@@ -225,6 +225,15 @@ class _ResumableLoader(DataLoader[Sample]):
         self.sampler.skip = state["delivered"] * self.batch_size  # type: ignore[attr-defined, operator]
 
 
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raises a ValueError unless both are shares that leave something for training."""
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
+            f"and {test_fraction}."
+        )
+
+
 def split_by_group(groups: Sequence[str], fractions: dict[Split, float], seed: int = 0) -> list[Split]:
     """Assigns every group (patient, identity, file) to one split by a hash, so adding files moves no other file.
 

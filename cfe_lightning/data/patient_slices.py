@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfe_lightning import images, medical_files
-from cfe_lightning.data.folder import SPLIT_NAMES, Entry, assign_splits, choose_classes
-from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split
+from cfe_lightning.data.folder import Entry, assign_splits, choose_classes, read_split
+from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split, check_fractions
 from cfe_lightning.data.image_files import LabelledImages, take_turns
 
 _log = logging.getLogger(__name__)
@@ -138,11 +138,7 @@ class PatientSlices(ImageData):
             raise FileNotFoundError(
                 f"There is no folder {self.root}: set root to the folder that the paths start from."
             )
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
-                f"and {test_fraction}."
-            )
+        check_fractions(val_fraction, test_fraction)
         columns = _Columns(patient_column, path_column, label_column, slice_column, split_column)
         patients = _read_patients(self.root, Path(labels), columns)
         if window is not None and not any(
@@ -383,9 +379,7 @@ def _row_patient(row: dict[str, str], place: str, columns: _Columns, root: Path)
     for column, field in fields.items():
         if not field:
             raise ValueError(f"{place}: the field in the column {column!r} is empty: fill it, or remove the row.")
-    split = fields.get(columns.split)
-    if split is not None and split.lower() not in SPLIT_NAMES:
-        raise ValueError(f"{place}: {split!r} in the column {columns.split!r} is none of train, val, test.")
+    split = read_split(fields[columns.split], place, columns.split) if columns.split in fields else None
     position = _number(fields[columns.position], place, columns) if columns.position in fields else None
     name = fields[columns.path]
     addressed = _ADDRESSED_VOLUME.fullmatch(name)
@@ -406,7 +400,7 @@ def _row_patient(row: dict[str, str], place: str, columns: _Columns, root: Path)
     return Patient(
         fields[columns.patient],
         fields[columns.label],
-        SPLIT_NAMES[split.lower()] if split is not None else None,
+        split,
         [Slice(path, name, position, axial)],
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from cfe_lightning import images
-from cfe_lightning.data.image_data import ImageData, Split, split_by_group
+from cfe_lightning.data.image_data import ImageData, Split, check_fractions, split_by_group
 from cfe_lightning.data.image_files import LabelledImages, take_turns
 
 #: What torchvision's sets call their splits, best first.
@@ -89,11 +89,7 @@ class TorchvisionData(ImageData):
             vertical_flip=vertical_flip,
             quarter_turns=quarter_turns,
         )
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
-                f"and {test_fraction}."
-            )
+        check_fractions(val_fraction, test_fraction)
         self.set_name = name
         self.cache = cache
         sources = _open(_find_class(name), Path(root), download, options or {})

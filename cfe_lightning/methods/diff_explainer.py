@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.explanation import Explanation, confidence_gap, runner_up
 from cfe_lightning.images import cut_montage, montage_side, tile_montage
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder, load_autoencoder
 from cfe_lightning.methods.semantic_agent import (
@@ -265,8 +265,8 @@ class DiffExplainer(ExplainerModule):
 
         Args:
             image: [B, C, H, W] in [-1, 1].
-            target: Classes asked for, [B]; None asks for the runner-up. Where it is predicted already the edit makes
-                the classifier surer of it.
+            target: Classes asked for, [B]; None asks for ``default_target``. Where it is predicted already the edit
+                makes the classifier surer of it.
 
         Returns:
             An explanation with the path as steps (the reconstruction first, the counterfactual last; strengths are
@@ -280,7 +280,7 @@ class DiffExplainer(ExplainerModule):
         image = image.to(self.dtype)
         logits = self.classifier(image)
         predicted, other = logits.argmax(dim=1), runner_up(logits)
-        target = other if target is None else target
+        target = self.default_target(logits) if target is None else target
         source = torch.where(target == predicted, other, predicted)
         located = self.locate(image)
         code = located.code.mean(dim=1)
@@ -309,8 +309,6 @@ class DiffExplainer(ExplainerModule):
         status = torch.where(found, STATUS.index("reached"), STATUS.index("not reached"))
         status = torch.where(~found & flipped, STATUS.index("flipped only"), status)
         status = torch.where(faithful, status, STATUS.index("unfaithful reconstruction"))
-        asked = target[:, None, None].expand(-1, self.num_steps, 1)
-        gap = (intended.softmax(dim=2) - said.double().softmax(dim=2)).gather(2, asked).abs().mean(dim=(1, 2))
         return Explanation(
             image=image,
             logits=logits,
@@ -326,7 +324,7 @@ class DiffExplainer(ExplainerModule):
                 "status": status.to(logits.dtype),
                 "step": size.to(logits.dtype),
                 "standard_deviations": (size / limit * self.largest_step).to(logits.dtype),
-                "agent_gap": gap.to(logits.dtype),
+                "agent_gap": confidence_gap(intended, said, target),
                 "reconstruction_kept": kept.to(logits.dtype),
                 "inversion_residual": located.residual,
             },
@@ -371,8 +369,9 @@ class DiffExplainer(ExplainerModule):
 
     def _taught(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, D], and what the agent should make of them: features [B, F] and logits [B, K]."""
-        logits = self.classifier(image)
-        features = self.classifier.features(image) if self.reads_features else logits
+        # Features and the head that reads them are one pass through the classifier, not two.
+        features = self.classifier.features(image) if self.reads_features else self.classifier(image)
+        logits = self.classifier.head(features) if self.reads_features else features
         return self.encode(image).mean(dim=1), features, logits
 
     def _distance(self, code: Tensor, features: Tensor, logits: Tensor) -> Tensor:

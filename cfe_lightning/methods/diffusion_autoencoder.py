@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfe_lightning.explainer import load_checkpoint
+from cfe_lightning.losses import psnr
 from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, Sampler
 from cfe_lightning.networks.semantic_unet import CodeMode, SemanticEncoder, SemanticUnet
 
@@ -143,8 +144,8 @@ class DiffusionAutoencoder(pl.LightningModule):
             code = self.encode(image)
             noise_map, residual = self.invert(image, code, self.validation_steps)
             values = {
-                "psnr": _psnr(self.decode(noise_map, code, self.validation_steps), image),
-                "psnr_code": _psnr(self.decode(noise, code, self.validation_steps), image),
+                "psnr": psnr(image, self.decode(noise_map, code, self.validation_steps)).mean(),
+                "psnr_code": psnr(image, self.decode(noise, code, self.validation_steps)).mean(),
                 "inversion_residual": residual.mean(),
                 "code_spread": code.std(dim=0).mean(),
             }
@@ -179,9 +180,3 @@ def load_autoencoder(path: str | Path) -> DiffusionAutoencoder:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} cannot be read as a diffusion autoencoder: {reason}.") from error
     return autoencoder.eval()
-
-
-def _psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Mean over images of the peak signal-to-noise ratio in dB, [B, C, H, W] in [-1, 1] twice."""
-    error = ((image - reference) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-    return (-10 * error.log10()).mean()

@@ -19,12 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, alternative_class, runner_up
-from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
+from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, psnr, r1_penalty
 from cfe_lightning.methods.dxai_blending import (
     PRESETS,
     Blend,
@@ -208,7 +207,7 @@ class Dxai(ExplainerModule):
         """
         logits = self.classifier(image)
         predicted = logits.argmax(dim=1)
-        target = runner_up(logits) if target is None else target
+        target = self.default_target(logits) if target is None else target
         styles = self.mean_styles()
         maps = self.generator.encode(image)
         own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), image).chunk(2)
@@ -245,7 +244,7 @@ class Dxai(ExplainerModule):
                 "residual": image - agnostic - distinct,
             },
             scores={
-                "reconstruction_psnr": _psnr(image, reconstruction),
+                "reconstruction_psnr": psnr(image, reconstruction),
                 "confidence_without_distinct": undecided.gather(1, predicted[:, None]).squeeze(1),
                 "distinct_strength": share.view(-1).expand(len(image)),
             },
@@ -458,12 +457,6 @@ class Dxai(ExplainerModule):
         ]
         self.critic.requires_grad_(True)
         return [torch.optim.Adam(groups, **options), torch.optim.Adam(self.critic.parameters(), critic_rate, **options)]
-
-
-def _psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per image in dB with a peak of 2, at most 100 (identical images), [B]."""
-    ratio = peak_signal_noise_ratio(reconstruction, image, data_range=2.0, reduction="none", dim=(1, 2, 3))
-    return torch.as_tensor(ratio).clamp_max(100.0)
 
 
 def _critic_as_classifier(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, alternative_class, runner_up
+from cfe_lightning.explanation import Explanation, alternative_class, confidence_gap, runner_up
 from cfe_lightning.losses import adversarial_loss, kl_between_logits
 from cfe_lightning.methods.mirror_geometry import (
     Reflection,
@@ -340,12 +340,6 @@ class MirrorCFE(ExplainerModule):
         arrives = end.argmax(dim=1) == mirrored.target
         return step[:, 0], torch.where(arrives, step[:, 1], 2.0)
 
-    def _confidence_gap(self, mirrored: Mirrored, intended: Tensor, logits: Tensor) -> Tensor:
-        """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
-        target = mirrored.target[:, None, None].expand(-1, logits.shape[1], 1)
-        difference = intended.softmax(dim=2) - logits.double().softmax(dim=2)
-        return difference.gather(2, target).abs().mean(dim=(1, 2)).float()
-
     # Explaining
 
     @torch.no_grad()
@@ -408,7 +402,7 @@ class MirrorCFE(ExplainerModule):
             scores={
                 "first_flip": torch.where(found, grid[first], 2.0),
                 "intended_first_flip": intended_flip.float(),
-                "confidence_gap": self._confidence_gap(mirrored, intended, logits),
+                "confidence_gap": confidence_gap(intended, logits, mirrored.target),
                 "boundary_step": meets.float(),
                 "boundary_distance": (meets * mirrored.reflection.distance).float(),
                 "status": mirrored.reflection.status.float(),
@@ -535,7 +529,7 @@ class MirrorCFE(ExplainerModule):
             "loss": error + 1 - validity,
             "reconstruction": error,
             "validity": validity,
-            "confidence_gap": self._confidence_gap(mirrored, self.intended(mirrored, step), logits).mean(),
+            "confidence_gap": confidence_gap(self.intended(mirrored, step), logits, mirrored.target).mean(),
             "classifier_agreement": (logits[:, 0].argmax(dim=1) == mirrored.source).float().mean(),
             "change": (path[:, -1] - path[:, 0]).abs().mean(),
         }
