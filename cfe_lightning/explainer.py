@@ -30,6 +30,7 @@ class ExplainerModule(pl.LightningModule, ABC):
     Attributes:
         needs_gradient: Whether the method sends gradients through the classifier; one that only asks for its answers
             sets this to False, and then works with classifiers that were exported without gradients.
+        num_slices: Slices of a patient that are tiled into one image, see ``data.patient_slices``; 1 for images.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -44,6 +45,7 @@ class ExplainerModule(pl.LightningModule, ABC):
         self.classifier = classifier
         self.image_size = classifier.spec.image_size
         self.channels = classifier.spec.channels
+        self.num_slices = 1
 
     @abstractmethod
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:

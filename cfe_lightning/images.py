@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,12 @@ class UnreadableImageError(ValueError):
     """A file that cannot become an image tensor; the message is one sentence for the user."""
 
 
-def find_images(folder: Path) -> Iterator[str]:
+def is_picture(name: str) -> bool:
+    """Whether a file name has an image ending."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def find_images(folder: Path, wanted: Callable[[str], bool] = is_picture) -> Iterator[str]:
     """Walks a folder and yields every file with an image ending, readable or not, holding one directory at a time.
 
     Hidden files and folders (one leading dot) are left out. Files are judged by name alone: a file without an image
@@ -51,6 +56,7 @@ def find_images(folder: Path) -> Iterator[str]:
 
     Args:
         folder: Where to look, with everything below.
+        wanted: Judges file names instead, without their folders.
 
     Returns:
         Names relative to ``folder`` with forward slashes, ordered by their parts. Bytes that are no UTF-8 arrive as
@@ -64,10 +70,10 @@ def find_images(folder: Path) -> Iterator[str]:
         raise FileNotFoundError(f"There is no folder {folder}.")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: give the folder that holds the images.")
-    return _walk(folder)
+    return _walk(folder, wanted)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
     root = os.path.realpath(folder)
     entered_links = set[str]()
     # A stack instead of recursion: a folder may nest deeper than Python's calls.
@@ -78,7 +84,7 @@ def _walk(folder: Path) -> Iterator[str]:
         if entry is None:
             pending.pop()
         elif not _is_folder(entry):
-            if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and _may_be_file(entry):
+            if wanted(entry.name) and _may_be_file(entry):
                 yield prefix + entry.name
         elif not entry.is_symlink() or _leads_elsewhere(entry.path, root, entered_links):
             pending.append((f"{prefix}{entry.name}/", iter(_entries(entry.path))))

@@ -6,6 +6,8 @@ file is read. Slices lie as a DICOM viewer shows them: the patient's front is up
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,82 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfe_lightning import images
 from cfe_lightning.images import UnreadableImageError
 
 DICOM_ENDING = ".dcm"
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 
 
-def is_dicom(path: Path) -> bool:
+def is_dicom(path: Path | str) -> bool:
     """Whether the name is that of a DICOM file."""
-    return path.name.lower().endswith(DICOM_ENDING)
+    return str(path).lower().endswith(DICOM_ENDING)
 
 
-def is_nifti(path: Path) -> bool:
+def is_nifti(path: Path | str) -> bool:
     """Whether the name is that of a NIfTI volume."""
-    return path.name.lower().endswith(NIFTI_ENDINGS)
+    return str(path).lower().endswith(NIFTI_ENDINGS)
 
 
-def is_medical(path: Path) -> bool:
+def is_medical(path: Path | str) -> bool:
     """Whether the name is that of one or the other."""
     return is_dicom(path) or is_nifti(path)
+
+
+def read_slice(
+    path: Path, channels: int, *, size: int, window: tuple[float, float] | None = None, axial: int | None = None
+) -> Tensor:
+    """Reads one slice of whatever format: a picture, a DICOM file, or an axial slice of a volume.
+
+    Args:
+        path: The file.
+        channels: 1 for grey, 3 for RGB.
+        size: Side of the result.
+        window: See ``apply_window``; pictures have no units and are read as they are.
+        axial: Which slice of a volume.
+
+    Returns:
+        [C, size, size] in [-1, 1].
+
+    Raises:
+        ModuleNotFoundError: If the format's package is missing.
+        UnreadableImageError: If the file cannot be read.
+    """
+    if is_dicom(path):
+        image = read_dicom(path, window)
+    elif axial is not None:
+        image = read_nifti(path, axial, window)
+    else:
+        return images.read_image(path, channels, size=size)
+    # Rounding of the resizing filter's weights may leave the range by one unit in the last place.
+    return images.resize(image, size).clamp(-1.0, 1.0).expand(channels, -1, -1)
+
+
+def slice_place(path: Path) -> float | None:
+    """Where a DICOM slice lies along the axis it was scanned, in mm; None if the file does not say."""
+    try:
+        import pydicom
+    except ModuleNotFoundError as error:
+        raise _missing("pydicom", path) from error
+    try:
+        tags = ["ImagePositionPatient", "ImageOrientationPatient"]
+        file = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        across, down = np.array(file.ImageOrientationPatient, dtype=float).reshape(2, 3)
+        return float(np.cross(across, down) @ np.array(file.ImagePositionPatient, dtype=float))
+    # A file that is broken is told when it is read.
+    except Exception:
+        return None
+
+
+def count_slices(path: Path) -> int:
+    """The number of axial slices of a NIfTI volume.
+
+    Raises:
+        ModuleNotFoundError: If nibabel is missing.
+        UnreadableImageError: If the file is broken.
+    """
+    volume, axis, _ = _open_volume(path)
+    return int(volume.shape[axis])
 
 
 def read_dicom(path: Path, window: tuple[float, float] | None = None) -> Tensor:
@@ -88,6 +147,27 @@ def read_nifti(path: Path, index: int, window: tuple[float, float] | None = None
         UnreadableImageError: If the file is broken, no single volume, or has no such slice. The message does not repeat
             the path.
     """
+    volume, axis, orientation = _open_volume(path)
+    shape = volume.shape
+    if not 0 <= index < shape[axis]:
+        raise UnreadableImageError(
+            f"Slice {index} was asked for, but the volume has {shape[axis]} axial slices, 0 to {shape[axis] - 1}."
+        )
+    # The one slice is cut out before the volume is turned, so that the others need not be read.
+    stored = index if orientation[axis, 1] > 0 else shape[axis] - 1 - index
+    cut = [slice(stored, stored + 1) if i == axis else slice(None) for i in range(3)] + [0] * (len(shape) - 3)
+    import nibabel
+
+    try:
+        part = nibabel.apply_orientation(np.asanyarray(volume.dataobj[tuple(cut)]), orientation)
+    except Exception as error:
+        raise _unreadable("NIfTI", error) from error
+    # [X to the right, Y to the front] becomes [down from the front, from the patient's right].
+    return apply_window(part[::-1, ::-1, 0].T, window)
+
+
+def _open_volume(path: Path) -> tuple[Any, int, np.ndarray]:
+    """A volume whose values are not read yet, which of its axes is the body's, and how all lie in the body."""
     try:
         import nibabel
     except ModuleNotFoundError as error:
@@ -101,19 +181,22 @@ def read_nifti(path: Path, index: int, window: tuple[float, float] | None = None
         raise _unreadable("NIfTI", error) from error
     if len(shape) < 3 or any(size != 1 for size in shape[3:]):
         raise UnreadableImageError(f"The NIfTI file has the shape {list(shape)}, but one volume [X, Y, Z] is needed.")
-    if not 0 <= index < shape[axis]:
-        raise UnreadableImageError(
-            f"Slice {index} was asked for, but the volume has {shape[axis]} axial slices, 0 to {shape[axis] - 1}."
+    return volume, axis, orientation
+
+
+def check_window(window: Sequence[float] | None) -> tuple[float, float] | None:
+    """Level and width as the readers take them.
+
+    Raises:
+        ValueError: If these are not two finite numbers, the width positive.
+    """
+    if window is None:
+        return None
+    if len(window) != 2 or not all(map(math.isfinite, window)) or window[1] <= 0:
+        raise ValueError(
+            f"window must be a level and a positive width in the files' units, as in [-600, 1500], got {window}."
         )
-    # The one slice is cut out before the volume is turned, so that the others need not be read.
-    stored = index if orientation[axis, 1] > 0 else shape[axis] - 1 - index
-    cut = [slice(stored, stored + 1) if i == axis else slice(None) for i in range(3)] + [0] * (len(shape) - 3)
-    try:
-        part = nibabel.apply_orientation(np.asanyarray(volume.dataobj[tuple(cut)]), orientation)
-    except Exception as error:
-        raise _unreadable("NIfTI", error) from error
-    # [X to the right, Y to the front] becomes [down from the front, from the patient's right].
-    return apply_window(part[::-1, ::-1, 0].T, window)
+    return window[0], window[1]
 
 
 def apply_window(values: np.ndarray, window: tuple[float, float] | None) -> Tensor:

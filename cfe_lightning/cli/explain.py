@@ -46,10 +46,23 @@ def parser() -> argparse.ArgumentParser:
         "2 nothing could be done, 130 interrupted.",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.ckpt or last.ckpt of a run of train.py")
-    parser.add_argument("--input", type=Path, required=True, help="folder of images, read with everything below it")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="folder of images, read with everything below it; for "
+        "an explainer of several slices one folder or NIfTI volume for each patient",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
     parser.add_argument(
         "--target", metavar="CLASS", help="class to ask for (default: the image's runner-up, or the other of a pair)"
+    )
+    parser.add_argument(
+        "--window",
+        metavar=("LEVEL", "WIDTH"),
+        type=float,
+        nargs=2,
+        help="values shown of DICOM and NIfTI files, as in training (default: all that a slice has)",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="explain only the first N images")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
@@ -90,11 +103,14 @@ def _explain(options: argparse.Namespace) -> int:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from cfe_lightning.data.image_stream import ImageStream
+    from cfe_lightning.data.patient_table import find_patients
     from cfe_lightning.explainer import load_explainer
     from cfe_lightning.explanation_writer import ExplanationWriter
-    from cfe_lightning.images import can_save_video, find_images
+    from cfe_lightning.images import can_save_video, find_images, is_picture
     from cfe_lightning.manifest import OutputFolder
+    from cfe_lightning.medical_files import check_window, is_dicom
 
+    window = check_window(options.window)
     if options.animation == "mp4" and not can_save_video():
         raise ValueError("--animation mp4 needs the package av: pip install av, or choose webp or gif.")
     started = time.perf_counter()
@@ -106,9 +122,15 @@ def _explain(options: argparse.Namespace) -> int:
     # Only the first process touches the output folder; ImageStream hands its list to the others.
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
-        names = list(islice(find_images(options.input), options.limit))
+        found = (
+            find_images(options.input, lambda name: is_picture(name) or is_dicom(name))
+            if explainer.num_slices == 1
+            else find_patients(options.input)
+        )
+        names = list(islice(found, options.limit))
         if not names:
-            raise ValueError(f"There is no image below {options.input}: give a folder that holds some.")
+            kind = "image" if explainer.num_slices == 1 else "folder of slices"
+            raise ValueError(f"There is no {kind} below {options.input}: give a folder that holds some.")
         output.prepare(_header(options, explainer), options.overwrite)
         batches = _missing(names, options, output)
     stream = ImageStream(
@@ -117,6 +139,8 @@ def _explain(options: argparse.Namespace) -> int:
         image_size=explainer.image_size,
         channels=explainer.channels,
         target=target,
+        num_slices=explainer.num_slices,
+        window=window,
         num_workers=options.num_workers,
     )
     writer = ExplanationWriter(
@@ -240,6 +264,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
         "classes": list(explainer.classifier.class_names),
         "input": str(options.input.resolve()),
         "target": options.target,
+        "window": options.window,
         "precision": options.precision,
         "animation": options.animation,
     }

@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cfe_lightning import images
+from cfe_lightning import images, medical_files
+from cfe_lightning.data.patient_slices import read_montage
 
 Batch = dict[str, Any]
 
@@ -30,6 +31,8 @@ class ImageStream(pl.LightningDataModule):
         image_size: Side of the square images, in pixels.
         channels: 1 for grey, 3 for RGB.
         target: The class to ask for; None leaves it to the explainer.
+        num_slices: With more than one, every name is a patient of ``find_patients`` and becomes a montage.
+        window: Of DICOM and NIfTI files, see ``medical_files.apply_window``.
         num_workers: Loader processes.
     """
 
@@ -41,6 +44,8 @@ class ImageStream(pl.LightningDataModule):
         image_size: int,
         channels: int,
         target: int | None = None,
+        num_slices: int = 1,
+        window: tuple[float, float] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -49,6 +54,8 @@ class ImageStream(pl.LightningDataModule):
         self.image_size = image_size
         self.channels = channels
         self.target = target
+        self.num_slices = num_slices
+        self.window = window
         self.num_workers = num_workers
 
     def setup(self, stage: str) -> None:
@@ -61,7 +68,13 @@ class ImageStream(pl.LightningDataModule):
         """The batches of this process."""
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         read = partial(
-            read_batch, folder=self.folder, image_size=self.image_size, channels=self.channels, target=self.target
+            read_batch,
+            folder=self.folder,
+            image_size=self.image_size,
+            channels=self.channels,
+            target=self.target,
+            num_slices=self.num_slices,
+            window=self.window,
         )
         return DataLoader(
             dataset=_Reader(self.batches[rank::world_size], read),
@@ -84,13 +97,27 @@ class _Reader(IterableDataset[Batch]):
         return map(self.read, self.batches[first::step])
 
 
-def read_batch(names: list[str], *, folder: Path, image_size: int, channels: int, target: int | None = None) -> Batch:
+def read_batch(
+    names: list[str],
+    *,
+    folder: Path,
+    image_size: int,
+    channels: int,
+    target: int | None = None,
+    num_slices: int = 1,
+    window: tuple[float, float] | None = None,
+) -> Batch:
     """Reads one batch of ``ImageStream``; files that cannot be read are named in ``failed`` and stop no other."""
     batch: Batch = {"image": [], "name": [], "source": [], "failed": []}
     for name in names:
         source = source_of(folder / name)
         try:
-            image = images.read_image(folder / name, channels, size=image_size)
+            if num_slices == 1:
+                image = medical_files.read_slice(folder / name, channels, size=image_size, window=window)
+            else:
+                image = read_montage(
+                    folder / name, num_slices=num_slices, image_size=image_size, channels=channels, window=window
+                )
         except images.UnreadableImageError as error:
             batch["failed"].append({"name": name, "source": source, "error": str(error)})
         else:
@@ -104,8 +131,14 @@ def read_batch(names: list[str], *, folder: Path, image_size: int, channels: int
 
 
 def source_of(path: Path) -> list[int]:
-    """Size and modification time of a file: what tells that its content has been exchanged; zeros where it is gone."""
+    """Size and modification time of a file: what tells that its content has been exchanged; zeros where it is gone.
+
+    Of a patient's folder, the sum and the latest of what it holds.
+    """
     try:
+        if path.is_dir():
+            held = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
+            return [sum(status.st_size for status in held), max((status.st_mtime_ns for status in held), default=0)]
         status = os.stat(path)
     except OSError:
         return [0, 0]

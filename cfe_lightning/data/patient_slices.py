@@ -5,55 +5,31 @@ The rest of the package sees images as usual. Source: DiffExplainer, sections 4.
 
 from __future__ import annotations
 
-import csv
 import logging
-import math
-import os
-import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfe_lightning import images, medical_files
-from cfe_lightning.data.folder import Entry, assign_splits, choose_classes, read_split
+from cfe_lightning.data.folder import Entry, assign_splits, choose_classes
 from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split, check_fractions
 from cfe_lightning.data.image_files import LabelledImages, take_turns
+from cfe_lightning.data.patient_table import Columns, Patient, Slice, find_stack, read_patients
 
 _log = logging.getLogger(__name__)
-#: A volume, and the axial slice behind its name.
-_ADDRESSED_VOLUME = re.compile(r"(.+\.nii(?:\.gz)?)#(.*)", re.IGNORECASE | re.DOTALL)
-
-
-class Slice(NamedTuple):
-    """One slice: its file, how the CSV calls it, its place in the patient's stack, and which one of a volume it is."""
-
-    path: Path
-    name: str
-    position: float | None
-    axial: int | None
-
-
-class Patient(NamedTuple):
-    """One patient: name, class, split (None means that we choose) and the slices."""
-
-    name: str
-    label: str
-    split: Split | None
-    slices: list[Slice]
 
 
 class PatientSlices(ImageData):
     """Patients from a CSV with one row for each slice; a patient is one image, a montage of ``num_slices`` slices.
 
-    The slices of a patient are ordered by the slice column, or by their paths as a person would (``2`` before ``10``),
-    and tiled row by row. Validation and test take the slices at the quantiles (2k - 1) / (2S) of the stack. Training
-    takes a random slice from every S-th part of it, others in every epoch; they depend on seed and epoch only. Whoever
-    has fewer than S slices shows the nearest ones repeatedly.
+    The slices of a patient are ordered by the slice column; without one DICOM files by their place in the patient, and
+    others by their paths as a person would (``2`` before ``10``). They are tiled row by row. Validation and test take
+    the slices at the quantiles (2k - 1) / (2S) of the stack. Training takes a random slice from every S-th part of it,
+    others in every epoch; they depend on seed and epoch only. Whoever has fewer than S slices shows the nearest ones
+    repeatedly.
 
     A patient is in one split only, by the CSV or by a hash of the name, so adding patients moves no other. The classes
     take turns in every split. The name of an image is the patient's.
@@ -133,14 +109,14 @@ class PatientSlices(ImageData):
         self.slice_size = slice_size
         self.num_slices = num_slices
         self.cache = cache
-        self.window = _check_window(window)
+        self.window = medical_files.check_window(window)
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"There is no folder {self.root}: set root to the folder that the paths start from."
             )
         check_fractions(val_fraction, test_fraction)
-        columns = _Columns(patient_column, path_column, label_column, slice_column, split_column)
-        patients = _read_patients(self.root, Path(labels), columns)
+        columns = Columns(patient_column, path_column, label_column, slice_column, split_column)
+        patients = read_patients(self.root, Path(labels), columns)
         if window is not None and not any(
             medical_files.is_medical(one.path) for p in patients.values() for one in p.slices
         ):
@@ -283,19 +259,44 @@ class _SliceFiles(LabelledImages):
     def load(self, index: int) -> Tensor:
         file = self.files[index]
         try:
-            if medical_files.is_dicom(file.path):
-                image = medical_files.read_dicom(file.path, self.window)
-            elif file.axial is not None:
-                image = medical_files.read_nifti(file.path, file.axial, self.window)
-            else:
-                return images.read_image(file.path, self.channels, size=self.image_size)
+            return medical_files.read_slice(
+                file.path, self.channels, size=self.image_size, window=self.window, axial=file.axial
+            )
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(
                 f"The slice {file.name} ({file.path}) cannot be used ({str(error).rstrip('.')}): repair the file, or "
                 "remove its row from the CSV."
             ) from error
-        # Rounding of the resizing filter's weights may leave the range by one unit in the last place.
-        return images.resize(image, self.image_size).clamp(-1.0, 1.0).expand(self.channels, -1, -1)
+
+
+def read_montage(
+    place: Path, *, num_slices: int, image_size: int, channels: int, window: tuple[float, float] | None = None
+) -> Tensor:
+    """The montage of one patient who stands in no CSV: a folder of slices, or a NIfTI volume.
+
+    Args:
+        place: The folder or the volume.
+        num_slices: S; the slices are those that validation and test show of a patient.
+        image_size: Side of the montage.
+        channels: 1 for grey, 3 for RGB.
+        window: See ``medical_files.apply_window``.
+
+    Returns:
+        [C, image_size, image_size] in [-1, 1].
+
+    Raises:
+        UnreadableImageError: If there is no slice, or one that is shown cannot be read.
+    """
+    stack = find_stack(place)
+    slices = []
+    for index in middle_slices(len(stack), num_slices):
+        one = stack[index]
+        try:
+            size = image_size // images.montage_side(num_slices)
+            slices.append(medical_files.read_slice(one.path, channels, size=size, window=window, axial=one.axial))
+        except images.UnreadableImageError as error:
+            raise images.UnreadableImageError(f"{one.name}: {error}") from error
+    return images.tile_montage(torch.stack(slices)[None])[0]
 
 
 def middle_slices(num_found: int, num_slices: int) -> list[int]:
@@ -316,147 +317,3 @@ def draw_slices(num_found: int, num_slices: int, generator: torch.Generator) -> 
             edges[:-1], edges[1:], draws, middle_slices(num_found, num_slices), strict=True
         )
     ]
-
-
-class _Columns(NamedTuple):
-    patient: str
-    path: str
-    label: str
-    position: str
-    split: str
-
-
-def _read_patients(root: Path, labels: Path, columns: _Columns) -> dict[str, Patient]:
-    """The patients of the CSV by name, in its order, each with the slices in theirs."""
-    file = labels if labels.is_file() else root / labels
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"There is no CSV {labels}, neither as given nor below {root}: set labels to the table of the slices."
-        )
-    patients: dict[str, Patient] = {}
-    places: dict[tuple[str, int | None], str] = {}
-    try:
-        # utf-8-sig: spreadsheets put a mark before the first column's name.
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            _check_header(file, reader.fieldnames or [], columns)
-            for row in reader:
-                place = f"{file}, line {reader.line_num}"
-                patient = _row_patient(row, place, columns, root)
-                (added,) = patient.slices
-                # Also a slice of two patients is refused: it would be in two splits.
-                first = places.setdefault((os.path.normpath(added.path), added.axial), place)
-                if first != place:
-                    raise ValueError(
-                        f"{place}: {added.name!r} stands in {first} too: one row for each slice is needed."
-                    )
-                known = patients.setdefault(patient.name, patient)
-                if known is not patient:
-                    _check_same(known, patient, place, columns)
-                    known.slices.append(added)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no CSV file in UTF-8: {error}.") from error
-    if not patients:
-        raise ValueError(f"{file} has no rows: one row for each slice is needed.")
-    for patient in patients.values():
-        _sort(patient, file, columns)
-    return patients
-
-
-def _check_header(file: Path, header: Sequence[str], columns: _Columns) -> None:
-    missing = [column for column in (columns.patient, columns.path, columns.label) if column not in header]
-    if missing:
-        raise ValueError(
-            f"{file} has no column {' and no column '.join(map(repr, missing))} but {list(header)}: set "
-            "patient_column, path_column and label_column to the columns of patients, files and classes (the separator "
-            "must be a comma)."
-        )
-
-
-def _row_patient(row: dict[str, str], place: str, columns: _Columns, root: Path) -> Patient:
-    """One row as a patient with one slice."""
-    fields = {column: (row[column] or "").strip() for column in columns if column in row}
-    for column, field in fields.items():
-        if not field:
-            raise ValueError(f"{place}: the field in the column {column!r} is empty: fill it, or remove the row.")
-    split = read_split(fields[columns.split], place, columns.split) if columns.split in fields else None
-    position = _number(fields[columns.position], place, columns) if columns.position in fields else None
-    name = fields[columns.path]
-    addressed = _ADDRESSED_VOLUME.fullmatch(name)
-    path = root / (addressed[1] if addressed else name)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{place}: there is no file {path}: correct the column {columns.path!r}, or set root to the folder that "
-            "its paths start from."
-        )
-    axial = None
-    if medical_files.is_nifti(path):
-        axial = _volume_index(addressed[2] if addressed else None, position)
-        if axial is None:
-            raise ValueError(
-                f"{place}: {name!r} is a volume and needs the index of one axial slice: write {path.name}#17, or give "
-                f"whole numbers in the column {columns.position!r}."
-            )
-    return Patient(
-        fields[columns.patient],
-        fields[columns.label],
-        split,
-        [Slice(path, name, position, axial)],
-    )
-
-
-def _number(text: str, place: str, columns: _Columns) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(
-            f"{place}: {text!r} in the column {columns.position!r} is no number: slices are ordered by it."
-        )
-    return number
-
-
-def _volume_index(address: str | None, position: float | None) -> int | None:
-    """The index behind the volume's name, else the slice column's; None if there is no whole number from 0 on."""
-    if address is not None:
-        return int(address) if address.isdecimal() else None
-    return int(position) if position is not None and position >= 0 and position == int(position) else None
-
-
-def _check_same(known: Patient, patient: Patient, place: str, columns: _Columns) -> None:
-    for column, before, now in (
-        (columns.label, known.label, patient.label),
-        (columns.split, known.split, patient.split),
-    ):
-        if before != now:
-            raise ValueError(
-                f"{place}: patient {patient.name!r} has {now!r} in the column {column!r}, but {before!r} in an earlier "
-                "row: all rows of a patient need the same."
-            )
-
-
-def _sort(patient: Patient, file: Path, columns: _Columns) -> None:
-    patient.slices.sort(key=lambda one: (one.position or 0.0, _natural(one.name)))
-    for one, other in pairwise(patient.slices):
-        if one.position is not None and one.position == other.position:
-            raise ValueError(
-                f"{file} gives {one.name!r} and {other.name!r} of patient {patient.name!r} the same number "
-                f"{one.position:g} in the column {columns.position!r}: every slice of a patient needs its own."
-            )
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Orders names by the numbers in them; what differs only in leading zeros by the text."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def _check_window(window: list[float] | None) -> tuple[float, float] | None:
-    if window is None:
-        return None
-    if len(window) != 2 or not all(map(math.isfinite, window)) or window[1] <= 0:
-        raise ValueError(
-            f"window must be a level and a positive width in the files' units, as in [-600, 1500], got {window}."
-        )
-    return window[0], window[1]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cfe_lightning.explainer import load_checkpoint
 from cfe_lightning.losses import psnr
-from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, Sampler
+from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, NoisePredictor, Sampler
 from cfe_lightning.networks.semantic_unet import CodeMode, SemanticEncoder, SemanticUnet
 
 #: Images that a validation reconstructs.
@@ -45,6 +45,8 @@ class DiffusionAutoencoder(pl.LightningModule):
         groups: Number of normalisation groups; at least two channels should share one.
         code_mode: How the code enters the U-Net, see ``SemanticUnet``.
         noise_loss: "mse" estimates the mean noise, which DDIM assumes; "l1" (DiffExplainer's) the median.
+        prediction: What the U-Net predicts: the "noise" (published), or the "velocity", whose error counts most where
+            an image is almost all noise and only the code tells what it shows: codes know the image many times sooner.
         learning_rate: Adam's.
         validation_steps: Diffusion steps of the reconstructions that are measured in validation.
 
@@ -68,6 +70,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         groups: int = 32,
         code_mode: CodeMode = "adagn",
         noise_loss: Literal["mse", "l1"] = "mse",
+        prediction: Literal["noise", "velocity"] = "velocity",
         learning_rate: float = 1e-4,
         validation_steps: int = 20,
     ) -> None:
@@ -94,6 +97,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         self.channels = channels
         self.code_dim = code_dim
         self.noise_loss = noise_loss
+        self.prediction = prediction
         self.learning_rate = learning_rate
         self.validation_steps = validation_steps
 
@@ -105,12 +109,18 @@ class DiffusionAutoencoder(pl.LightningModule):
 
     def invert(self, image: Tensor, code: Tensor, num_steps: int, refinements: int = 1) -> tuple[Tensor, Tensor]:
         """The noise maps [B, C, H, W] that ``decode`` turns into the images with the same codes, and residuals [B]."""
-        return self.process.invert(lambda state, step: self.unet(state, step, code), image, num_steps, refinements)
+        return self.process.invert(self._noise_predictor(code), image, num_steps, refinements)
 
     def decode(self, noise_map: Tensor, code: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
         """Noise maps [B, C, H, W] and codes [B, D] to images in [-1, 1]."""
-        predict = lambda state, step: self.unet(state, step, code)  # noqa: E731
-        return self.process.decode(predict, noise_map, num_steps, sampler).clamp(-1, 1)
+        return self.process.decode(self._noise_predictor(code), noise_map, num_steps, sampler).clamp(-1, 1)
+
+    def _noise_predictor(self, code: Tensor) -> NoisePredictor:
+        def predict(state: Tensor, step: Tensor) -> Tensor:
+            said = self.unet(state, step, code)
+            return said if self.prediction == "noise" else self.process.noise_of(said.to(state), state, step)
+
+        return predict
 
     # Training
 
@@ -125,7 +135,8 @@ class DiffusionAutoencoder(pl.LightningModule):
 
     def _noise_error(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         predicted = self.unet(self.process.noised(image, noise, step), step, self.encode(image))
-        return F.mse_loss(predicted, noise) if self.noise_loss == "mse" else F.l1_loss(predicted, noise)
+        wanted = noise if self.prediction == "noise" else self.process.velocity(image, noise, step)
+        return F.mse_loss(predicted, wanted) if self.noise_loss == "mse" else F.l1_loss(predicted, wanted)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

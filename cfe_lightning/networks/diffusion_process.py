@@ -45,6 +45,19 @@ class DiffusionProcess(nn.Module):
         level = self.alpha_bar[step + 1][:, None, None, None]
         return (level.sqrt().to(image) * image) + ((1 - level).sqrt().to(image) * noise)
 
+    def velocity(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """What "velocity" networks predict: noise where there is little of it, minus the image where there is most.
+
+        Source: Salimans and Ho, "Progressive Distillation", ICLR 2022, arXiv 2202.00512, appendix D.
+        """
+        level = self.alpha_bar[step + 1][:, None, None, None]
+        return level.sqrt().to(image) * noise - (1 - level).sqrt().to(image) * image
+
+    def noise_of(self, velocity: Tensor, state: Tensor, step: Tensor) -> Tensor:
+        """The noise in states [B, C, H, W] at steps [B] whose velocity is given."""
+        level = self.alpha_bar[step + 1][:, None, None, None]
+        return level.sqrt().to(state) * velocity + (1 - level).sqrt().to(state) * state
+
     def decode(self, predict: NoisePredictor, state: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
         """From states of pure noise [B, C, H, W] to images, the last ones not clipped."""
         if sampler == "dpm":

@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import explain
+from cfe_lightning.data.patient_slices import middle_slices
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.manifest import OutputFolder
 
@@ -29,6 +31,14 @@ class NoisyToy(toy.FixedToyExplainer):
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         return super().explain(image + torch.rand_like(image) * 0.05, target)
+
+
+class StackToy(toy.FixedToyExplainer):
+    """Explains montages of four slices."""
+
+    def __init__(self, classifier: FrozenClassifier) -> None:
+        super().__init__(classifier)
+        self.num_slices = 4
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +224,36 @@ def test_a_target_is_asked_for_by_name(checkpoint: Path, photos: Path, tmp_path:
     assert json.loads((out / "summary.json").read_text())["flip_rate"]["n"] == 5
 
 
+def test_patients_are_explained_as_montages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    checkpoint = toy.save_checkpoint(StackToy(toy.toy_classifier(3)), tmp_path / "stack.ckpt")
+    patients, out = tmp_path / "patients", tmp_path / "out"
+    for index, image in enumerate(toy.toy_images(6)):
+        images.save_image(image, patients / "ward" / "anna" / f"{index + 5}.png")
+    images.save_image(toy.toy_images(1)[0], patients / "ben" / "1.png")
+    (patients / "carl").mkdir()
+    (patients / "carl" / "1.png").write_bytes(b"broken")
+    assert run(checkpoint, patients, out) == explain.FAILED_ROWS
+    rows = table(out)
+    assert {name: row["status"] for name, row in rows.items()} == {"ben": "ok", "carl": "failed", "ward/anna": "ok"}
+    assert rows["carl"]["error"].startswith("1.png: ")
+    # Ten comes after nine, and the slices are those in the middle of every quarter.
+    slices = [images.read_image(patients / "ward" / "anna" / f"{i + 5}.png", 3, size=8) for i in middle_slices(6, 4)]
+    expected = images.tile_montage(torch.stack(slices)[None])[0]
+    assert torch.equal(images.read_image(out / rows["ward/anna"]["image"], 3), images.saved(expected))
+    done = content(out)
+    assert run(checkpoint, patients, out) == explain.FAILED_ROWS
+    assert content(out) == done
+    images.save_image(-toy.toy_images(1)[0], patients / "ben" / "1.png")
+    images.save_image(toy.toy_images(1)[0], patients / "carl" / "1.png")
+    assert run(checkpoint, patients, out) == 0
+    assert content(out)[rows["ben"]["image"]] != done[rows["ben"]["image"]]
+    capsys.readouterr()
+    assert run(checkpoint, patients / "ben", tmp_path / "other") == 2
+    assert sentence(capsys).endswith(
+        "holds slices itself ('1.png'): give the folder that holds one folder for each patient."
+    )
+
+
 def test_another_checkpoint_or_option_is_refused(
     checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -242,6 +282,7 @@ def test_another_checkpoint_or_option_is_refused(
         (["--input", "photos/a/0.png"], "The input photos/a/0.png is a file: give the folder that holds the images."),
         (["--input", "nowhere"], "There is no input folder nowhere."),
         (["--input", "nothing"], "There is no image below nothing: give a folder that holds some."),
+        (["--window", "0", "0"], "window must be a level and a positive width in the files' units"),
         (["--output", "photos/out"], "The input photos and the output photos/out lie within one another"),
         (["--output", "."], "The input photos and the output . lie within one another"),
         (["--output", "photos"], "The input photos and the output photos lie within one another"),
