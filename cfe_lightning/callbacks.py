@@ -20,11 +20,9 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
-
-from cfe_lightning.drawing import draw_samples
-from cfe_lightning.explanation import Explanation
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +73,11 @@ class EMA(WeightAveraging):
 
 
 class SampleGrid(pl.Callback):
-    """Explains the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
+    """Draws the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
 
-    One row per image: the image, its parts, the counterfactual, the steps, the attribution; the predicted class with
-    its probability and that of the target before and after. Written to ``<folder>/samples/<iteration>.png`` and to W&B
+    The module's ``draw`` says what is shown. Of an explainer, one row per image: the image, its parts, the
+    counterfactual, the steps, the attribution; the predicted class with its probability and that of the target before
+    and after. Written to ``<folder>/samples/<iteration>.png`` and to W&B
     where that is a logger. Uses the averaged weights when ``EMA`` is a callback too (list ``EMA`` first). Random state,
     training mode and gradients are left as they were, so a run is the same with and without.
 
@@ -99,14 +98,14 @@ class SampleGrid(pl.Callback):
         self._image: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Explains with the untrained weights; not again when a run is resumed."""
+        """Draws with the untrained weights; not again when a run is resumed."""
         if trainer.is_global_zero and iteration(trainer) == 0:
             self._draw(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Explains every ``every_n_batches``."""
+        """Draws every ``every_n_batches``."""
         if trainer.is_global_zero and iteration(trainer) % self.every_n_batches == 0:
             self._draw(trainer, pl_module)
 
@@ -117,8 +116,7 @@ class SampleGrid(pl.Callback):
                 self._image = self._fixed_images(trainer)
             image = self._image.to(pl_module.device)
             with averaging.averaged(pl_module) if averaging else nullcontext():
-                explanation: Explanation = pl_module.explain(image)  # type: ignore[operator]
-            picture = draw_samples(explanation, pl_module.classifier.class_names)  # type: ignore[union-attr, arg-type]
+                picture: Image.Image = pl_module.draw(image)  # type: ignore[operator]
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

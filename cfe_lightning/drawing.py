@@ -1,8 +1,8 @@
-"""Explanations as one labelled picture, to be looked at while a method trains."""
+"""Batches of images and explanations as one labelled picture, to be looked at while a method trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -22,8 +22,18 @@ def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int
         class_names: K names in logit order.
         tile: Small images are enlarged to at least this many pixels, so that the labels fit.
     """
-    columns = _columns(explanation)
-    enlarge = max(1, -(-tile // explanation.image.shape[-1]))
+    return draw_table(_columns(explanation), _row_labels(explanation, class_names), tile)
+
+
+def draw_table(columns: Mapping[str, Tensor], labels: Sequence[str], tile: int = 96) -> Image.Image:
+    """Draws batches of images side by side, one row per image.
+
+    Args:
+        columns: Names and batches, [B, C, H, W] in [-1, 1].
+        labels: One for each row, of as many lines as fit.
+        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+    """
+    enlarge = max(1, -(-tile // next(iter(columns.values())).shape[-1]))
     enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]
     table = images.to_pil(images.grid(enlarged, _PADDING))
     width = enlarged[0].shape[-1] + 2 * _PADDING
@@ -34,7 +44,7 @@ def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int
     font = ImageFont.load_default(size=11)
     for index, name in enumerate(columns):
         draw.text((_MARGIN + index * width + 2, 2), name[: width // 6], fill="black", font=font)
-    for index, text in enumerate(_row_labels(explanation, class_names)):
+    for index, text in enumerate(labels):
         draw.multiline_text((4, _HEADER + index * height + 4), text, fill="black", font=font)
     return picture
 

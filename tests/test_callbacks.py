@@ -17,8 +17,10 @@ from PIL import Image
 from toy import FixedToyExplainer, ToyData, ToyExplainer, toy_classifier, toy_images, toy_trainer
 
 from cfe_lightning import callbacks
-from cfe_lightning.callbacks import EMA, NonFiniteGuard, NonFiniteLossError, SampleGrid, Throughput, draw_samples
+from cfe_lightning import explainer as explainer_module
+from cfe_lightning.callbacks import EMA, NonFiniteGuard, NonFiniteLossError, SampleGrid, Throughput
 from cfe_lightning.checkpointing import LastCheckpoint
+from cfe_lightning.drawing import draw_samples
 from cfe_lightning.explanation import Explanation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
@@ -141,13 +143,12 @@ def test_layers_keep_their_own_mode(tmp_path: Path) -> None:
 
 def test_sample_grids_explain_with_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    draw = callbacks.draw_samples
 
     def spy(explanation: Explanation, class_names: Any) -> Image.Image:
         seen.append(explanation.parts["distinct"])
-        return draw(explanation, class_names)
+        return draw_samples(explanation, class_names)
 
-    monkeypatch.setattr(callbacks, "draw_samples", spy)
+    monkeypatch.setattr(explainer_module, "draw_samples", spy)
     explainer = fit(tmp_path, EMA(0.9), SampleGrid(every_n_batches=4, num_images=2))
     # The trained module ends as the average, so it must explain as the last grid did.
     image = torch.stack([toy_images(16)[index] for index in (0, 8)])

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from cfe_lightning.drawing import draw_table
 from cfe_lightning.explainer import load_checkpoint
 from cfe_lightning.losses import psnr
 from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, NoisePredictor, Sampler
@@ -121,6 +123,19 @@ class DiffusionAutoencoder(pl.LightningModule):
             return said if self.prediction == "noise" else self.process.noise_of(said.to(state), state, step)
 
         return predict
+
+    def draw(self, image: Tensor) -> Image.Image:
+        """What ``SampleGrid`` shows: images, their reconstructions, and what the codes alone make of random noise."""
+        code = self.encode(image)
+        noise_map, _ = self.invert(image, code, self.validation_steps)
+        reconstruction = self.decode(noise_map, code, self.validation_steps)
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(image.shape, generator=generator).to(image) for _ in range(2)]
+        columns = {"image": image, "reconstruction": reconstruction} | {
+            f"code, noise {index}": self.decode(start, code, self.validation_steps) for index, start in enumerate(noise)
+        }
+        whole, alone = (psnr(image, columns[name]).tolist() for name in ("reconstruction", "code, noise 0"))
+        return draw_table(columns, [f"{a:.1f} dB\ncode {b:.1f} dB" for a, b in zip(whole, alone, strict=True)])
 
     # Training
 

@@ -70,32 +70,34 @@ def fit_ridge(codes: Tensor, features: Tensor, penalty: float) -> tuple[Tensor, 
     return weight, feature_mean - weight @ code_mean
 
 
+def fit_offset(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The constant to be added to logits [N, K] that brings them nearest to others [N, K] in KL(wanted || logits), [K].
+
+    An agent of the features ranks images as the classifier does long before it puts the threshold where the classifier
+    has it; an offset mends that and leaves every direction as it is. The problem is convex.
+    """
+    logits = logits.detach().double()
+    target = wanted.detach().double().softmax(dim=1)
+    with torch.enable_grad():
+        offset = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([offset], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(logits + offset, target)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    offset = offset.detach()
+    return offset - offset.mean()
+
+
 def alignment_loss(features: Tensor, wanted: Tensor, logits: Tensor, wanted_logits: Tensor, kind: Alignment) -> Tensor:
     """Distance of agent and classifier: features [N, F] and logits [N, K] of both; KL(classifier || agent)."""
     if kind == "kl":
         return kl_between_logits(wanted_logits, logits)
     return F.l1_loss(features, wanted) if kind == "l1" else F.mse_loss(features, wanted)
-
-
-def agent_gradient(
-    weight: Tensor, logits: Tensor, source: Tensor, target: Tensor, of: Literal["margin", "logit", "probability"]
-) -> Tensor:
-    """How the agent's answer changes with the code, [B, D] (section 5.1).
-
-    Args:
-        weight: Codes to logits, [K, D].
-        logits: The agent's, [B, K].
-        source: Classes pushed against, [B]; only the margin asks for them.
-        target: Classes pushed towards, [B].
-        of: The margin of target over source, the target's logit, or its probability (the paper, read literally).
-    """
-    if of == "margin":
-        return weight[target] - weight[source]
-    if of == "logit":
-        return weight[target]
-    p = logits.softmax(dim=1)
-    chosen = p.gather(1, target[:, None])
-    return chosen * (weight[target] - p @ weight)
 
 
 def metric_matrix(kind: StepMetric, statistics: CodeStatistics, shrinkage: float = 0.05) -> Tensor:

@@ -15,10 +15,13 @@ from torch import Tensor
 from toy import ToyData, save_checkpoint, toy_images, toy_trainer
 
 from cfe_lightning import images
+from cfe_lightning.callbacks import SampleGrid
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import load_explainer
-from cfe_lightning.methods.diff_explainer import STATUS, DiffExplainer, Located
+from cfe_lightning.methods import diff_explainer
+from cfe_lightning.methods.diff_explainer import STATUS, DiffExplainer, Located, preferred_metric
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder, load_autoencoder
+from cfe_lightning.methods.semantic_agent import METRICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 
@@ -88,6 +91,26 @@ def test_the_agent_is_one_affine_map_of_raw_codes(tmp_path: Path) -> None:
     torch.testing.assert_close(model.agent_logits(code), expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_direction_is_the_closed_form_of_the_agents_gradient(num_classes: int) -> None:
+    model = tiny(pooled_classifier(num_classes))
+    model.step_matrix.copy_(torch.eye(6))
+    code = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    source, target = torch.tensor([0, 1]), torch.tensor([1, num_classes - 1 if num_classes > 2 else 0])
+    rows = torch.arange(2)
+    logits = model.agent_logits(code)
+    margin = logits[rows, target] - logits[rows, source]
+    probability = logits.softmax(dim=1)[rows, target]
+    of_margin, of_probability = (
+        torch.autograd.grad(value.sum(), [code], retain_graph=True)[0] for value in (margin, probability)
+    )
+    step = model.direction(source, target)
+    torch.testing.assert_close(step, of_margin / of_margin.square().sum(dim=1, keepdim=True), atol=1e-9, rtol=1e-6)
+    if num_classes == 2:  # the published gradient: the same line, another length
+        p = probability[:, None]
+        torch.testing.assert_close(of_probability, p * (1 - p) * of_margin, atol=1e-9, rtol=1e-6)
+
+
 def test_the_classifiers_head_is_copied_and_stays(tmp_path: Path) -> None:
     model = tiny()
     head = model.classifier.linear_head()
@@ -153,21 +176,40 @@ def test_the_search_ends_where_the_classifier_flips() -> None:
     torch.testing.assert_close(explanation.strengths[:, -1], explanation.scores["step"])
 
 
-def test_the_metric_that_the_classifier_follows_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("follows", "flips", "visible", "chosen"),
+    [
+        ((0.95, 0.95, 0.95), (0.5, 0.5, 0.5), (0.3, 0.1, 0.2), "diagonal"),
+        ((0.95, 0.89, 0.95), (0.5, 0.5, 0.5), (0.3, 0.1, 0.2), "covariance"),
+        # What changes nothing is not preferred for that.
+        ((0.95, 0.91, 1.00), (0.0, 0.03, 1.0), (0.001, 0.004, 0.04), "covariance"),
+        ((0.95, 0.95, 0.95), (0.96, 0.94, 1.0), (0.1, 0.05, 0.2), "identity"),
+        ((0.8, 0.8, 0.8), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), None),
+    ],
+)
+def test_the_least_visible_of_the_metrics_that_work_is_preferred(
+    follows: tuple[float, ...], flips: tuple[float, ...], visible: tuple[float, ...], chosen: str | None
+) -> None:
+    table: dict[str, float] = {}
+    for kind, *values in zip(METRICS, follows, flips, visible, strict=True):
+        table |= {
+            f"{kind}_{name}": v for name, v in zip(("sign_agreement", "flip_rate", "change"), values, strict=True)
+        }
+    assert preferred_metric(table) == chosen
+
+
+def test_the_preferred_metric_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(metric="calibrate")
-    fit_agent = tiny()
-    fit(fit_agent, tmp_path)
-    model.load_state_dict(fit_agent.state_dict())
+    fitted = tiny()
+    fit(fitted, tmp_path)
+    model.load_state_dict(fitted.state_dict())
     planted(model)
     model._mean_of_all = lambda value: value.mean()  # type: ignore[method-assign]
     table = model._calibrate(toy_images(6, 2))
-    following = {kind: float(table[f"{kind}_change"]) for kind in ("identity", "diagonal", "covariance")}
-    assert all(float(table[f"{kind}_sign_agreement"]) == 1 for kind in following)
-    statistics = (model.code_spread**2).diag()
-    if min(following, key=lambda kind: following[kind]) == "diagonal":
-        torch.testing.assert_close(model.step_matrix, statistics)
-    else:
-        assert not torch.allclose(model.step_matrix, statistics)
+    assert all(float(table[f"{kind}_sign_agreement"]) == 1 for kind in METRICS)
+    monkeypatch.setattr(diff_explainer, "preferred_metric", lambda table: "diagonal")
+    model._calibrate(toy_images(6, 2))
+    torch.testing.assert_close(model.step_matrix, (model.code_spread**2).diag())
 
 
 def test_no_sign_is_flipped_silently(tmp_path: Path) -> None:
@@ -258,6 +300,35 @@ def test_the_autoencoder_trains_and_reports_reconstructions(tmp_path: Path) -> N
     metrics = trainer.callback_metrics
     assert float(metrics["val/loss"]) < 0.8 * before
     assert {"val/psnr", "val/psnr_code", "val/inversion_residual", "val/code_spread"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_a_perfect_network_has_no_loss_and_decodes_the_image(prediction: str) -> None:
+    """Both predictions say the same: a network that knows image and noise is right at every step."""
+    model = DiffusionAutoencoder(**AUTOENCODER, prediction=prediction)
+    image = toy_images(3, NUM_CLASSES)
+    process = model.process
+
+    def knows(state: Tensor, step: Tensor, code: Tensor) -> Tensor:
+        level = process.alpha_bar[step + 1][:, None, None, None].float()
+        noise = (state - level.sqrt() * image) / (1 - level).sqrt()
+        return noise if prediction == "noise" else process.velocity(image, noise, step)
+
+    model.unet.forward = knows  # type: ignore[method-assign]
+    loss = model._noise_error(image, torch.randn_like(image), torch.tensor([0, 500, 999]))
+    assert loss < 1e-6
+    decoded = model.decode(torch.randn_like(image), torch.zeros(3, 6), 20)
+    torch.testing.assert_close(decoded, image.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_the_autoencoder_draws_reconstructions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grids = SampleGrid(every_n_batches=2, num_images=3)
+    trainer = toy_trainer(tmp_path, limit_train_batches=2, num_sanity_val_steps=0, callbacks=[grids])
+    trainer.fit(DiffusionAutoencoder(**AUTOENCODER, validation_steps=2), data())
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == ["00000000.png", "00000002.png"]
+    assert images.read_image(pictures[1], 3).shape[1] == 3 * (96 + 4) + 18
 
 
 def test_the_autoencoders_file_is_checked(tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ def test_noise_is_added_as_by_the_library() -> None:
     torch.testing.assert_close(DiffusionProcess().noised(clean, noise, step), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_velocity_and_noise_tell_the_same() -> None:
+    process, clean, noise = DiffusionProcess(), image(), torch.randn(3, 1, 4, 4)
+    step = torch.tensor([0, 500, 999])
+    velocity = process.velocity(clean, noise, step)
+    expected = DDPMScheduler(**_SCHEDULE).get_velocity(clean, noise, step)
+    torch.testing.assert_close(velocity, expected, atol=1e-6, rtol=1e-5)
+    found = process.noise_of(velocity, process.noised(clean, noise, step), step)
+    torch.testing.assert_close(found, noise, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_steps", [10, 20, 50])
 def test_decoding_is_the_librarys(num_steps: int) -> None:
     scheduler = ddim()
