@@ -25,6 +25,27 @@ SUMMANDS = ("agnostic", "distinct", "residual")
 DIFFERENCES = frozenset({*SUMMANDS[1:], "redrawn"})
 
 
+def draw_part(name: str, part: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A part as a picture, and by how much it is amplified.
+
+    Summands that are differences stay what they are, around mid grey; what was redrawn is blue where it became darker
+    and red where it became brighter.
+
+    Args:
+        name: Of the part.
+        part: [B, C, H, W].
+
+    Returns:
+        [B, C or 3, H, W] in [-1, 1]; gains [B], None for images, which are shown as they are.
+    """
+    part = part.float()
+    if name in SUMMANDS[1:]:
+        return images.amplify(part)
+    if name in DIFFERENCES:
+        return images.signed_difference(part), 1 / part.abs().amax(dim=(1, 2, 3)).clamp_min(1e-6)
+    return part, None
+
+
 @dataclass(kw_only=True, slots=True)
 class Explanation:
     """The answer to "what would have to change for this image to be the target?" for a batch of images.
@@ -113,7 +134,7 @@ class Explanation:
         if self.counterfactual is not None:
             columns["counterfactual"] = self.counterfactual[shown]
         for name, part in self.parts.items():
-            columns[name] = images.amplify(part[shown].float())[0] if name in DIFFERENCES else part[shown]
+            columns[name], _ = draw_part(name, part[shown])
         columns["attribution"] = images.heat_map(self.attribution[shown].float())
         head = "".join(f"<th>{html.escape(name)}</th>" for name in ("decision", *columns))
         lines = [

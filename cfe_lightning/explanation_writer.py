@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import DIFFERENCES, Explanation, decides_for
+from cfe_lightning.explanation import Explanation, decides_for, draw_part
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
 
 Batch = dict[str, Any]
@@ -247,9 +247,9 @@ def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Te
         # One strip, first step on the left: a file per step would make folders of a million files.
         pictures["steps.png"] = torch.cat(explanation.steps.unbind(dim=1), dim=3)
     for name, part in explanation.parts.items():
-        if name in DIFFERENCES:
-            part, gains[name] = images.amplify(part.float())
-        pictures[part_file(name)] = part
+        pictures[part_file(name)], gain = draw_part(name, part)
+        if gain is not None:
+            gains[name] = gain
     return {file: picture.float().cpu() for file, picture in pictures.items()}, gains
 
 

@@ -5,7 +5,7 @@ import torch
 import toy
 
 from cfe_lightning import images
-from cfe_lightning.explanation import Explanation
+from cfe_lightning.explanation import Explanation, draw_part
 
 
 def explained(num_images: int = 3) -> Explanation:
@@ -36,6 +36,24 @@ def test_a_notebook_shows_an_attribution_alone_and_escapes_part_names():
     assert re.findall("<th>(.*?)</th>", page) == ["decision", "image", "&lt;script&gt;", "attribution"]
     assert "<script>" not in page
     assert "flipped" not in page
+
+
+def test_parts_are_drawn_by_what_they_are():
+    part = torch.zeros(2, 3, 2, 2)
+    part[0, :, 0, 0], part[1, :, 1, 1] = 0.5, -0.25
+    as_it_is, gain = draw_part("reconstruction", part)
+    assert torch.equal(as_it_is, part)
+    assert gain is None
+    _, gain = draw_part("distinct", part)
+    assert gain is not None
+    assert gain.tolist() == [2.0, 4.0]
+    # Red where it became brighter, blue where darker, white where nothing happened.
+    coloured, gain = draw_part("redrawn", part)
+    assert gain is not None
+    assert gain.tolist() == [2.0, 4.0]
+    assert coloured[0, :, 0, 0].tolist() == [1, -1, -1]
+    assert coloured[1, :, 1, 1].tolist() == [-1, -1, 1]
+    assert coloured[0, :, 1, 1].tolist() == [1, 1, 1]
 
 
 def test_differences_are_amplified_to_the_full_range_and_no_further():
