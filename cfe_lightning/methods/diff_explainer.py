@@ -118,7 +118,7 @@ class DiffExplainer(ExplainerModule):
         search_points: Steps looked at together per round of the search.
         search_rounds: Rounds after the first.
         diffusion_steps: Steps of inversion and decoding, a divisor of 1,000.
-        refinements: Iterations per step of the inversion; 0 loses detail.
+        refinements: Iterations per step of the inversion; 0 is the published one, which needs 250 steps.
         sampler: "ddim", or "dpm" for previews with few ``decoding_steps``.
         decoding_steps: Steps of the decoding; None takes ``diffusion_steps``, which alone reconstructs exactly.
 
@@ -134,6 +134,7 @@ class DiffExplainer(ExplainerModule):
     code_covariance: Tensor
     head_weight: Tensor
     head_bias: Tensor
+    offset: Tensor
     step_matrix: Tensor
     fitted: Tensor
 
@@ -153,9 +154,9 @@ class DiffExplainer(ExplainerModule):
         largest_step: float = 4.0,
         confidence: float | None = None,
         num_steps: int = 8,
-        search_points: int = 8,
+        search_points: int = 4,
         search_rounds: int = 2,
-        diffusion_steps: int = 50,
+        diffusion_steps: int = 20,
         refinements: int = 2,
         sampler: Sampler = "ddim",
         decoding_steps: int | None = None,
@@ -211,6 +212,7 @@ class DiffExplainer(ExplainerModule):
             "code_mean": torch.zeros(dim),
             "code_spread": torch.ones(dim),
             "code_covariance": torch.eye(dim),
+            "offset": torch.zeros(num_classes),
             "step_matrix": torch.eye(dim),
         }.items():
             self.register_buffer(name, value.double())
@@ -235,7 +237,7 @@ class DiffExplainer(ExplainerModule):
         """The agent and the classifier's head as one map from raw codes to logits: weight [K, D], bias [K], float64."""
         inner = self.agent.weight.double() / self.code_spread
         offset = self.agent.bias.double() - inner @ self.code_mean
-        return self.head_weight @ inner, self.head_weight @ offset + self.head_bias
+        return self.head_weight @ inner, self.head_weight @ offset + self.head_bias + self.offset
 
     def encode(self, image: Tensor) -> Tensor:
         """Semantic codes of every slice, [B, C, H, W] -> [B, S, D]; the agent reads their mean."""
@@ -402,7 +404,7 @@ class DiffExplainer(ExplainerModule):
     def _distance(self, code: Tensor, features: Tensor, logits: Tensor) -> Tensor:
         """The alignment loss on raw codes, []."""
         said = self.agent(((code.double() - self.code_mean) / self.code_spread).to(code))
-        answered = said @ self.head_weight.to(said).T + self.head_bias.to(said)
+        answered = said @ self.head_weight.to(said).T + (self.head_bias + self.offset).to(said)
         return alignment_loss(said, features, answered, logits, self.alignment)
 
     def _gathered(self, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -425,11 +427,8 @@ class DiffExplainer(ExplainerModule):
             self.agent.bias.copy_(bias)
         if self.alignment != "mse":
             self._refine(standardised.float(), features.float(), logits.float())
-        # In the features, the smallest shift that the head turns into the offset.
-        offset = fit_offset(self.agent_logits(code), logits)
-        shift = torch.linalg.pinv(self.head_weight) @ offset
-        with torch.no_grad():
-            self.agent.bias += shift.to(self.agent.bias)
+        self.offset.zero_()
+        self.offset.copy_(fit_offset(self.agent_logits(code), logits))
         if self.metric != "calibrate":
             self.step_matrix.copy_(metric_matrix(self.metric, statistics, self.shrinkage))
         self.fitted.fill_(True)

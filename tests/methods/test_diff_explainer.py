@@ -87,7 +87,8 @@ def test_the_agent_is_one_affine_map_of_raw_codes(tmp_path: Path) -> None:
     code = model.locate(toy_images(4, NUM_CLASSES)).code[:, 0]
     standardised = (code.double() - model.code_mean) / model.code_spread
     features = standardised @ model.agent.weight.double().T + model.agent.bias.double()
-    expected = features @ model.head_weight.T + model.head_bias
+    expected = features @ model.head_weight.T + model.head_bias + model.offset
+    assert model.offset.abs().max() > 0
     torch.testing.assert_close(model.agent_logits(code), expected, atol=1e-9, rtol=1e-9)
 
 

@@ -77,13 +77,27 @@ def test_a_fixed_noise_is_inverted_exactly() -> None:
 def test_refinement_makes_the_way_back_exact() -> None:
     process = DiffusionProcess()
     errors, residuals = [], []
-    for refinements in (0, 1, 3, 6):
+    for refinements in (0, 1, 2, 6):
         state, residual = process.invert(predict, image(), 20, refinements)
         errors.append(float((process.decode(predict, state, 20) - image()).abs().max()))
         residuals.append(float(residual.max()))
-    assert errors[0] > errors[1] > errors[2] > errors[3]
-    assert errors[3] < 1e-3 < errors[0] / 10
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert errors[3] < 1e-5
     assert residuals[1] > residuals[2] > residuals[3]
+
+
+def test_a_refinement_is_one_call_of_the_network() -> None:
+    calls: list[int] = []
+
+    def counted(state: Tensor, step: Tensor) -> Tensor:
+        calls.append(int(step[0]))
+        return predict(state, step)
+
+    DiffusionProcess().invert(counted, image(), 20, refinements=2)
+    assert len(calls) == 1 + 2 * 20
+    calls.clear()
+    DiffusionProcess().invert(counted, image(), 20, refinements=0)
+    assert calls == list(range(0, 1000, 50))
 
 
 def test_the_grid_begins_at_the_image_and_ends_below_pure_noise() -> None:
