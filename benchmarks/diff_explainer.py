@@ -102,7 +102,7 @@ def edits(model: DiffExplainer, data: ImageData, options: argparse.Namespace) ->
             "source": source,
             "target": target,
             "kept": kept,
-            "unfaithful": scores["status"] == 3,
+            "faithful": scores["faithful"],
             "flipped": explanation.counterfactual_logits.argmax(dim=1) == target,
             "mono": (said.diff(dim=1) >= -1e-6).float().mean(dim=1),
             "regress": (said.cummax(dim=1).values - said).amax(dim=1),
@@ -129,7 +129,7 @@ def edits(model: DiffExplainer, data: ImageData, options: argparse.Namespace) ->
     table = {name: torch.cat(values) for name, values in columns.items()}
     total = len(table["kept"])
     _print(
-        {"n": total, "reconstruction kept": table["kept"].mean(), "unfaithful": table["unfaithful"].mean()}
+        {"n": total, "reconstruction kept": table["kept"].mean(), "faithful": table["faithful"].mean()}
         | {name: table[name].mean() for name in ("psnr", "ssim")}
         | {"s/image": seconds / total}
     )

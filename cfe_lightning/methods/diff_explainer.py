@@ -46,8 +46,6 @@ from cfe_lightning.networks.diffusion_process import Sampler
 
 _log = logging.getLogger(__name__)
 
-#: What became of an explanation; ``scores["status"]`` is the index.
-STATUS = ("reached", "flipped only", "not reached", "unfaithful reconstruction")
 #: Pictures decoded at a time: bounds the memory whatever the number of steps.
 _CHUNK = 128
 #: By how much the target's probability must lead: on the threshold itself rounding decides.
@@ -299,10 +297,11 @@ class DiffExplainer(ExplainerModule):
             An explanation with the path as steps (the reconstruction first, the counterfactual last; strengths are
             changes of the agent's margin) and the agent's logits as ``intended``; parts ``reconstruction``, ``redrawn``
             (counterfactual minus reconstruction, signed) and ``opposite`` (as far in the other direction); scores
-            ``status`` (index into ``STATUS``), ``step`` (change of the agent's margin), ``standard_deviations`` (length
-            of the edit among the data's codes), ``agent_gap`` (mean absolute difference of agent and classifier along
-            the path), ``reconstruction_kept`` (whether the reconstruction is decided as the image) and
-            ``inversion_residual``.
+            ``reached`` (1 where the goal is met, be it the flip or ``confidence``), ``reconstruction_kept`` (1 where
+            the reconstruction is decided as the image), ``faithful`` (1 where moreover the decision's probability
+            differs by at most 0.1: otherwise it is another image that is explained), ``step`` (change of the agent's
+            margin), ``standard_deviations`` (length of the edit among the data's codes), ``agent_gap`` (mean absolute
+            difference of agent and classifier along the path) and ``inversion_residual``.
         """
         image = image.to(self.dtype)
         logits = self.classifier(image)
@@ -332,10 +331,6 @@ class DiffExplainer(ExplainerModule):
         before = logits.softmax(dim=1).gather(1, predicted[:, None])
         kept = said[:, 0].argmax(dim=1) == predicted
         faithful = kept & ((said[:, 0].softmax(dim=1).gather(1, predicted[:, None]) - before).abs() <= _FAITHFUL)[:, 0]
-        flipped = said[:, -1].argmax(dim=1) == target
-        status = torch.where(found, STATUS.index("reached"), STATUS.index("not reached"))
-        status = torch.where(~found & flipped, STATUS.index("flipped only"), status)
-        status = torch.where(faithful, status, STATUS.index("unfaithful reconstruction"))
         return Explanation(
             image=image,
             logits=logits,
@@ -348,11 +343,12 @@ class DiffExplainer(ExplainerModule):
             intended=intended.to(logits.dtype),
             parts={"reconstruction": reconstruction, "redrawn": redrawn, "opposite": opposite},
             scores={
-                "status": status.to(logits.dtype),
+                "reached": found.to(logits.dtype),
                 "step": size.to(logits.dtype),
                 "standard_deviations": (size / limit * self.largest_step).to(logits.dtype),
                 "agent_gap": confidence_gap(intended, said, target),
                 "reconstruction_kept": kept.to(logits.dtype),
+                "faithful": faithful.to(logits.dtype),
                 "inversion_residual": located.residual,
             },
         )

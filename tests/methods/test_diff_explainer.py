@@ -19,7 +19,7 @@ from cfe_lightning.callbacks import SampleGrid
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import load_explainer
 from cfe_lightning.methods import diff_explainer
-from cfe_lightning.methods.diff_explainer import STATUS, DiffExplainer, Located, preferred_metric
+from cfe_lightning.methods.diff_explainer import DiffExplainer, Located, preferred_metric
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder, load_autoencoder
 from cfe_lightning.methods.semantic_agent import METRICS
 
@@ -171,7 +171,7 @@ def test_the_search_ends_where_the_classifier_flips() -> None:
     # From 3 to just beyond zero, where the target leads by 0.02.
     wanted = torch.full((2,), 3 + math.log(0.51 / 0.49))
     torch.testing.assert_close(explanation.scores["step"], wanted, atol=0.03, rtol=0)
-    assert explanation.scores["status"].tolist() == [STATUS.index("reached")] * 2
+    assert explanation.scores["reached"].tolist() == [1, 1]
     assert explanation.strengths is not None
     assert explanation.strengths[:, 0].tolist() == [0, 0]
     torch.testing.assert_close(explanation.strengths[:, -1], explanation.scores["step"])
@@ -237,7 +237,7 @@ def test_a_reconstruction_that_is_another_image_to_the_classifier_is_told() -> N
     explanation = model.explain(image)
     unkept = explanation.scores["reconstruction_kept"] == 0
     assert unkept.any()
-    assert (explanation.scores["status"][unkept] == STATUS.index("unfaithful reconstruction")).all()
+    assert (explanation.scores["faithful"][unkept] == 0).all()
 
 
 def test_a_confidence_can_be_asked_for() -> None:
