@@ -20,9 +20,11 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from cfe_lightning.drawing import draw_samples, draw_table
+from cfe_lightning.explanation import Explanation
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +77,12 @@ class EMA(WeightAveraging):
 class SampleGrid(pl.Callback):
     """Draws the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
 
-    The module's ``draw`` says what is shown. Of an explainer, one row per image: the image, its parts, the
-    counterfactual, the steps, the attribution; the predicted class with its probability and that of the target before
-    and after. Written to ``<folder>/samples/<iteration>.png`` and to W&B
-    where that is a logger. Uses the averaged weights when ``EMA`` is a callback too (list ``EMA`` first). Random state,
-    training mode and gradients are left as they were, so a run is the same with and without.
+    One row per image: the image, its parts, the counterfactual, the steps, the attribution; the predicted class with
+    its probability and that of the target before and after. A module that explains nothing says in ``samples`` what is
+    shown: images [B, C, H, W] to named columns and row labels, as ``draw_table`` takes them. Written to
+    ``<folder>/samples/<iteration>.png`` and to W&B where that is a logger. Uses the averaged weights when ``EMA`` is a
+    callback too (list ``EMA`` first). Random state, training mode and gradients are left as they were, so a run is the
+    same with and without.
 
     Args:
         every_n_batches: Training batches between two grids.
@@ -116,7 +119,12 @@ class SampleGrid(pl.Callback):
                 self._image = self._fixed_images(trainer)
             image = self._image.to(pl_module.device)
             with averaging.averaged(pl_module) if averaging else nullcontext():
-                picture: Image.Image = pl_module.draw(image)  # type: ignore[operator]
+                if hasattr(pl_module, "samples"):
+                    picture = draw_table(*pl_module.samples(image))  # type: ignore[operator]
+                else:
+                    explanation: Explanation = pl_module.explain(image)  # type: ignore[operator]
+                    names = pl_module.classifier.class_names  # type: ignore[union-attr]
+                    picture = draw_samples(explanation, names)  # type: ignore[arg-type]
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

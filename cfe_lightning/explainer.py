@@ -11,11 +11,9 @@ from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, resolve_class_path
-from cfe_lightning.drawing import draw_samples
 from cfe_lightning.explanation import Explanation, runner_up
 
 #: Keys of a checkpoint that only a resumed training needs.
@@ -56,10 +54,6 @@ class ExplainerModule(pl.LightningModule, ABC):
     def default_target(self, logits: Tensor) -> Tensor:
         """The class that is asked for where none is named, logits [B, K] -> [B]: the runner-up."""
         return runner_up(logits)
-
-    def draw(self, image: Tensor) -> Image.Image:
-        """What ``SampleGrid`` shows of images [B, C, H, W] while the method trains: their explanations."""
-        return draw_samples(self.explain(image), self.classifier.class_names)
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:

@@ -17,7 +17,6 @@ from PIL import Image
 from toy import FixedToyExplainer, ToyData, ToyExplainer, toy_classifier, toy_images, toy_trainer
 
 from cfe_lightning import callbacks
-from cfe_lightning import explainer as explainer_module
 from cfe_lightning.callbacks import EMA, NonFiniteGuard, NonFiniteLossError, SampleGrid, Throughput
 from cfe_lightning.checkpointing import LastCheckpoint
 from cfe_lightning.drawing import draw_samples
@@ -148,7 +147,7 @@ def test_sample_grids_explain_with_the_average(tmp_path: Path, monkeypatch: pyte
         seen.append(explanation.parts["distinct"])
         return draw_samples(explanation, class_names)
 
-    monkeypatch.setattr(explainer_module, "draw_samples", spy)
+    monkeypatch.setattr(callbacks, "draw_samples", spy)
     explainer = fit(tmp_path, EMA(0.9), SampleGrid(every_n_batches=4, num_images=2))
     # The trained module ends as the average, so it must explain as the last grid did.
     image = torch.stack([toy_images(16)[index] for index in (0, 8)])

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
         "environment", "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images",
-        "manifest", "report", "tally",
+        "manifest", "medical_files", "report", "tally",
     },
 }  # fmt: skip
 

@@ -16,15 +16,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfe_lightning.drawing import draw_table
 from cfe_lightning.explainer import load_checkpoint
 from cfe_lightning.losses import psnr
 from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, NoisePredictor, Sampler
-from cfe_lightning.networks.semantic_unet import CodeMode, SemanticEncoder, SemanticUnet
+from cfe_lightning.networks.semantic_unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
 
 #: Images that a validation reconstructs.
 _RECONSTRUCTED = 16
@@ -46,6 +44,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         dropout: Inside the U-Net's blocks.
         groups: Number of normalisation groups; at least two channels should share one.
         code_mode: How the code enters the U-Net, see ``SemanticUnet``.
+        pool: How the encoder's last map becomes one code, see ``SemanticEncoder``.
         noise_loss: "mse" estimates the mean noise, which DDIM assumes; "l1" (DiffExplainer's) the median.
         prediction: What the U-Net predicts: the "noise" (published), or the "velocity", whose error counts most where
             an image is almost all noise and only the code tells what it shows: codes know the image many times sooner.
@@ -71,6 +70,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         dropout: float = 0.1,
         groups: int = 32,
         code_mode: CodeMode = "adagn",
+        pool: CodePool = "mean",
         noise_loss: Literal["mse", "l1"] = "mse",
         prediction: Literal["noise", "velocity"] = "velocity",
         learning_rate: float = 1e-4,
@@ -90,7 +90,7 @@ class DiffusionAutoencoder(pl.LightningModule):
             "attention_sizes": [16] if attention_sizes is None else attention_sizes,
             "groups": groups,
         }
-        self.encoder = SemanticEncoder(multipliers=encoder_multipliers, **shared)
+        self.encoder = SemanticEncoder(multipliers=encoder_multipliers, pool=pool, **shared)
         self.unet = SemanticUnet(
             multipliers=multipliers, time_dim=time_dim, dropout=dropout, code_mode=code_mode, **shared
         )
@@ -124,7 +124,7 @@ class DiffusionAutoencoder(pl.LightningModule):
 
         return predict
 
-    def draw(self, image: Tensor) -> Image.Image:
+    def samples(self, image: Tensor) -> tuple[dict[str, Tensor], list[str]]:
         """What ``SampleGrid`` shows: images, their reconstructions, and what the codes alone make of random noise."""
         code = self.encode(image)
         noise_map, _ = self.invert(image, code, self.validation_steps)
@@ -135,7 +135,7 @@ class DiffusionAutoencoder(pl.LightningModule):
             f"code, noise {index}": self.decode(start, code, self.validation_steps) for index, start in enumerate(noise)
         }
         whole, alone = (psnr(image, columns[name]).tolist() for name in ("reconstruction", "code, noise 0"))
-        return draw_table(columns, [f"{a:.1f} dB\ncode {b:.1f} dB" for a, b in zip(whole, alone, strict=True)])
+        return columns, [f"{a:.1f} dB\ncode {b:.1f} dB" for a, b in zip(whole, alone, strict=True)]
 
     # Training
 

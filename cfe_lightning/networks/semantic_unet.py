@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 #: How the code enters the U-Net: as a gain of its own on every block ("adagn"), or added to the time embedding.
 CodeMode = Literal["adagn", "sum"]
+#: How the encoder's last map becomes one code, see ``SemanticEncoder``.
+CodePool = Literal["mean", "mean_max"]
 
 
 class SemanticEncoder(nn.Module):
@@ -34,6 +36,8 @@ class SemanticEncoder(nn.Module):
         blocks: Residual blocks per resolution.
         attention_sizes: Resolutions with self-attention after every block.
         groups: Largest number of normalisation groups.
+        pool: How the last map becomes one code: its "mean" over all places (published), or "mean_max", mean and
+            maximum, which does not average away what is in few places.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class SemanticEncoder(nn.Module):
         blocks: int = 2,
         attention_sizes: Sequence[int] = (16,),
         groups: int = 32,
+        pool: CodePool = "mean",
     ) -> None:
         super().__init__()
         _check_size(image_size, multipliers)
@@ -67,8 +72,8 @@ class SemanticEncoder(nn.Module):
             _EncoderBlock(current, current, groups),
             nn.GroupNorm(min(groups, current), current),
             nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(current, code_dim, 1),
+            nn.AdaptiveAvgPool2d(1) if pool == "mean" else _MeanAndMax(),
+            nn.Conv2d(current if pool == "mean" else 2 * current, code_dim, 1),
             nn.Flatten(),
         ]
         self.body = nn.Sequential(*layers)
@@ -203,6 +208,13 @@ class _EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(self.pool(x)) + self.convolution(self.pool(F.silu(self.norm(x))))
+
+
+class _MeanAndMax(nn.Module):
+    """Mean and maximum over all places, [B, C, H, W] -> [B, 2 C, 1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)], dim=1)
 
 
 def _attention(channels: int, groups: int) -> Attention:

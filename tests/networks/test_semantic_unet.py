@@ -103,6 +103,21 @@ def test_an_image_becomes_one_code() -> None:
     assert encoder(torch.randn(3, 1, 16, 16)).shape == (3, 6)
 
 
+def test_the_maximum_does_not_average_away_what_is_in_one_place() -> None:
+    torch.manual_seed(0)
+    pooled = SemanticEncoder(
+        image_size=8, channels=1, code_dim=5, width=4, multipliers=(1, 2), groups=2, pool="mean_max"
+    )
+    *body, convolution, flatten = pooled.body
+    features = nn.Sequential(*body)
+    seen: list[torch.Tensor] = []
+    body[-2].register_forward_hook(lambda _layer, _inputs, output: seen.append(output))
+    found = features(torch.randn(3, 1, 8, 8))
+    expected = torch.cat([seen[0].mean(dim=(2, 3)), seen[0].flatten(2).amax(dim=2)], dim=1)
+    torch.testing.assert_close(found.flatten(1), expected)
+    assert flatten(convolution(found)).shape == (3, 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
