@@ -118,7 +118,8 @@ def read_batch(
                 image = read_montage(
                     folder / name, num_slices=num_slices, image_size=image_size, channels=channels, window=window
                 )
-        except images.UnreadableImageError as error:
+        # The second: a medical format whose package is not installed.
+        except (images.UnreadableImageError, ModuleNotFoundError) as error:
             batch["failed"].append({"name": name, "source": source, "error": str(error)})
         else:
             batch["image"].append(image)

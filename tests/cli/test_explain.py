@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import numpy as np
 import pytest
 import torch
 import toy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from test_medical_files import write_dicom
 from torch import Tensor
 
 from cfe_lightning import images
@@ -222,6 +224,24 @@ def test_a_target_is_asked_for_by_name(checkpoint: Path, photos: Path, tmp_path:
         assert row["flipped"] == ("" if same else "true")
         assert row["note"] == ("already predicted as the target: nothing to flip" if same else "")
     assert json.loads((out / "summary.json").read_text())["flip_rate"]["n"] == 5
+
+
+def test_dicom_files_are_images(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(photos / "b")
+    pixels = np.full((16, 16), 100, dtype=np.int16)
+    write_dicom(photos / "ct.dcm", pixels)
+    assert run(checkpoint, photos, tmp_path / "out", "--window", "0", "400") == 0
+    row = table(tmp_path / "out")["ct.dcm"]
+    # 100 lies half-way between the level and the upper edge of the window.
+    expected = torch.full((3, 16, 16), 0.5)
+    assert torch.equal(images.read_image(tmp_path / "out" / row["image"], 3), images.saved(expected))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert run(checkpoint, photos, tmp_path / "without") == explain.FAILED_ROWS
+    row = table(tmp_path / "without")["ct.dcm"]
+    assert row["status"] == "failed"
+    assert "can be read only with the package pydicom: pip install pydicom" in row["error"]
 
 
 def test_patients_are_explained_as_montages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
