@@ -7,7 +7,8 @@
 ``agent``: agent against classifier. ``edits``: both directions of the search among images whose reconstruction is
 decided as the image, beside random directions and an agent of shuffled features as far away. ``reconstruction``: PSNR,
 SSIM and decisions against the diffusion steps. ``samplers``: speed against quality of whole explanations.
-``undecided``: the images that the classifier is least sure of, driven to a confident decision on either side.
+``undecided``: images that the classifier is not sure of, driven to a confident decision on either side. In a folder,
+those that it is least sure of; it is sure of all built-in shapes, so their cue is faded until it is not.
 Settings are compared with ``--split val``; the figures are those of ``--split test``.
 """
 
@@ -225,13 +226,16 @@ def samplers(model: DiffExplainer, data: ImageData, options: argparse.Namespace)
 def undecided(model: DiffExplainer, data: ImageData, options: argparse.Namespace) -> None:
     """The images nearest to the classifier's boundary, driven to be ``SURE`` of either of their two first classes."""
     image = torch.cat(list(_batches(data, options)))
-    best = model.classifier(image).softmax(dim=1).topk(2, dim=1)
-    chosen = (best.values[:, 0] - best.values[:, 1]).argsort()[:32]
+    if isinstance(data, SyntheticShapes):
+        image = _faded(model, data, image[:32], options)
+    first, second = model.classifier(image).softmax(dim=1).topk(2, dim=1)[0].unbind(dim=1)
+    image = image[(first - second).argsort()[:32]]
+    sides = model.classifier(image).topk(2, dim=1).indices
     model.confidence = SURE
     reached = []
     for side in (0, 1):
-        target = best.indices[chosen, side]
-        explanation = model.explain(image[chosen], target)
+        target = sides[:, side]
+        explanation = model.explain(image, target)
         rows = torch.arange(len(target))
         after = explanation.counterfactual_logits.softmax(dim=1)[rows, target]
         reached.append(after >= SURE - 1e-6)
@@ -244,6 +248,20 @@ def undecided(model: DiffExplainer, data: ImageData, options: argparse.Namespace
         }
         _print(values | {"n": len(target)}, f"  to the {('likelier', 'less likely')[side]} class: ")
     _print({"both sides": (reached[0] & reached[1]).float().mean()}, "  ")
+
+
+def _faded(model: DiffExplainer, data: SyntheticShapes, image: Tensor, options: argparse.Namespace) -> Tensor:
+    """Images whose cue is weakened, against the same scene of the other class, until the classifier cannot decide."""
+    shapes = data.dataset(options.split)
+    other = torch.stack([shapes[index]["counterfactual"] for index in range(len(image))])
+    predicted = model.classifier(image).argmax(dim=1, keepdim=True)
+    low, high = torch.zeros(len(image)), torch.ones(len(image))
+    for _ in range(20):
+        share = ((low + high) / 2)[:, None, None, None]
+        mixed = (1 - share) * image + share * other
+        kept = model.classifier(mixed).softmax(dim=1).gather(1, predicted)[:, 0] > 0.5
+        low, high = torch.where(kept, share[:, 0, 0, 0], low), torch.where(kept, high, share[:, 0, 0, 0])
+    return mixed
 
 
 def draw(model: DiffExplainer, data: ImageData, options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ from cfe_lightning.methods.semantic_agent import (
     unit_step,
 )
 from cfe_lightning.methods.step_search import smallest_step
-from cfe_lightning.networks.diffusion_process import Sampler
+from cfe_lightning.networks.diffusion_process import Sampler, check_steps
 
 _log = logging.getLogger(__name__)
 
@@ -194,10 +194,10 @@ class DiffExplainer(ExplainerModule):
         self.num_steps = num_steps
         self.search_points = search_points
         self.search_rounds = search_rounds
-        self.diffusion_steps = diffusion_steps
+        self.diffusion_steps = check_steps(diffusion_steps)
         self.refinements = refinements
         self.sampler: Sampler = sampler
-        self.decoding_steps = decoding_steps or diffusion_steps
+        self.decoding_steps = check_steps(decoding_steps or diffusion_steps)
 
         dim, num_classes = self.autoencoder.code_dim, classifier.num_classes
         head = classifier.linear_head() if classifier.spec.head is not None else None
@@ -238,7 +238,16 @@ class DiffExplainer(ExplainerModule):
         return self.head_weight @ inner, self.head_weight @ offset + self.head_bias + self.offset
 
     def encode(self, image: Tensor) -> Tensor:
-        """Semantic codes of every slice, [B, C, H, W] -> [B, S, D]; the agent reads their mean."""
+        """Semantic codes of every slice, [B, C, H, W] -> [B, S, D]; the agent reads their mean.
+
+        Raises:
+            ValueError: If the images have another size than the autoencoder's.
+        """
+        if image.shape[-1] != self.image_size:
+            raise ValueError(
+                f"The images are {image.shape[-1]} pixels wide, but the autoencoder was trained for {self.image_size} "
+                f"({self.num_slices} slices of {self.autoencoder.image_size}): set the size of the data to that."
+            )
         slices = cut_montage(image, self.num_slices)
         return self.autoencoder.encode(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])
 

@@ -21,7 +21,13 @@ from torch.nn import functional as F
 
 from cfe_lightning.explainer import load_checkpoint
 from cfe_lightning.losses import psnr
-from cfe_lightning.networks.diffusion_process import NUM_TRAINING_STEPS, DiffusionProcess, NoisePredictor, Sampler
+from cfe_lightning.networks.diffusion_process import (
+    NUM_TRAINING_STEPS,
+    DiffusionProcess,
+    NoisePredictor,
+    Sampler,
+    check_steps,
+)
 from cfe_lightning.networks.semantic_unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
 
 #: Images that a validation reconstructs.
@@ -101,7 +107,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         self.noise_loss = noise_loss
         self.prediction = prediction
         self.learning_rate = learning_rate
-        self.validation_steps = validation_steps
+        self.validation_steps = check_steps(validation_steps)
 
     # What others use
 

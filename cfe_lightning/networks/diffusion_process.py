@@ -24,6 +24,17 @@ NUM_TRAINING_STEPS = 1000
 _BETAS = (1e-4, 0.02)
 
 
+def check_steps(num_steps: int) -> int:
+    """The number of diffusion steps, if it divides ``NUM_TRAINING_STEPS``.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if num_steps < 1 or NUM_TRAINING_STEPS % num_steps:
+        raise ValueError(f"The number of diffusion steps must divide {NUM_TRAINING_STEPS}, got {num_steps}.")
+    return num_steps
+
+
 class DiffusionProcess(nn.Module):
     """A linear schedule of 1,000 steps, fixed by the method.
 
@@ -107,8 +118,7 @@ class DiffusionProcess(nn.Module):
 
     def _grid(self, num_steps: int) -> list[tuple[int, Tensor, Tensor]]:
         """Diffusion step, and the shares of image in the variance below and at it, from the image upwards."""
-        if num_steps < 1 or NUM_TRAINING_STEPS % num_steps:
-            raise ValueError(f"The number of diffusion steps must divide {NUM_TRAINING_STEPS}, got {num_steps}.")
+        check_steps(num_steps)
         stride = NUM_TRAINING_STEPS // num_steps
         below = self.alpha_bar[:1].squeeze(0)
         grid = []

@@ -285,6 +285,13 @@ def test_slices_are_encoded_one_by_one_and_moved_alike() -> None:
     assert explanation.steps.shape == (2, 3, 3, 16, 16)
 
 
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"are 32 pixels wide, but the autoencoder was trained for 16 \(1 slices of 16\)"
+    ):
+        tiny().encode(torch.zeros(1, 3, 32, 32))
+
+
 def test_the_autoencoder_stays_in_eval_mode_and_frozen() -> None:
     model = tiny().train()
     assert not any(module.training for module in model.autoencoder.modules())
@@ -344,6 +351,7 @@ def test_the_autoencoders_file_is_checked(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"num_steps": 1}, "num_steps must be at least 2"),
+        ({"diffusion_steps": 30}, "steps must divide 1000, got 30"),
         ({"confidence": 1.5}, "confidence is a probability between 0 and 1, got 1.5"),
         ({"autoencoder": {**AUTOENCODER, "channels": 1}}, "images of 1 channels, but the classifier takes 3"),
     ],
