@@ -31,7 +31,7 @@ from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.semantic_agent import agreement, fit_ridge, travelled, unit_step
 from cfe_lightning.metrics.reconstruction import psnr, ssim
 
-#: The largest lead of the target that still counts as undecided, and the confidence it is driven to.
+#: The confidence that undecided images are driven to.
 SURE = 0.9
 
 
@@ -88,7 +88,6 @@ def edits(model: DiffExplainer, data: ImageData, options: argparse.Namespace) ->
     shuffled = _shuffled_agent(model, data)
     generator = torch.Generator().manual_seed(0)
     columns: dict[str, list[Tensor]] = {}
-    begin = time.perf_counter()
     seconds = 0.0
     for image in _batches(data, options):
         begin = time.perf_counter()
@@ -224,7 +223,7 @@ def samplers(model: DiffExplainer, data: ImageData, options: argparse.Namespace)
 
 
 def undecided(model: DiffExplainer, data: ImageData, options: argparse.Namespace) -> None:
-    """The images nearest to the classifier's boundary, driven to be ``SURE`` of either of their two first classes."""
+    """The 32 images that the classifier is least sure of, driven to be ``SURE`` of either of their first classes."""
     image = torch.cat(list(_batches(data, options)))
     if isinstance(data, SyntheticShapes):
         image = _faded(model, data, image[:32], options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -73,16 +73,21 @@ class ExplainerModule(pl.LightningModule, ABC):
         checkpoint.setdefault("hyper_parameters", {})
 
 
-def load_explainer(path: str | Path, trusted: Sequence[str] = ()) -> ExplainerModule:
+def load_explainer(
+    path: str | Path, trusted: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> ExplainerModule:
     """Rebuilds an explainer and its classifier from one checkpoint, in eval mode on the CPU.
 
     Args:
         path: A checkpoint written by ``train.py``.
         trusted: Packages besides cfe_lightning and torchvision whose classes the file may name.
+        changes: Arguments of the method that should differ from training, as ``num_steps``; not those that the weights
+            depend on.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no explainer checkpoint, or names a class outside the trusted packages.
+        ValueError: If the file is no explainer checkpoint, names a class outside the trusted packages, or cannot be
+            changed in this way.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)
@@ -101,9 +106,23 @@ def load_explainer(path: str | Path, trusted: Sequence[str] = ()) -> ExplainerMo
     kind = resolve_class_path(class_path, trusted)
     if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
         raise ValueError(f"{path} names {class_path}, which is not an explainer.")
+    changes = changes or {}
+    known = inspect.signature(kind).parameters.keys() - {"classifier"}
+    if unknown := changes.keys() - known:
+        raise ValueError(
+            f"{kind.__name__} has no argument {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}."
+        )
+    for name, value in changes.items():
+        trained = arguments.get(name)
+        # A whole number will do for a fraction; where nothing was given, there is nothing to compare with.
+        fits = isinstance(value, int | float) if isinstance(trained, float) else isinstance(value, type(trained))
+        if trained is not None and value is not None and not fits:
+            raise ValueError(
+                f"{name} was {trained!r} in training and cannot be {value!r}: give the same kind of value."
+            )
     classifier = FrozenClassifier(build_network(spec, trusted), spec)
     try:
-        explainer = kind(classifier, **arguments)
+        explainer = kind(classifier, **(arguments | dict(changes)))
     except TypeError as error:
         raise ValueError(
             f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def count(text: str) -> int:
@@ -20,6 +22,17 @@ def positive(text: str) -> int:
     if value == 0:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is read as JSON (numbers, true, null, lists), and as text where it is none."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def check_writable(output: Path) -> None:

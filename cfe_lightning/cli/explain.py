@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfe_lightning.cli.arguments import check_writable, count, positive
+from cfe_lightning.cli.arguments import assignment, check_writable, count, positive
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
@@ -63,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         nargs=2,
         help="values shown of DICOM and NIfTI files, as in training (default: all that a slice has)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        type=assignment,
+        action="append",
+        default=[],
+        dest="changes",
+        help="argument of the method that should differ from training, as num_steps=16; can be repeated",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="explain only the first N images")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
@@ -114,7 +123,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.animation == "mp4" and not can_save_video():
         raise ValueError("--animation mp4 needs the package av: pip install av, or choose webp or gif.")
     started = time.perf_counter()
-    explainer = load_explainer(options.checkpoint, options.trusted)
+    explainer = load_explainer(options.checkpoint, options.trusted, dict(options.changes))
     target = _target(options.target, explainer.classifier.class_names)
     output = OutputFolder(options.output)
     names: list[str] = []
@@ -265,6 +274,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
         "input": str(options.input.resolve()),
         "target": options.target,
         "window": options.window,
+        "set": dict(options.changes) or None,
         "precision": options.precision,
         "animation": options.animation,
     }

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,8 @@ class DiffExplainer(ExplainerModule):
                 "num_steps must be at least 2, search_points at least 1 and search_rounds not negative, got "
                 f"{num_steps}, {search_points} and {search_rounds}."
             )
+        if sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}.")
         if confidence is not None and not 0 < confidence < 1:
             raise ValueError(f"confidence is a probability between 0 and 1, got {confidence}.")
         self.automatic_optimization = False

@@ -42,6 +42,17 @@ def test_an_output_within_a_file_is_refused(tmp_path: Path, below: str) -> None:
         evaluate._check_output(tmp_path / below)
 
 
+def test_an_assignment_is_a_name_and_plain_data() -> None:
+    assert arguments.assignment("num_steps=16") == ("num_steps", 16)
+    assert arguments.assignment("confidence=0.9") == ("confidence", 0.9)
+    assert arguments.assignment("confidence=null") == ("confidence", None)
+    assert arguments.assignment("sampler=dpm") == ("sampler", "dpm")
+    assert arguments.assignment("name=a=b") == ("name", "a=b")
+    for text in ("num_steps", "=16", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be NAME=VALUE"):
+            arguments.assignment(text)
+
+
 @pytest.mark.parametrize("text", ["-1", "many", "1.5", ""])
 def test_a_count_is_a_whole_number(text: str) -> None:
     assert arguments.count("0") == 0

@@ -226,6 +226,23 @@ def test_a_target_is_asked_for_by_name(checkpoint: Path, photos: Path, tmp_path:
     assert json.loads((out / "summary.json").read_text())["flip_rate"]["n"] == 5
 
 
+def test_an_argument_can_differ_from_training(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(checkpoint, photos, tmp_path / "as trained", "--limit", "1") == 0
+    assert run(checkpoint, photos, tmp_path / "weak", "--limit", "1", "--set", "amplitude=0.1") == 0
+    trained, weak = (float(table(tmp_path / name)["a/0.png"]["l1"]) for name in ("as trained", "weak"))
+    assert 0 < weak < trained / 4
+    capsys.readouterr()
+    # Another value is another run.
+    assert run(checkpoint, photos, tmp_path / "weak", "--set", "amplitude=0.2") == 2
+    assert "set was '{'amplitude': 0.1}' and is now '{'amplitude': 0.2}'" in sentence(capsys).replace('"', "'")
+    assert run(checkpoint, photos, tmp_path / "new", "--set", "strength=1") == 2
+    assert sentence(capsys) == "FixedToyExplainer has no argument strength: choose from amplitude."
+    assert run(checkpoint, photos, tmp_path / "new", "--set", "amplitude=[]") == 2
+    assert sentence(capsys) == "amplitude was 0.8 in training and cannot be []: give the same kind of value."
+
+
 def test_dicom_files_are_images(
     checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -352,6 +352,7 @@ def test_the_autoencoders_file_is_checked(tmp_path: Path) -> None:
     [
         ({"num_steps": 1}, "num_steps must be at least 2"),
         ({"diffusion_steps": 30}, "steps must divide 1000, got 30"),
+        ({"sampler": "euler"}, "sampler must be one of ddim, dpm, got 'euler'"),
         ({"confidence": 1.5}, "confidence is a probability between 0 and 1, got 1.5"),
         ({"autoencoder": {**AUTOENCODER, "channels": 1}}, "images of 1 channels, but the classifier takes 3"),
     ],
