@@ -27,6 +27,7 @@ from cfe_lightning import images, load_explainer
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
+from cfe_lightning.losses import kl_between_logits
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.semantic_agent import agreement, fit_ridge, travelled, unit_step
 from cfe_lightning.metrics.reconstruction import psnr, ssim
@@ -177,13 +178,12 @@ def reconstruction(model: DiffExplainer, data: ImageData, options: argparse.Name
         inverting = time.perf_counter() - begin
         picture = model.autoencoder.decode(noise_map, code, num_steps)
         said = model.classifier(picture)
-        kl = (logits.softmax(1) * (logits.log_softmax(1) - said.log_softmax(1))).sum(dim=1)
         values = {
             "PSNR": psnr(image, picture).mean(),
             "PSNR of saved pixels": psnr(images.saved(image), images.saved(picture)).mean(),
             "SSIM": ssim(image, picture).mean(),
             "decided alike": (said.argmax(dim=1) == logits.argmax(dim=1)).float().mean(),
-            "KL": kl.mean(),
+            "KL": kl_between_logits(logits, said),
             "residual": residual.mean(),
             "inversions/s": len(image) / inverting,
         }

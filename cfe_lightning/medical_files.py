@@ -37,6 +37,11 @@ def is_medical(path: Path | str) -> bool:
     return is_dicom(path) or is_nifti(path)
 
 
+def is_slice(name: str) -> bool:
+    """Whether a file of this name may hold one slice: a picture or a DICOM file."""
+    return images.is_picture(name) or is_dicom(name)
+
+
 def read_slice(
     path: Path, channels: int, *, size: int, window: tuple[float, float] | None = None, axial: int | None = None
 ) -> Tensor:

@@ -50,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
         "--input",
         type=Path,
         required=True,
-        help="folder of images, read with everything below it; for "
-        "an explainer of several slices one folder or NIfTI volume for each patient",
+        help="folder of images, read with everything below it; for an explainer of several slices one folder or NIfTI "
+        "volume for each patient",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
     parser.add_argument(
@@ -115,9 +115,9 @@ def _explain(options: argparse.Namespace) -> int:
     from cfe_lightning.data.patient_table import find_patients
     from cfe_lightning.explainer import load_explainer
     from cfe_lightning.explanation_writer import ExplanationWriter
-    from cfe_lightning.images import can_save_video, find_images, is_picture
+    from cfe_lightning.images import can_save_video, find_images
     from cfe_lightning.manifest import OutputFolder
-    from cfe_lightning.medical_files import check_window, is_dicom
+    from cfe_lightning.medical_files import check_window, is_slice
 
     window = check_window(options.window)
     if options.animation == "mp4" and not can_save_video():
@@ -131,11 +131,7 @@ def _explain(options: argparse.Namespace) -> int:
     # Only the first process touches the output folder; ImageStream hands its list to the others.
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
-        found = (
-            find_images(options.input, lambda name: is_picture(name) or is_dicom(name))
-            if explainer.num_slices == 1
-            else find_patients(options.input)
-        )
+        found = find_images(options.input, is_slice) if explainer.num_slices == 1 else find_patients(options.input)
         names = list(islice(found, options.limit))
         if not names:
             kind = "image" if explainer.num_slices == 1 else "folder of slices"

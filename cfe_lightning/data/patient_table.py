@@ -219,7 +219,9 @@ def find_stack(place: Path) -> list[Slice]:
         if medical_files.is_nifti(place):
             number = medical_files.count_slices(place)
             return [Slice(place, f"{place.name}#{index}", None, index) for index in range(number)]
-        names = [path.name for path in place.iterdir() if _is_slice(path.name) and not path.name.startswith(".")]
+        names = [
+            path.name for path in place.iterdir() if medical_files.is_slice(path.name) and not path.name.startswith(".")
+        ]
     except OSError as error:
         raise images.UnreadableImageError(f"The patient cannot be read: {error.strerror}.") from error
     if not names:
@@ -227,12 +229,8 @@ def find_stack(place: Path) -> list[Slice]:
     return in_order([Slice(place / name, name, None, None) for name in names])
 
 
-def _is_slice(name: str) -> bool:
-    return images.is_picture(name) or medical_files.is_dicom(name)
-
-
 def _is_slice_or_volume(name: str) -> bool:
-    return _is_slice(name) or medical_files.is_nifti(name)
+    return medical_files.is_slice(name) or medical_files.is_nifti(name)
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

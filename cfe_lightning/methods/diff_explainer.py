@@ -408,9 +408,13 @@ class DiffExplainer(ExplainerModule):
         logits = self.classifier.head(features) if self.reads_features else features
         return self.encode(image).mean(dim=1), features, logits
 
+    def _standardised(self, code: Tensor) -> Tensor:
+        """What the agent reads of codes [B, D], float64."""
+        return (code.double() - self.code_mean) / self.code_spread
+
     def _distance(self, code: Tensor, features: Tensor, logits: Tensor) -> Tensor:
         """The alignment loss on raw codes, []."""
-        said = self.agent(((code.double() - self.code_mean) / self.code_spread).to(code))
+        said = self.agent(self._standardised(code).to(code))
         answered = said @ self.head_weight.to(said).T + (self.head_bias + self.offset).to(said)
         return alignment_loss(said, features, answered, logits, self.alignment)
 
@@ -427,7 +431,7 @@ class DiffExplainer(ExplainerModule):
         self.code_mean.copy_(statistics.mean)
         self.code_spread.copy_(statistics.spread)
         self.code_covariance.copy_(statistics.covariance)
-        standardised = (code.double() - self.code_mean) / self.code_spread
+        standardised = self._standardised(code)
         weight, bias = fit_ridge(standardised, features, self.ridge_penalty)
         with torch.no_grad():
             self.agent.weight.copy_(weight)

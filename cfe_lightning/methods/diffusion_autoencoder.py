@@ -130,11 +130,15 @@ class DiffusionAutoencoder(pl.LightningModule):
 
         return predict
 
+    def _reconstructed(self, image: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] inverted and decoded again, and the residuals of the inversion [B]."""
+        noise_map, residual = self.invert(image, code, self.validation_steps)
+        return self.decode(noise_map, code, self.validation_steps), residual
+
     def samples(self, image: Tensor) -> tuple[dict[str, Tensor], list[str]]:
         """What ``SampleGrid`` shows: images, their reconstructions, and what the codes alone make of random noise."""
         code = self.encode(image)
-        noise_map, _ = self.invert(image, code, self.validation_steps)
-        reconstruction = self.decode(noise_map, code, self.validation_steps)
+        reconstruction, _ = self._reconstructed(image, code)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(image.shape, generator=generator).to(image) for _ in range(2)]
         columns = {"image": image, "reconstruction": reconstruction} | {
@@ -174,9 +178,9 @@ class DiffusionAutoencoder(pl.LightningModule):
         if batch_idx == 0:
             image, noise = image[:_RECONSTRUCTED], noise[:_RECONSTRUCTED]
             code = self.encode(image)
-            noise_map, residual = self.invert(image, code, self.validation_steps)
+            reconstruction, residual = self._reconstructed(image, code)
             values = {
-                "psnr": psnr(image, self.decode(noise_map, code, self.validation_steps)).mean(),
+                "psnr": psnr(image, reconstruction).mean(),
                 "psnr_code": psnr(image, self.decode(noise, code, self.validation_steps)).mean(),
                 "inversion_residual": residual.mean(),
                 "code_spread": code.std(dim=0).mean(),

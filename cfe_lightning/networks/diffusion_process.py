@@ -53,21 +53,26 @@ class DiffusionProcess(nn.Module):
 
     def noised(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """Images and Gaussian noise [B, C, H, W] mixed as at diffusion steps [B]."""
-        level = self.alpha_bar[step + 1][:, None, None, None]
-        return (level.sqrt().to(image) * image) + ((1 - level).sqrt().to(image) * noise)
+        of_image, of_noise = self._shares(step, image)
+        return of_image * image + of_noise * noise
 
     def velocity(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """What "velocity" networks predict: noise where there is little of it, minus the image where there is most.
 
         Source: Salimans and Ho, "Progressive Distillation", ICLR 2022, arXiv 2202.00512, appendix D.
         """
-        level = self.alpha_bar[step + 1][:, None, None, None]
-        return level.sqrt().to(image) * noise - (1 - level).sqrt().to(image) * image
+        of_image, of_noise = self._shares(step, image)
+        return of_image * noise - of_noise * image
 
     def noise_of(self, velocity: Tensor, state: Tensor, step: Tensor) -> Tensor:
         """The noise in states [B, C, H, W] at steps [B] whose velocity is given."""
+        of_image, of_noise = self._shares(step, state)
+        return of_image * velocity + of_noise * state
+
+    def _shares(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the image and of the noise there is at diffusion steps [B], [B, 1, 1, 1] each."""
         level = self.alpha_bar[step + 1][:, None, None, None]
-        return level.sqrt().to(state) * velocity + (1 - level).sqrt().to(state) * state
+        return level.sqrt().to(like), (1 - level).sqrt().to(like)
 
     def decode(self, predict: NoisePredictor, state: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
         """From states of pure noise [B, C, H, W] to images, the last ones not clipped."""
