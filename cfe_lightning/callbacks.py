@@ -64,6 +64,13 @@ class EMA(WeightAveraging):
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps what a validation has stored in buffers: it belongs to the average and to the model that goes on."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self._average_model is not None:
+            for current, averaged in zip(pl_module.buffers(), self._average_model.module.buffers(), strict=True):
+                current.data.copy_(averaged.data)
+
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """The module holds the averaged weights inside, and exactly its own again after."""

@@ -254,6 +254,19 @@ class FrozenClassifier(nn.Module):
         feature_map = self.feature_map(torch.zeros(2, self.spec.channels, side, side, device=self.mean.device))
         return trace_levels(self.network, self.spec.channels, side, feature_map, names=names)
 
+    def maps(self, image: Tensor, names: Sequence[str]) -> tuple[list[Tensor], Tensor]:
+        """Outputs of the named layers and logits [B, K] of images [B, C, H, W], in one pass."""
+        seen, logits = self._watch([self._layer("levels", name) for name in names], image)
+        return [output for _, output in seen], self._exclusive(logits)
+
+    @torch.no_grad()
+    def shallow_maps(self, count: int = 2) -> list[str]:
+        """The layers with the largest maps below the image's own resolution, which see edges and textures."""
+        coarsest = torch.zeros(1, 1, 1, 1)
+        side = self.spec.image_size
+        levels = trace_levels(self.network, self.spec.channels, side, coarsest, count=side)
+        return list(levels)[-count:]
+
     @property
     def num_features(self) -> int:
         """D, the length of the head's input."""

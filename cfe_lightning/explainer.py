@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, resolve_class_path
 from cfe_lightning.explanation import Explanation, runner_up
 
@@ -54,6 +55,22 @@ class ExplainerModule(pl.LightningModule, ABC):
     def default_target(self, logits: Tensor) -> Tensor:
         """The class that is asked for where none is named, logits [B, K] -> [B]: the runner-up."""
         return runner_up(logits)
+
+    def survey(self) -> dict[str, Any] | None:
+        """What the method has to find out once about the classifier before it explains images, as plain data.
+
+        ``explain`` makes it where nothing was adopted; ``explain.py`` keeps it beside the checkpoint. None where images
+        are explained one by one.
+        """
+        return None
+
+    def adopt(self, survey: dict[str, Any]) -> None:
+        """Takes over what ``survey`` returned with the same weights and arguments."""
+        raise ValueError(f"{type(self).__name__} surveys nothing, so there is nothing to adopt.")
+
+    def atlas(self) -> Atlas | None:
+        """What was found out about the classifier as a whole, drawn; None where images are explained one by one."""
+        return None
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:

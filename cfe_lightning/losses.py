@@ -6,6 +6,7 @@ Shapes: B images, C channels, H, W pixels, K classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,46 @@ def r1_penalty(logits: Tensor, image: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def path_length_penalty(length: Tensor, mean: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """How unequal the paths are (StyleGAN2, equation 4), and the running mean of their length.
+
+    Args:
+        length: How far pictures move per unit of the latent, [B].
+        mean: Running mean, [].
+        decay: Share of this batch in it.
+    """
+    mean = torch.lerp(mean, length.mean(), decay)
+    return (length - mean).square().mean(), mean.detach()
+
+
+def relative_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of feature maps in units of the reference's mean square, averaged over the maps, []."""
+    terms = [
+        F.mse_loss(mine, other) / other.detach().square().mean().clamp_min(1e-8)
+        for mine, other in zip(features, reference, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+class Lpips:
+    """Perceptual distance by AlexNet (Zhang et al. 2018), built once and frozen; no module, so in no checkpoint.
+
+    Args:
+        pretrained: AlexNet as torchvision offers it, downloaded at first use; else random, for tests.
+    """
+
+    def __init__(self, pretrained: bool = True) -> None:
+        import lpips
+
+        self.network = lpips.LPIPS(net="alex", pnet_rand=not pretrained, verbose=False).eval().requires_grad_(False)
+
+    def __call__(self, image: Tensor, other: Tensor) -> Tensor:
+        """Mean over the batch, images [B, C, H, W] in [-1, 1] with C 1 or 3 and sides from 32 on, []."""
+        self.network.to(image.device)
+        shape = (-1, 3, -1, -1)
+        return self.network(image.expand(shape), other.expand(shape)).mean()
 
 
 def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:

@@ -29,15 +29,16 @@ ALLOWED: dict[str, set[str]] = {
     "classifier_sources": {"classifier", "class_paths", "classifier_tracing", "classifier_weights", "networks"},
     "classifier_check": {"classifier"},
     "classifier_training": {"classifier", "classifier_tracing"},
-    # The answer and who gives it.
+    # The answer and who gives it; atlas is an answer about a whole data set.
+    "atlas": {"images"},
     "explanation": {"classifier", "images"},
-    "explainer": {"explanation", "classifier", "class_paths"},
+    "explainer": {"explanation", "classifier", "class_paths", "atlas"},
     # Parts of one method may import each other; a test below sees to it that methods do not.
-    "methods": {"explainer", "explanation", "classifier", "images", "networks", "losses", "methods"},
+    "methods": {"explainer", "explanation", "classifier", "images", "networks", "losses", "methods", "atlas"},
     "data": {"images", "medical_files", "data"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
-    # output, tally and evaluation_table of evaluation, drawing and checkpointing of callbacks, neutral_descent of
-    # baselines.
+    # output, report_atlas of report, tally and evaluation_table of evaluation, drawing and checkpointing of callbacks,
+    # neutral_descent of baselines.
     "metrics": {"explanation", "classifier", "images", "metrics"},
     "drawing": {"explanation", "images"},
     "callbacks": {"explanation", "classifier", "images", "drawing"},
@@ -46,7 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "environment": set(),
     "manifest": {"metrics"},
     "explanation_writer": {"explanation", "classifier", "images", "manifest"},
-    "report": {"manifest"},
+    "survey_file": {"atlas", "explainer"},
+    "report": {"manifest", "report_atlas"},
+    "report_atlas": set(),
     "neutral_descent": {"explanation", "classifier", "losses", "metrics"},
     "baselines": {"explanation", "classifier", "images", "neutral_descent"},
     "tally": {"explanation", "classifier", "images", "losses", "metrics"},
@@ -54,9 +57,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation_table": {"evaluation", "tally", "metrics"},
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
-        "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
+        "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
         "environment", "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images",
-        "manifest", "medical_files", "report", "tally",
+        "manifest", "medical_files", "report", "survey_file", "tally",
     },
 }  # fmt: skip
 
@@ -122,7 +125,8 @@ def test_imports_follow_the_layers(path: Path) -> None:
 def test_a_method_does_not_import_another() -> None:
     parts = {
         "dxai": {"dxai_blending"},
-        "stylex": {"style_search"},
+        "stylex": {"style_atlas", "style_search", "step_search"},
+        "style_atlas": {"style_search"},
         "diff_explainer": {"diffusion_autoencoder", "semantic_agent", "step_search"},
         "mirror_cfe": {"mirror_geometry", "mirror_spread"},
         "mirror_spread": {"mirror_geometry"},

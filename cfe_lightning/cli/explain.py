@@ -118,6 +118,7 @@ def _explain(options: argparse.Namespace) -> int:
     from cfe_lightning.images import can_save_video, find_images
     from cfe_lightning.manifest import OutputFolder
     from cfe_lightning.medical_files import check_window, is_slice
+    from cfe_lightning.survey_file import SurveyFile
 
     window = check_window(options.window)
     if options.animation == "mp4" and not can_save_video():
@@ -148,15 +149,19 @@ def _explain(options: argparse.Namespace) -> int:
         window=window,
         num_workers=options.num_workers,
     )
-    writer = ExplanationWriter(
-        output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation
-    )
-    _predict(options, explainer, stream, writer)
+    callbacks = [
+        SurveyFile(options.checkpoint, _digest(options.checkpoint), output.path),
+        ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation),
+    ]
+    _predict(options, explainer, stream, callbacks)
     return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
 
 
 def _predict(
-    options: argparse.Namespace, explainer: ExplainerModule, stream: pl.LightningDataModule, writer: pl.Callback
+    options: argparse.Namespace,
+    explainer: ExplainerModule,
+    stream: pl.LightningDataModule,
+    callbacks: list[pl.Callback],
 ) -> None:
     import lightning.pytorch as pl
     import torch
@@ -176,7 +181,7 @@ def _predict(
             precision=options.precision,
             inference_mode=False,
             deterministic="warn",
-            callbacks=[writer],
+            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -257,13 +262,16 @@ def _missing(names: list[str], options: argparse.Namespace, output: OutputFolder
     return [group[i : i + size] for group in (new, failed) for i in range(0, len(group), size)]
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str, Any]:
     """What makes two runs the same; the batch size and the devices are free to change."""
-    with options.checkpoint.open("rb") as file:
-        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     kind = type(explainer)
     return {
-        "checkpoint_sha256": checkpoint,
+        "checkpoint_sha256": _digest(options.checkpoint),
         "method": f"{kind.__module__}.{kind.__qualname__}",
         "version": importlib.metadata.version("cfe-lightning"),
         "classes": list(explainer.classifier.class_names),

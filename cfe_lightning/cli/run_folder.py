@@ -10,7 +10,7 @@ from pathlib import Path
 #: The value of a bare ``--resume``: the run's own last checkpoint.
 LAST = "last"
 #: What a run may leave in its folder, and what ``--overwrite`` removes; anything else there is the user's.
-RUN_FILES = ("*.ckpt", ".*.part", "config.yaml", "metrics.csv", "samples", "wandb")
+RUN_FILES = ("*.ckpt", "*.survey.pt", ".*.part", "config.yaml", "metrics.csv", "samples", "wandb")
 #: ``train.py`` lies beside this folder in a checkout.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 

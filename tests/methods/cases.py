@@ -15,6 +15,7 @@ from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
+from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.networks.classifiers import PooledCnn
 
 #: Of all contract tests: classes, side of the images.
@@ -115,6 +116,24 @@ DIFF_EXPLAINER: dict[str, Any] = {
     "agent_epochs": 2,
 }
 
+#: A StylEx of a few thousand parameters.
+STYLEX: dict[str, Any] = {
+    "base": 64,
+    "max_width": 8,
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 2,
+    "path_interval": 2,
+    "r1_interval": 2,
+    "reference_size": 16,
+    "search_images": 4,
+    "search_directions": 3,
+    "kept_directions": 6,
+    "degree": 20.0,
+    "num_steps": 3,
+    "shown_directions": 2,
+}
+
 CASES = [
     pytest.param(Case(kind=toy.ToyExplainer, arguments={"amplitude": 0.7}), id="ToyExplainer"),
     pytest.param(Case(kind=toy.FixedToyExplainer, num_epochs=0), id="FixedToyExplainer"),
@@ -164,5 +183,39 @@ CASES = [
             prepare=with_noise,
         ),
         id="DiffExplainer-other-options",
+    ),
+    pytest.param(Case(kind=StylEx, arguments=STYLEX), id="StylEx"),
+    pytest.param(
+        Case(
+            kind=StylEx,
+            arguments=STYLEX
+            | {
+                "profile": "paper_code",
+                "scoring": "strict",
+                "conditioning": "w_concat",
+                "label_entry": "planes",
+                "encoder_space": "w+",
+                "search_space": "pca_s",
+                "smallest": False,
+            },
+            classifier=pooled_classifier,
+        ),
+        id="StylEx-other-options",
+    ),
+    pytest.param(
+        Case(
+            kind=StylEx,
+            arguments=STYLEX
+            | {
+                "conditioning": "const_concat",
+                "search_space": "sefa_w",
+                "degree": 3.0,
+                "degree_unit": "abs",
+                "reaverage": True,
+                "normalise_rows": True,
+                "edited_layers": [1, 2],
+            },
+        ),
+        id="StylEx-published-search",
     ),
 ]

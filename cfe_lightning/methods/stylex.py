@@ -1,0 +1,823 @@
+"""StylEx: a StyleGAN2 that the classifier helps to train, and the few directions of its latent that flip decisions.
+
+Papers: "Explaining in Style" (Lang et al., ICCV 2021, arXiv 2104.13369) and "CheXplaining in Style" (Atad et al. 2022,
+arXiv 2207.07553), whose EigenFind is the search. Encoder and generator learn to render an image so that it looks the
+same and is decided the same; then directions are found that, over many images, push the decision to another class.
+
+Where paper and code disagree, and every deviation from both, is said in ``docs/methods/stylex.md``.
+
+Shapes: B images, C channels, H, W pixels, K classes, D entries of the latent, L slots, N entries of what is moved (D,
+or the size M of the style space), Q directions, k kept ones, T steps, n reference images.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfe_lightning.atlas import Atlas
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explanation import Explanation, decides_for, runner_up
+from cfe_lightning.losses import (
+    Lpips,
+    adversarial_loss,
+    kl_between_logits,
+    path_length_penalty,
+    r1_penalty,
+    relative_distance,
+)
+from cfe_lightning.methods.step_search import smallest_step
+from cfe_lightning.methods.style_atlas import draw_atlas
+from cfe_lightning.methods.style_search import (
+    Directions,
+    DirectionSpace,
+    Judge,
+    Scoring,
+    SearchResult,
+    StepUnit,
+    absolute_steps,
+    direction_table,
+    factor_directions,
+    principal_directions,
+    rechecked,
+    target_margin,
+)
+from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
+from cfe_lightning.networks.equalised import channel_table
+from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
+
+_log = logging.getLogger(__name__)
+
+LabelSource = Literal["predicted", "truth"]
+NoiseLabel = Literal["empirical", "uniform", "classifier"]
+LabelForm = Literal["probabilities", "one_hot"]
+Perception = Literal["classifier", "lpips", "none"]
+
+#: Pictures synthesised at a time while explaining and searching: bounds the memory whatever is asked.
+_CHUNK = 128
+#: By how much the target's probability must lead: on the boundary itself saving as 8 bit would decide.
+_LEAD = 0.02
+#: Pictures per round of the search for the shortest way.
+_POINTS = 8
+#: Reference images whose known cause is kept for the atlas, where the data has one.
+_MASKED = 64
+#: Reference images of a validation's quick search.
+_QUICK = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """What the two profiles switch; every switch can be set by itself.
+
+    Attributes:
+        real_label: The label the critic is told with real images: what the classifier says, or the truth.
+        noise_label: The label of generated images: other images' labels of the batch, a random class, or what the
+            classifier says of the picture.
+        label_form: Class probabilities, or the most probable class alone.
+        pixel_weight: Weight of the mean absolute difference of pixels.
+        scoring: See ``style_search.effects``.
+    """
+
+    real_label: LabelSource
+    noise_label: NoiseLabel
+    label_form: LabelForm
+    pixel_weight: float
+    scoring: Scoring
+
+
+PROFILES = {
+    "recommended": Profile(
+        real_label="predicted",
+        noise_label="empirical",
+        label_form="probabilities",
+        pixel_weight=1.0,
+        scoring="strict",
+    ),
+    # 2.2 in [-1, 1] is what 1 is among images normalised as for ImageNet.
+    "paper_code": Profile(
+        real_label="truth", noise_label="uniform", label_form="one_hot", pixel_weight=2.2, scoring="paper_code"
+    ),
+}
+
+
+class StylEx(ExplainerModule):
+    """Trains generator, encoder and critic against one classifier, and explains by moving along found directions.
+
+    The last validation keeps the latents of its images in the checkpoint, so that directions can be searched from the
+    checkpoint alone.
+
+    Args:
+        classifier: The classifier to be explained.
+        profile: "recommended", or "paper_code" for what the released code does; both only set defaults.
+        image_size: Side of the pictures, a power of two; None takes the classifier's.
+        base: Channels at a resolution are base / resolution,
+        max_width: but at most so many.
+        z_dim: Entries of the noise.
+        w_dim: D.
+        mapping_layers: Layers from noise to latent.
+        conditioning: How the class enters the generator, see ``StyleGenerator``; "none" leaves all evidence to the
+            latent and is best for the search.
+        label_entry: How the class enters the critic, see ``StyleCritic``.
+        encoder_space: "w", or "w+" for one latent per slot.
+        real_label: See ``Profile``; None takes the profile's, as for all of its switches.
+        noise_label: See ``Profile``; "classifier" needs a generator without label.
+        label_form: See ``Profile``.
+        pixel_weight: See ``Profile``.
+        perception: What compares images beside pixels: the "classifier"'s own shallow maps (needs no download),
+            "lpips" (AlexNet's weights are downloaded at first use), or "none".
+        perceptual_weight: Its weight.
+        latent_weight: Weight of the difference of latents of image and rendering.
+        class_weight: Weight of KL(decision of the image || decision of the rendering).
+        r1_weight: Weight of the critic's gradient penalty (gamma); 2 is the published 10 in [-1, 1].
+        r1_interval: Iterations from one penalty to the next.
+        path_weight: Weight of the path length penalty; 0 leaves it out.
+        path_interval: Iterations from one to the next.
+        path_decay: Share of a batch in the running mean of the length.
+        mixing: Probability that two latents share a picture's slots.
+        learning_rate: Adam's before the correction for lazy penalties.
+        reference_size: Validation images whose latents are kept, n.
+        search_images: Images per class that a search looks at.
+        search_space: "pca_w" (principal components of encoded latents), "sefa_w" (published: what the generator's
+            affine maps amplify most), or "pca_s" (principal components in the style space).
+        search_directions: Q, candidates before ranking.
+        kept_directions: k.
+        degree: How far a direction is followed.
+        degree_unit: "sigma", standard deviations of the reference, or "abs" (published, 10).
+        reaverage: See ``style_search.rank_directions``.
+        normalise_rows: See ``style_search.factor_directions``.
+        edited_layers: Convolutions whose slots directions of the latent move; None moves all.
+        scoring: See ``Profile``.
+        smallest: The counterfactual is the shortest way along its direction that flips, not the whole step.
+        num_steps: Steps of an explanation, from the reconstruction to the whole step.
+        shown_directions: Other directions whose pictures become parts.
+
+    Raises:
+        ValueError: If an argument is out of range, or does not fit another.
+    """
+
+    image_size: int
+    path_mean: Tensor
+    reference_latents: Tensor
+    reference_logits: Tensor
+    reference_masks: Tensor
+    reference_count: Tensor
+
+    def __init__(
+        self,
+        classifier: FrozenClassifier,
+        *,
+        profile: Literal["recommended", "paper_code"] = "recommended",
+        image_size: int | None = None,
+        base: int = 32768,
+        max_width: int = 512,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_layers: int = 8,
+        conditioning: Conditioning = "none",
+        label_entry: LabelEntry = "projection",
+        encoder_space: LatentSpace = "w",
+        real_label: LabelSource | None = None,
+        noise_label: NoiseLabel | None = None,
+        label_form: LabelForm | None = None,
+        pixel_weight: float | None = None,
+        perception: Perception = "classifier",
+        perceptual_weight: float = 1.0,
+        latent_weight: float = 1.0,
+        class_weight: float = 1.0,
+        r1_weight: float = 2.0,
+        r1_interval: int = 16,
+        path_weight: float = 2.0,
+        path_interval: int = 4,
+        path_decay: float = 0.01,
+        mixing: float = 0.9,
+        learning_rate: float = 0.002,
+        reference_size: int = 2000,
+        search_images: int = 600,
+        search_space: DirectionSpace = "pca_w",
+        search_directions: int = 20,
+        kept_directions: int = 8,
+        degree: float = 4.0,
+        degree_unit: StepUnit = "sigma",
+        reaverage: bool = False,
+        normalise_rows: bool = False,
+        edited_layers: list[int] | None = None,
+        scoring: Scoring | None = None,
+        smallest: bool = True,
+        num_steps: int = 9,
+        shown_directions: int = 4,
+    ) -> None:
+        super().__init__(classifier)
+        _check(search_space, get_args(DirectionSpace), "search_space")
+        _check(degree_unit, get_args(StepUnit), "degree_unit")
+        counts = {"num_steps": num_steps, "search_directions": search_directions, "search_images": search_images}
+        for name, count in (counts | {"kept_directions": kept_directions, "reference_size": reference_size}).items():
+            if count < 2:
+                raise ValueError(f"{name} must be at least 2, got {count}.")
+        self.automatic_optimization = False
+        self.image_size = image_size or classifier.spec.image_size
+        switches = PROFILES[profile]
+        self.real_label = real_label or switches.real_label
+        self.noise_label = noise_label or switches.noise_label
+        self.label_form = label_form or switches.label_form
+        self.pixel_weight = switches.pixel_weight if pixel_weight is None else pixel_weight
+        self.scoring: Scoring = scoring or switches.scoring
+        if self.noise_label == "classifier" and conditioning != "none":
+            raise ValueError(
+                "noise_label 'classifier' says what a picture shows once it is made, so it needs conditioning 'none'; "
+                "choose 'empirical' or 'uniform' for a generator that is told the class."
+            )
+        self.perceptual_weight = 0.0 if perception == "none" else perceptual_weight
+        self.latent_weight = latent_weight
+        self.class_weight = class_weight
+        self.r1_weight = r1_weight
+        self.r1_interval = r1_interval
+        self.path_weight = path_weight
+        self.path_interval = path_interval
+        self.path_decay = path_decay
+        self.mixing = mixing
+        self.learning_rate = learning_rate
+        self.search_images = search_images
+        self.search_space: DirectionSpace = search_space
+        self.search_directions = search_directions
+        self.kept_directions = kept_directions
+        self.degree = degree
+        self.degree_unit: StepUnit = degree_unit
+        self.reaverage = reaverage
+        self.normalise_rows = normalise_rows
+        self.smallest = smallest
+        self.num_steps = num_steps
+        self.shown_directions = min(shown_directions, kept_directions)
+
+        num_classes, channels = classifier.num_classes, self.channels
+        widths = channel_table(self.image_size, base, max_width)
+        self.generator = StyleGenerator(
+            channels=channels,
+            num_classes=num_classes,
+            conditioning=conditioning,
+            widths=widths,
+            z_dim=z_dim,
+            w_dim=w_dim,
+            mapping_layers=mapping_layers,
+        )
+        self.encoder = StyleEncoder(channels=channels, widths=widths, w_dim=w_dim, space=encoder_space)
+        self.critic = StyleCritic(channels=channels, num_classes=num_classes, widths=widths, label_entry=label_entry)
+        num_slots = self.generator.num_slots
+        if edited_layers is not None and not {*edited_layers} <= {*range(num_slots - 1)}:
+            raise ValueError(f"edited_layers must be convolutions from 0 to {num_slots - 2}, got {edited_layers}.")
+        self.edited_layers = edited_layers
+        latent = (w_dim,) if encoder_space == "w" else (num_slots, w_dim)
+        self.register_buffer("path_mean", torch.zeros(()))
+        self.register_buffer("reference_latents", torch.zeros(reference_size, *latent))
+        self.register_buffer("reference_logits", torch.zeros(reference_size, num_classes))
+        masks = torch.zeros(min(_MASKED, reference_size), self.image_size, self.image_size, dtype=torch.bool)
+        self.register_buffer("reference_masks", masks)
+        self.register_buffer("reference_count", torch.zeros((), dtype=torch.int64))
+        self._collected: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._result: SearchResult | None = None
+        self._ranks: tuple[Tensor, Tensor, Tensor] | None = None
+        # Neither is a part of the model that a checkpoint should hold.
+        self._lpips: list[Lpips] = []
+        self._shallow = classifier.shallow_maps() if perception == "classifier" and perceptual_weight else []
+        self.perception = perception
+        if perception == "classifier" and perceptual_weight and not self._shallow:
+            _log.warning("This classifier has no maps that could compare images: pixels alone are compared.")
+            self.perceptual_weight = 0.0
+
+    def train(self, mode: bool = True) -> StylEx:
+        """Forgets the search: the weights may change after this call."""
+        self._result = self._ranks = None
+        return super().train(mode)
+
+    # Latents, labels, pictures
+
+    def label(self, logits: Tensor) -> Tensor:
+        """What generator and critic are told of images with these logits, [B, K] -> [B, K]."""
+        if self.label_form == "probabilities":
+            return logits.softmax(dim=1)
+        return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
+
+    def render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
+        """Pictures of moved latents, as they would be saved.
+
+        Args:
+            latent: [B, D], or [B, L, D].
+            label: Labels of the images that were encoded, [B, K]; they stay what they are during an edit.
+            change: What is added to the latents, or to the styles for directions of the style space, [B, T, N].
+
+        Returns:
+            [B, T, C, H, W] in [-1, 1].
+        """
+        batch, num_steps = change.shape[:2]
+        rows = torch.arange(batch, device=change.device).repeat_interleave(num_steps)
+        parts = zip(rows.split(_CHUNK), change.flatten(0, 1).split(_CHUNK), strict=True)
+        pictures = [self._render(latent[row], label[row], moved) for row, moved in parts]
+        return torch.cat(pictures).unflatten(0, (batch, num_steps))
+
+    def _render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
+        generator = self.generator
+        if self.search_space == "pca_s":
+            styles = generator.styles(latent, label)
+            flat = generator.synthesis.flatten_styles(styles) + change.to(latent)
+            styles = generator.synthesis.replace_styles(styles, flat)
+        else:
+            moved = change.to(latent)[:, None]
+            if self.edited_layers is not None:
+                slots = torch.arange(generator.num_slots, device=latent.device)
+                moved = moved * torch.isin(slots, slots.new_tensor(self.edited_layers))[:, None]
+            styles = generator.styles(generator.spread(latent) + moved, label)
+        return generator.synthesis(styles, self._search_noise(len(latent), latent)).clamp(-1, 1)
+
+    def _search_noise(self, batch: int, like: Tensor) -> list[Tensor] | None:
+        """The stored noise maps; fresh ones where everything is as in the released code."""
+        return self.generator.synthesis.draw_noise(batch, like) if self.scoring == "paper_code" else None
+
+    def _judge(self, pictures: Tensor) -> Tensor:
+        """The classifier's logits, [B, T, C, H, W] -> [B, T, K]."""
+        logits = torch.cat([self.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
+        return logits.unflatten(0, pictures.shape[:2])
+
+    # Searching
+
+    @torch.no_grad()
+    def survey(self) -> dict[str, Any]:
+        """Searches the directions of all pairs of classes from the reference in the checkpoint, as plain data."""
+        if self._result is None:
+            self.adopt(self.search().to_plain())
+        assert self._result is not None, "adopted above"
+        return self._result.to_plain()
+
+    def adopt(self, survey: dict[str, Any]) -> None:
+        """Takes a search over that was made by the same weights and settings."""
+        self._result = SearchResult.from_plain(survey, self.device)
+        self._ranks = None
+
+    def atlas(self) -> Atlas:
+        """The best directions of every pair of classes on a few reference images, drawn."""
+        self.survey()
+        assert self._result is not None, "surveyed above"
+        latent, logits = self.reference()
+        return draw_atlas(self, self._result, latent, logits, self.reference_masks)
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Latents of the reference, [n, D] or [n, L, D], and the classifier's logits of its images [n, K].
+
+        Before any validation there are none; then pictures of noise stand in for encoded images.
+        """
+        count = int(self.reference_count)
+        if count:
+            return self.reference_latents[:count], self.reference_logits[:count]
+        count = min(len(self.reference_latents), 256)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(count, self.generator.z_dim, generator=generator).to(self.device)
+        latent = self.generator.mapping(noise)
+        if self.reference_latents.ndim == 3:
+            latent = self.generator.spread(latent)
+        num_classes = self.classifier.num_classes
+        uniform = torch.full((count, num_classes), 1 / num_classes, device=self.device)
+        still = torch.zeros(count, 1, self._moved_size(), device=self.device)
+        return latent, self._judge(self.render(latent, uniform, still))[:, 0]
+
+    def directions(self, latent: Tensor, label: Tensor) -> Directions:
+        """The candidates of ``search_space``, from encoded images [n, D] or [n, L, D] and their labels [n, K]."""
+        points = latent if latent.ndim == 2 else latent.mean(dim=1)
+        if self.search_space == "pca_w":
+            return principal_directions(points, self.search_directions)
+        if self.search_space == "pca_s":
+            styles = [
+                self.generator.synthesis.flatten_styles(self.generator.styles(w, c))
+                for w, c in zip(latent.split(_CHUNK), label.split(_CHUNK), strict=True)
+            ]
+            return principal_directions(torch.cat(styles), self.search_directions)
+        weight = self.generator.affine_weights(self.edited_layers)
+        return factor_directions(weight, points, self.search_directions, self.normalise_rows)
+
+    @torch.no_grad()
+    def search(self, images: int | None = None, batch_size: int = 256) -> SearchResult:
+        """EigenFind over the reference, for all classes at once.
+
+        Args:
+            images: Per class; None takes ``search_images``.
+            batch_size: Pictures at a time; no result depends on it.
+        """
+        start = time.perf_counter()
+        latent, logits = self.reference()
+        directions = self.directions(latent, self.label(logits))
+        steps = absolute_steps(directions, self.degree, self.degree_unit)
+        chosen = first_of_each_class(logits.argmax(dim=1), images or self.search_images)
+        latent, logits = latent[chosen], logits[chosen]
+        judge = self.judge(latent, self.label(logits))
+        rows = torch.arange(len(latent), device=latent.device)
+        still = torch.zeros(len(latent), directions.vectors.shape[1], device=latent.device)
+        parts = zip(rows.split(batch_size), still.split(batch_size), strict=True)
+        rendered = torch.cat([judge(row, change) for row, change in parts])
+        table = direction_table(judge, len(latent), steps[:, None] * directions.vectors, batch_size)
+        predicted = logits.argmax(dim=1)
+        strict = self.scoring == "strict"
+        agreed = rendered.argmax(dim=1) == predicted
+        return SearchResult(
+            index=chosen,
+            vectors=directions.vectors,
+            spread=directions.spread,
+            steps=steps,
+            table=table.float(),
+            before=(rendered if strict else logits).float(),
+            predicted=predicted,
+            kept=agreed if strict else torch.ones_like(agreed),
+            forward_passes=len(latent) + table.shape[:3].numel(),
+            seconds=time.perf_counter() - start,
+        )
+
+    def judge(self, latent: Tensor, label: Tensor) -> Judge:
+        """What the classifier says of these images after changes; in half precision on a GPU, checked near ties."""
+
+        def exact(rows: Tensor, change: Tensor) -> Tensor:
+            return self.classifier(self._render(latent[rows], label[rows], change))
+
+        if latent.device.type != "cuda":
+            return exact
+
+        def rough(rows: Tensor, change: Tensor) -> Tensor:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                return exact(rows, change)
+
+        return rechecked(rough, exact)
+
+    def _moved_size(self) -> int:
+        """N."""
+        if self.search_space == "pca_s":
+            return sum(self.generator.synthesis.layer_sizes)
+        return self.generator.w_dim
+
+    def _candidates(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions [B, k], signs [B, k] and whether the search ranked them [B, k], for pairs of classes [B]."""
+        self.survey()
+        if self._ranks is None:
+            num_classes = self.classifier.num_classes
+            ranks = [
+                [self._ranked(one, other) if one != other else self._ranked(0, 1) for other in range(num_classes)]
+                for one in range(num_classes)
+            ]
+            direction, sign, ranked = (
+                torch.stack([torch.stack([entry[i] for entry in row]) for row in ranks]).to(self.device)
+                for i in range(3)
+            )
+            self._ranks = direction, sign, ranked
+        direction, sign, ranked = (table[source, target] for table in self._ranks)
+        return direction, sign, ranked
+
+    def _ranked(self, source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The list of one pair, filled up with the widest directions where the search found fewer than k."""
+        assert self._result is not None, "searched before"
+        k = self.kept_directions
+        found = self._result.ranking(source, target, k, reaverage=self.reaverage, scoring=self.scoring)
+        pairs = list(zip(found.direction.tolist(), found.sign.tolist(), strict=True))
+        every = [(index, sign) for index in range(len(self._result.vectors)) for sign in (1, -1)]
+        filled = [*pairs, *(pair for pair in every if pair not in pairs)]
+        # A small latent may have fewer directions than are kept.
+        filled = (filled * k)[:k]
+        ranked = torch.arange(k) < len(pairs)
+        return torch.tensor([d for d, _ in filled]), torch.tensor([s for _, s in filled]), ranked
+
+    # Explaining
+
+    @torch.no_grad()
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """Tries the directions that the search found for this pair of classes, best first.
+
+        Args:
+            image: [B, C, H, W] in [-1, 1].
+            target: Classes asked for, [B]; None asks for the runner-up. Where it is predicted already the edit makes
+                the classifier surer of it.
+
+        Returns:
+            An explanation with the way along the winning direction as steps (the reconstruction first, the whole step
+            last; strengths in standard deviations); the counterfactual is the first picture of it that flips, or the
+            whole step. Where no direction flips the image it is the one that comes nearest. Parts ``reconstruction``,
+            ``redrawn`` (counterfactual minus reconstruction, signed) and ``direction_1`` and so on (the best directions
+            of this pair at their whole step). Scores ``explained`` (1 where a direction flips the decision, 0 where
+            none does or the reconstruction alone has), ``reconstruction_kept`` (1 where the reconstruction is decided
+            as the image), ``reconstruction_l1`` (on [-1, 1]), ``rank`` of the winning direction (from 1), ``direction``
+            (its number among the candidates), ``ranked`` (0 where the search knew no direction for this pair),
+            ``directions_that_flip``, ``standard_deviations`` and ``degree`` (length of the edit along its direction; a
+            minus is the opposite way).
+        """
+        image = image.to(self.dtype)
+        logits = self.classifier(image)
+        predicted, other = logits.argmax(dim=1), runner_up(logits)
+        target = self.default_target(logits) if target is None else target
+        source = torch.where(target == predicted, other, predicted)
+        latent, label = self.encoder(image), self.label(logits)
+        direction, sign, ranked = self._candidates(source, target)
+        assert self._result is not None, "the candidates come from it"
+        steps, spread = self._result.steps, self._result.spread
+        change = (sign * steps[direction])[:, :, None] * self._result.vectors[direction]
+
+        whole = self.render(latent, label, change)
+        said = self._judge(whole)
+        flips = self._flips(said, target)
+        found = flips.any(dim=1)
+        nearest = self._target_margins(said, target).argmax(dim=1)
+        rank = torch.where(found, flips.to(torch.int8).argmax(dim=1), nearest)
+        rows = torch.arange(len(image), device=image.device)
+        way = change[rows, rank]
+        share = self._shortest(latent, label, way, target) if self.smallest else torch.ones_like(way[:, 0])
+        grid = torch.linspace(0, 1, self.num_steps, device=image.device)
+        # The counterfactual is one more picture of the same batch.
+        shares = torch.cat([grid.expand(len(image), -1), share[:, None]], dim=1)
+        pictures = self.render(latent, label, shares[:, :, None] * way[:, None])
+        reconstruction, counterfactual = pictures[:, 0], pictures[:, -1]
+        ends = self._judge(torch.stack([reconstruction, counterfactual], dim=1))
+        kept = ends[:, 0].argmax(dim=1) == predicted
+        redrawn = counterfactual - reconstruction
+        winner = direction[rows, rank]
+        sigma = steps / spread.clamp_min(1e-12)
+        scores = {
+            "explained": found & kept,
+            "reconstruction_kept": kept,
+            "reconstruction_l1": (reconstruction - image).abs().mean(dim=(1, 2, 3)),
+            "rank": rank + 1,
+            "direction": winner,
+            "ranked": ranked[rows, rank],
+            "directions_that_flip": flips.sum(dim=1),
+            "standard_deviations": share * (sign[rows, rank] * sigma[winner]),
+            "degree": share * (sign[rows, rank] * steps[winner]),
+        }
+        shown = {f"direction_{i + 1}": whole[:, i] for i in range(self.shown_directions)}
+        return Explanation(
+            image=image,
+            logits=logits,
+            target=target,
+            attribution=redrawn.abs().mean(dim=1, keepdim=True),
+            counterfactual=counterfactual,
+            counterfactual_logits=ends[:, 1],
+            steps=pictures[:, :-1],
+            strengths=(grid * sigma[winner][:, None]).to(logits.dtype),
+            parts={"reconstruction": reconstruction, "redrawn": redrawn, **shown},
+            scores={name: value.to(logits.dtype) for name, value in scores.items()},
+        )
+
+    def _shortest(self, latent: Tensor, label: Tensor, way: Tensor, target: Tensor) -> Tensor:
+        """The smallest share of the way that flips, [B]; 1 where none does."""
+
+        def reached(share: Tensor, rows: Tensor) -> Tensor:
+            pictures = self.render(latent[rows], label[rows], share[:, :, None] * way[rows, None])
+            return self._flips(self._judge(pictures), target[rows])
+
+        return smallest_step(reached, torch.ones_like(way[:, 0]), points=_POINTS, rounds=1)[0]
+
+    def _flips(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Whether the classifier clearly decides for the targets [B], logits [B, T, K] -> [B, T]."""
+        p = logits.softmax(dim=2)
+        asked = target[:, None, None].expand(-1, p.shape[1], 1)
+        return p.gather(2, asked).squeeze(2) >= p.scatter(2, asked, 0.0).amax(dim=2) + _LEAD
+
+    def _target_margins(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``target_margin`` for another target in every row, [B, T, K] -> [B, T]."""
+        every = torch.stack([target_margin(logits, k) for k in range(logits.shape[2])], dim=2)
+        return every.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+
+    # Training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Critic, its penalty, generator, its penalty, then generator and encoder together (the code's order)."""
+        image = batch["image"]
+        iteration = self.trainer.fit_loop.total_batch_idx
+        with torch.no_grad():
+            logits = self.classifier(image)
+            label, latent = self.label(logits), self.encoder(image)
+        truth = F.one_hot(batch["label"], logits.shape[1]).to(label.dtype)
+        real_label = label if self.real_label == "predicted" else truth
+        generator_optimizer, critic_optimizer, encoder_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+
+        # Neither network changes between the critic's step and the generator's: one pass serves both.
+        noise_label = self._draw_labels(label)
+        noise = self.generator.synthesis.draw_noise(2 * len(image), image)
+        latents = torch.cat([self.generator.spread(latent), self._draw_latents(len(image))])
+        encoded, drawn = self.generator(latents, torch.cat([label, noise_label]), noise).chunk(2)
+        if self.noise_label == "classifier":
+            with torch.no_grad():
+                noise_label = self.label(self.classifier(drawn))
+        fakes = [(encoded, label), (drawn, noise_label)]
+
+        terms = self._critic_loss(image, real_label, fakes)
+        self._descend(terms["critic"], critic_optimizer)
+        if self.r1_weight and iteration % self.r1_interval == 0:
+            penalty = self._r1_loss(image, real_label)
+            self._descend(penalty["r1_step"], critic_optimizer)
+            terms |= penalty
+        with _frozen(self.critic):
+            terms |= self._generator_loss(fakes)
+            self._descend(terms["generator"], generator_optimizer)
+        if self.path_weight and iteration % self.path_interval == 0:
+            penalty = self._path_loss(noise_label)
+            self._descend(penalty["path_step"], generator_optimizer)
+            terms |= penalty
+        terms |= self._reconstruction_loss(image, label, logits)
+        self._descend(terms["reconstruction"], generator_optimizer, encoder_optimizer)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(image))
+
+    def _descend(self, loss: Tensor, *optimizers: Any) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def _draw_labels(self, label: Tensor) -> Tensor:
+        """Labels for pictures of noise, [B, K] -> [B, K]."""
+        if self.noise_label == "uniform":
+            drawn = torch.randint(label.shape[1], (len(label),), device=label.device)
+            return F.one_hot(drawn, label.shape[1]).to(label.dtype)
+        return label[torch.randperm(len(label), device=label.device)]
+
+    def _draw_latents(self, batch: int) -> Tensor:
+        """Latents of noise in every slot, two of them mixed with probability ``mixing``, [batch, L, D]."""
+        z = torch.randn(2, batch, self.generator.z_dim, device=self.device)
+        slots = self.generator.num_slots
+        cut = torch.randint(1, slots, (batch,), device=self.device)
+        alone = torch.rand(batch, device=self.device) >= self.mixing
+        return self.generator.mixed(z[0], z[1], torch.where(alone, slots, cut))
+
+    def _critic_loss(
+        self, image: Tensor, real_label: Tensor, fakes: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        # Each kind by itself: the critic compares the images of a call.
+        real = adversarial_loss(self.critic(image, real_label), real=True)
+        encoded, drawn = (adversarial_loss(self.critic(fake.detach(), label), real=False) for fake, label in fakes)
+        terms = {"critic_real": real, "critic_encoded": encoded, "critic_drawn": drawn}
+        return terms | {"critic": 2 * real + encoded + drawn}
+
+    def _r1_loss(self, image: Tensor, real_label: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(image.device.type, enabled=False):
+            real = image.detach().float().requires_grad_()
+            judged = self.critic(real, real_label)
+            penalty = r1_penalty(judged, real)
+        # The zero gives every weight a gradient, without which processes do not meet.
+        return {"r1": penalty, "r1_step": self.r1_weight * self.r1_interval * penalty + 0 * judged.sum()}
+
+    def _generator_loss(self, fakes: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        encoded, drawn = (adversarial_loss(self.critic(fake, label), real=True) for fake, label in fakes)
+        return {"adversarial_encoded": encoded, "adversarial_drawn": drawn, "generator": 0.5 * (encoded + drawn)}
+
+    def _path_loss(self, noise_label: Tensor) -> dict[str, Tensor]:
+        batch = max(1, len(noise_label) // 2)
+        with torch.autocast(noise_label.device.type, enabled=False):
+            latents = self._draw_latents(batch)
+            noise = self.generator.synthesis.draw_noise(batch, latents)
+            picture = self.generator(latents, noise_label[:batch].float(), noise)
+            length = path_lengths(picture, latents)
+            penalty, mean = path_length_penalty(length, self.path_mean, self.path_decay)
+        self.path_mean.copy_(self.all_gather(mean).mean())  # type: ignore[union-attr]
+        step = self.path_weight * self.path_interval * penalty + 0 * picture.sum()
+        return {"path": penalty, "path_mean": mean, "path_step": step}
+
+    def _reconstruction_loss(self, image: Tensor, label: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        latent = self.encoder(image)
+        picture = self.generator(latent, label, self.generator.synthesis.draw_noise(len(image), image))
+        maps, said = self.classifier.maps(picture, self._shallow)
+        terms = {
+            "pixel": (picture - image).abs().mean(),
+            "latent": (self.encoder(picture) - latent).abs().mean(),
+            "class": kl_between_logits(logits, said),
+            "agreement": (said.argmax(dim=1) == logits.argmax(dim=1)).float().mean(),
+        }
+        total = (
+            self.pixel_weight * terms["pixel"]
+            + self.latent_weight * terms["latent"]
+            + self.class_weight * terms["class"]
+        )
+        if self.perceptual_weight:
+            terms["perceptual"] = self._perceptual(picture, image, maps)
+            total = total + self.perceptual_weight * terms["perceptual"]
+        return terms | {"reconstruction": total}
+
+    def _perceptual(self, picture: Tensor, image: Tensor, maps: list[Tensor]) -> Tensor:
+        if self.perception == "classifier":
+            with torch.no_grad():
+                wanted, _ = self.classifier.maps(image, self._shallow)
+            return relative_distance(maps, wanted)
+        if not self._lpips:
+            self._lpips.append(Lpips())
+        return self._lpips[0](picture, image)
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measures reconstruction and agreement, keeps the latents, and searches a little after the last batch."""
+        image = batch["image"]
+        logits = self.classifier(image)
+        latent, label = self.encoder(image), self.label(logits)
+        still = torch.zeros(len(image), 1, self._moved_size(), device=image.device)
+        picture = self.render(latent, label, still)[:, 0]
+        said = self.classifier(picture)
+        values = {
+            "reconstruction_l1": (picture - image).abs().mean(),
+            "classifier_agreement": (said.argmax(dim=1) == logits.argmax(dim=1)).float().mean(),
+            "class": kl_between_logits(logits, said),
+        }
+        values["loss"] = values["reconstruction_l1"] + values["class"]
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+        if self.trainer.sanity_checking:
+            return
+        mask = batch["mask"][:, 0] > 0 if "mask" in batch else None
+        self._collected.append((latent, logits, mask))
+        if batch_idx + 1 == self.trainer.num_val_batches[0]:
+            self._keep_reference()
+            self._quick_search()
+
+    def _keep_reference(self) -> None:
+        """Fills the buffers with what this validation has encoded, of all processes in turn."""
+        latent, logits = (self._gathered([entry[i] for entry in self._collected]) for i in range(2))  # type: ignore[misc]
+        masks = [entry[2] for entry in self._collected if entry[2] is not None]
+        self._collected.clear()
+        count = min(len(latent), len(self.reference_latents))
+        self.reference_count.fill_(count)
+        self.reference_latents[:count] = latent[:count]
+        self.reference_logits[:count] = logits[:count]
+        if masks:
+            kept = self._gathered(masks)[: len(self.reference_masks)]
+            self.reference_masks[: len(kept)] = kept
+
+    def _gathered(self, values: Sequence[Tensor]) -> Tensor:
+        """One tensor of all batches, those of several processes taking turns, [n, ...]."""
+        mine = torch.cat(list(values))
+        if self.trainer.world_size == 1:
+            return mine
+        return self.all_gather(mine).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
+
+    def _quick_search(self) -> None:
+        """Logs how many images of each class some direction flips: whether the latent knows the classes yet."""
+        result = self.search(_QUICK)
+        shares = []
+        for source in range(self.classifier.num_classes):
+            mine = result.images(source)
+            if len(mine):
+                flat = result.table[mine].flatten(1, 2)
+                left = [
+                    decides_for(flat.flatten(0, 1), torch.full((flat.shape[:2].numel(),), t, device=flat.device))
+                    for t in range(flat.shape[2])
+                    if t != source
+                ]
+                shares.append(torch.stack(left).any(dim=0).unflatten(0, flat.shape[:2]).any(dim=1).float().mean())
+        if shares:
+            self.log("val/coverage", torch.stack(shares).min(), batch_size=1, sync_dist=True)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Adam for generator and critic, corrected for their lazy penalties (StyleGAN2), plain Adam for the encoder."""
+
+        def lazy(module: nn.Module, interval: int, used: float) -> torch.optim.Optimizer:
+            ratio = interval / (interval + 1) if used else 1.0
+            return torch.optim.Adam(module.parameters(), lr=self.learning_rate * ratio, betas=(0.0, 0.99**ratio))
+
+        return [
+            lazy(self.generator, self.path_interval, self.path_weight),
+            lazy(self.critic, self.r1_interval, self.r1_weight),
+            torch.optim.Adam(self.encoder.parameters(), lr=self.learning_rate),
+        ]
+
+
+def path_lengths(picture: Tensor, latents: Tensor) -> Tensor:
+    """How far random directions of the picture move per unit of the latents, root mean square over the slots.
+
+    Args:
+        picture: [B, C, H, W], made of
+        latents: [B, L, D], one per slot already where the graph begins.
+
+    Returns:
+        [B], differentiable.
+    """
+    noise = torch.randn_like(picture) / (picture.shape[2] * picture.shape[3]) ** 0.5
+    (jacobian,) = torch.autograd.grad((picture * noise).sum(), latents, create_graph=True)
+    return (jacobian.square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
+
+
+def first_of_each_class(predicted: Tensor, count: int) -> Tensor:
+    """Places of the first ``count`` images of every class, in order, [n] -> [m]."""
+    rank = torch.zeros_like(predicted)
+    for k in predicted.unique():
+        mine = predicted == k
+        rank = torch.where(mine, mine.cumsum(0) - 1, rank)
+    return (rank < count).nonzero().squeeze(1)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No weight of the module gets a gradient inside; a gradient still passes through it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def _check(value: str, choices: Sequence[str], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
