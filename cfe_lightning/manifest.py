@@ -8,6 +8,7 @@ The folder holds::
     summary.json            counts and means
     report.html             see ``cfe_lightning.report``
     images/<name>/...       pictures of one image, see ``image_folder``
+    atlas.json, atlas/      directions of the whole data set, of methods that have some: see ``cfe_lightning.atlas``
 
 A batch of rows counts only with the line that closes it, so whatever kills a run costs at most the batch in flight.
 """
@@ -38,8 +39,9 @@ QUANTISATION_GAP = 0.005
 Row = dict[str, Any]
 Source = list[int]
 
-_OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images")
+_OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images", "atlas.json", "atlas")
 _PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|part_.+)\.png|\..+\.part")
+_ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _LONGEST_COMPONENT = 80
@@ -171,13 +173,14 @@ class OutputFolder:
 
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
-        for directory, _, names in os.walk(self.path / "images", topdown=False):
-            for name in names:
-                if _PICTURE.fullmatch(name):
-                    os.unlink(os.path.join(directory, name))
-            if not os.listdir(directory):
-                os.rmdir(directory)
-        written = [self.path / name for name in ("manifest.csv", "summary.json", "report.html")]
+        for folder, picture in (("images", _PICTURE), ("atlas", _ATLAS_PICTURE)):
+            for directory, _, names in os.walk(self.path / folder, topdown=False):
+                for name in names:
+                    if picture.fullmatch(name):
+                        os.unlink(os.path.join(directory, name))
+                if not os.listdir(directory):
+                    os.rmdir(directory)
+        written = [self.path / name for name in ("manifest.csv", "summary.json", "report.html", "atlas.json")]
         unfinished = [self.path / f".{name}.part" for name in _OURS]
         # The header goes last: without it the folder could no longer be recognised as ours.
         for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:

@@ -373,6 +373,8 @@
     const tag = event.target.tagName, typing = tag === "SELECT" || (tag === "INPUT" && event.target.type === "search");
     if (typing) { if (event.key === "Escape") event.target.blur(); return; }
     if (event.key === "/") { event.preventDefault(); document.getElementById("search").focus(); return; }
+    // The atlas' own buttons answer to these keys.
+    if (tag === "INPUT" && event.target.closest(".atlas") && (event.key === " " || event.key.startsWith("Arrow"))) return;
     if (state.filter === "failed") return;
     const node = document.getElementById("card-" + state.card), control = node && node.player;
     const onControl = tag === "BUTTON" || tag === "SUMMARY" || tag === "A";

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -14,11 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
 from cfe_lightning.manifest import OutputFolder, Row
+from cfe_lightning.report_atlas import read_atlas
 
 #: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
 EMBEDDED_BYTES = 16 * 2**20
@@ -34,13 +36,15 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
 
     Args:
         output: A folder that ``explain.py`` wrote.
-        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder.
+        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder. An atlas
+            takes up to half of it.
 
     Returns:
         The page.
 
     Raises:
         FileNotFoundError: If the folder holds no manifest or no summary.
+        ValueError: If it holds an atlas that cannot be read.
     """
     folder = OutputFolder(output)
     header = folder.header()
@@ -48,12 +52,14 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     files: dict[str, str] = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
+    atlas = read_atlas(output / "atlas.json")
+    if atlas is not None:
+        embedded_bytes -= _embed(atlas, output, embedded_bytes // 2)
     package = resources.files("cfe_lightning")
     style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((package / "report.html.j2").read_text(encoding="utf-8"))
-    parts = template.generate(
+    parts = _template((package / "report.html.j2").read_text(encoding="utf-8")).generate(
         summary=summary,
+        atlas=atlas,
         tiles=_tiles(summary),
         method=str(summary["method"]).rpartition(".")[2],
         style=Markup(style),
@@ -68,6 +74,11 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         file.writelines(parts)
     temporary.replace(path)
     return path
+
+
+def _template(text: str) -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text)
 
 
 def _policy(style: str, script: str) -> str:
@@ -129,36 +140,61 @@ def _rows(folder: OutputFolder, files: dict[str, str], embedded_bytes: int) -> I
         separator = ",\n"
 
 
+def _embed(atlas: dict[str, Any], output: Path, budget: int) -> int:
+    """Gives the directions' pictures their data addresses until they have ``budget`` bytes; returns how many."""
+    used = 0
+    for direction in (direction for pair in atlas["pairs"] for direction in pair["directions"]):
+        if used >= budget:
+            break
+        # Of a picture that cannot be read the file's address stays, as with the cards.
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            direction["address"] = _thumbnail(output / direction["file"], direction["table"], direction["enlarged"])
+            used += len(direction["address"])
+    return used
+
+
 def _thumbnails(folder: Path, files: dict[str, str], row: Row) -> dict[str, str]:
     """Every picture of a row as a data address; pictures that cannot be read are left to the browser."""
     frames = {"steps": len(row["curve"]["strength"])} if "curve" in row else {}
     thumbs = {}
     for key, file in files.items():
         try:
-            thumbs[key] = _thumbnail(folder / file, frames.get(key, 1))
+            thumbs[key] = _thumbnail(folder / file, (frames.get(key, 1), 1))
         except OSError:
             continue
     return thumbs
 
 
-def _thumbnail(path: Path, frames: int) -> str:
-    """A picture, or a strip of ``frames`` pictures, as a data address."""
+def _thumbnail(path: Path, cells: tuple[int, int], enlarged: int = 1) -> str:
+    """A picture, or a table of ``cells`` (columns, rows) of pictures that was ``enlarged``, as a data address."""
     buffer = io.BytesIO()
+    columns, rows = cells
     with Image.open(path) as opened:
         picture: Image.Image = opened
-        width, height = opened.width // frames, opened.height
-        longest = max(width, height)
+        if enlarged > 1:
+            picture = opened.resize((opened.width // enlarged, opened.height // enlarged), Image.Resampling.NEAREST)
+        longest = max(picture.width // columns, picture.height // rows)
         if longest > THUMBNAIL:
-            width, height = (max(1, round(side * THUMBNAIL / longest)) for side in (width, height))
-            # Step by step: resizing the strip as a whole would blend neighbouring steps.
-            picture = Image.new("RGB", (width * frames, height))
-            for index in range(frames):
-                box = (index * opened.width // frames, 0, (index + 1) * opened.width // frames, opened.height)
-                picture.paste(opened.crop(box).resize((width, height), Image.Resampling.BOX), (index * width, 0))
+            picture = _shrink(picture, columns, rows)
         lossless = longest <= _LOSSLESS
-        form = "WEBP" if width * frames <= _WIDEST_WEBP else "PNG"
+        form = "WEBP" if max(picture.size) <= _WIDEST_WEBP else "PNG"
         picture.save(buffer, format=form, lossless=lossless, quality=0 if lossless else 88, method=1)
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _shrink(picture: Image.Image, columns: int, rows: int) -> Image.Image:
+    """Shrinks a table of pictures cell by cell: resizing it as a whole would blend neighbours."""
+    width, height = picture.width // columns, picture.height // rows
+    longest = max(width, height)
+    width, height = (max(1, round(side * THUMBNAIL / longest)) for side in (width, height))
+    shrunk = Image.new("RGB", (width * columns, height * rows))
+    for row in range(rows):
+        top, bottom = (index * picture.height // rows for index in (row, row + 1))
+        for column in range(columns):
+            left, right = (index * picture.width // columns for index in (column, column + 1))
+            cell = picture.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BOX)
+            shrunk.paste(cell, (column * width, row * height))
+    return shrunk
 
 
 def _json(value: object) -> Markup:

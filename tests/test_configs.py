@@ -15,6 +15,7 @@ from PIL import Image
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
 from cfe_lightning.cli.configured_run import ConfiguredRun
+from cfe_lightning.data.chexpert import PATHOLOGIES
 from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
 
@@ -22,10 +23,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
 def size_of(data: dict[str, Any]) -> tuple[int, int]:
-    """Channels and side of the images; slices are grey unless said otherwise, and tiled."""
+    """Channels and side of the images; slices, which are tiled, and radiographs are grey unless said otherwise."""
     if "slice_size" in data:
         return data.get("channels", 1), data["slice_size"] * math.isqrt(data["num_slices"])
-    return data.get("channels", 3), data["image_size"]
+    return data.get("channels", 1 if "pathology" in data else 3), data["image_size"]
 
 
 def classifier_file(folder: Path, data: dict[str, Any], pairs: list[list[str]] | None) -> Path:
@@ -83,13 +84,28 @@ def data_files(root: Path) -> None:
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 10) + bytes(range(10)))
 
 
+def chexpert_files(root: Path) -> None:
+    """A few radiographs with and without every finding: both of CheXpert's tables and their images."""
+    for part in ("train", "valid"):
+        lines = [",".join(("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", *PATHOLOGIES))]
+        for patient, healthy in enumerate((1, 0) * 10, start=1 if part == "train" else 64541):
+            name = f"{part}/patient{patient:05d}/study1/view1_frontal.jpg"
+            (root / name).parent.mkdir(parents=True)
+            Image.new("L", (10, 8)).save(root / name)
+            findings = "," * (len(PATHOLOGIES) - 1) if healthy else ",".join(["1.0"] * len(PATHOLOGIES))
+            no_finding = "1.0" if healthy else ""
+            lines.append(f"CheXpert-v1.0-small/{name},Male,60,Frontal,AP,{no_finding},{findings}")
+        (root / f"{part}.csv").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_a_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     overrides = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     if "root" in content["data"]["init_args"]:
-        data_files(tmp_path / content["data"]["init_args"]["root"])
+        is_chexpert = content["data"]["class_path"] == "cfe_lightning.data.chexpert.CheXpert"
+        (chexpert_files if is_chexpert else data_files)(tmp_path / content["data"]["init_args"]["root"])
     classifier = content["model"]["init_args"].get("classifier")
     if classifier is not None:
         assert classifier["class_path"] == "cfe_lightning.classifier.load_classifier"

@@ -5,14 +5,18 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_atlas
 from browser import Browser
 from PIL import Image
 
+from cfe_lightning import images
+from cfe_lightning.atlas import write_atlas
 from cfe_lightning.manifest import OutputFolder, Row, image_folder
 from cfe_lightning.report import write_html
 
@@ -159,6 +163,242 @@ def test_a_page_of_nothing_but_failures_and_a_partial_one(tmp_path: Path):
     assert re.search(r"Partial: 1 of\s+7 images so far", page)
 
 
+def test_an_atlas_stands_above_the_cards_with_its_numbers(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    without = write_html(folder).read_text(encoding="utf-8")
+    assert 'class="wrap atlas"' not in without
+    write_atlas(test_atlas.atlas(), folder)
+    page = write_html(folder).read_text(encoding="utf-8")
+    assert page.index("</header>\n<section") < page.index("found by hand") < page.index('<nav class="toolbar"')
+    # All else is as it was.
+    section = page.partition("</header>\n")[2].partition('<nav class="toolbar"')[0]
+    assert page.replace(section, "", 1) == without
+    text = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", section)).split())
+    for part in (
+        "found by hand Mind the step.",
+        "cat → dog 87.5% of 1,000 images become dog by at least one of 2 directions.",
+        "1,200 images of cat were searched and 1,000 kept",
+        "Step −4 SD length 9.31 Mean logit change +3.25 Flips alone 75.0% Adds 12.5% Pixel change 0.0625",
+        "In known cause 81.2%",
+        "← towards dog rendering standard deviations −4 −3 −2 −1 0 +1 +2 +3 +4",
+        "Show all 3 images",
+    ):
+        assert part in text
+    assert section.count('class="card atlas-card"') == 4
+    assert 'aria-label="−3 standard deviations: dog 80.0%"' in section
+    # Marked: the rendering, the side of the target, and the step that the numbers are about.
+    heads = re.findall(r'<th scope="col" class="(.*?)">(.*?)</th>', section)[:9]
+    assert heads[0] == ("towards step", "−4")
+    assert heads[1:5] == [("towards", "−3"), ("towards", "−2"), ("towards", "−1"), ("zero", "0")]
+    assert {kind for kind, _ in heads[5:]} == {"away"}
+
+
+def test_pictures_of_the_atlas_are_embedded_exactly(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    write_atlas(test_atlas.atlas(), folder)
+    addresses = re.findall(r'<image id="(.*?)" href="(.*?)"', write_html(folder).read_text(encoding="utf-8"))
+    assert [name for name, _ in addresses] == [f"atlas-{p}-{d}-picture" for p in (0, 1) for d in (0, 1)]
+    shown = Image.open(_bytes(addresses[0][1])).convert("L")
+    moved = test_atlas.pictures()
+    assert shown.size == (9 * 32, 3 * 32)
+    assert np.array_equal(np.asarray(shown)[32:64, 64:96], np.asarray(images.to_pil(moved[1, 2])))
+
+
+def test_large_pictures_of_the_atlas_shrink_one_by_one(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    moved = test_atlas.pictures(2, 1, 400, 200)
+    moved[:] = -1
+    moved[1, 4] = 1
+    write_atlas(test_atlas.atlas(test_atlas.pair(directions=[test_atlas.direction(images=moved)])), folder)
+    page = write_html(folder).read_text(encoding="utf-8")
+    shown = np.asarray(Image.open(_bytes(re.findall(r'<image .*? href="(.*?)"', page)[0])).convert("L")).astype(int)
+    assert shown.shape == (2 * 160, 9 * 80)
+    assert shown[160:, 320:400].min() > 250
+    assert shown[160:, 400:].max() < 5
+    assert shown[:160].max() < 5
+
+
+def test_every_cell_is_cut_from_its_place_in_the_picture(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    small, large = (test_atlas.direction(images=test_atlas.pictures(2, 1, *size)) for size in ((16, 32), (200, 100)))
+    write_atlas(test_atlas.atlas(test_atlas.pair(directions=[small, large])), folder)
+    page = write_html(folder).read_text(encoding="utf-8")
+    boxes = re.findall(r'class="cell" viewBox="(.*?)" width="(.*?)" height="(.*?)".*?<use href="#(.*?)"', page)
+    assert len(boxes) == 2 * 2 * 9
+    # 16 x 32 pixels, enlarged to 48 x 96 in the file; shown twice as large as they are.
+    assert boxes[0] == ("0 0 96 48", "64", "32", "atlas-0-0-picture")
+    assert boxes[9 + 8] == ("768 48 96 48", "64", "32", "atlas-0-0-picture")
+    # A hundredth is cut off around pictures that are scaled smoothly.
+    assert boxes[18 + 9 + 2] == ("201 202 98 196", "32", "64", "atlas-0-1-picture")
+    images_of = re.findall(r'<image id="(.*?)" .*? width="(.*?)" height="(.*?)"', page)
+    assert images_of == [("atlas-0-0-picture", "864", "96"), ("atlas-0-1-picture", "900", "400")]
+
+
+def test_the_plots_of_the_atlas(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    curve = [(0.0, 0.0), (2.5, 0.5), (5.0, 1.0)]
+    directions = [test_atlas.direction(newly=newly) for newly in (0.5, 0.25, 0.0)]
+    write_atlas(test_atlas.atlas(test_atlas.pair(directions=directions, curve=curve, covered=0.0004)), folder)
+    page = write_html(folder).read_text(encoding="utf-8")
+    # Axes from (38, 100) to (292, 14); the step is 4 of 5.
+    assert '<polyline points="38.0,100.0 165.0,57.0 292.0,14.0"/>' in page
+    assert '<line class="step" x1="241.2" x2="241.2"' in page
+    assert "<title>2.5 SD: 50.0%</title>" in page
+    ticks = re.findall(r'<text x="([\d.]+)" y="114" text-anchor="middle">(.*?)</text>', page)
+    assert ticks[:3] == [("80.3", "1"), ("165.0", "2"), ("249.7", "3")]
+    assert ticks[3:] == [("38.0", "0"), ("88.8", "1"), ("139.6", "2"), ("190.4", "3"), ("241.2", "4"), ("292.0", "5")]
+    bars = re.findall(r'class="(before|added)" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', page)
+    assert bars == [
+        *[("before", "100.0", "0.0"), ("added", "57.0", "43.0"), ("before", "57.0", "43.0"), ("added", "35.5", "21.5")],
+        *[("before", "35.5", "64.5"), ("added", "35.5", "0.0")],
+    ]
+    assert "<title>rank 2: 75.0% together, 25.0% of them added</title>" in page
+    assert '<p class="value">&lt;0.1%</p>' in page
+
+
+def test_no_name_of_the_atlas_becomes_markup(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    evil = [*EVIL, "\udcff"]
+    direction = test_atlas.direction(name=EVIL[0])
+    write_atlas(
+        replace(
+            test_atlas.atlas(*(test_atlas.pair(n, n, directions=[direction]) for n in evil)),
+            title=EVIL[1],
+            note=EVIL[2],
+        ),
+        folder,
+    )
+    page = write_html(folder).read_text(encoding="utf-8")
+    section = page.partition("</header>\n")[2].partition('<nav class="toolbar"')[0]
+    for name in (*EVIL[:3], EVIL[5]):
+        assert name not in section
+        assert html.escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in section
+    assert "<script" not in section
+    assert 'onerror="' not in section
+
+
+def test_the_atlas_needs_nothing_that_the_policy_forbids(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    write_atlas(test_atlas.atlas(), folder)
+    body = write_html(folder).read_text(encoding="utf-8").partition("</style>")[2].rpartition("<script>")[0]
+    assert not re.search(r"<[^>]*\sstyle\s*=", body)
+    assert not re.search(r"<[^>]*\son\w+\s*=", body)
+
+
+def test_the_atlas_takes_half_of_the_budget_at_most(tmp_path: Path):
+    folder = make(tmp_path, [f"{i:02d}.png" for i in range(10)], [])
+    write_atlas(test_atlas.atlas(test_atlas.pair(num_directions=8)), folder)
+    addresses = re.findall(r'<image .*? href="(.*?)"', write_html(folder).read_text(encoding="utf-8"))
+    assert all(address.startswith("data:image/webp;base64,") for address in addresses)
+    size = len(addresses[0])
+    page = write_html(folder, embedded_bytes=4 * size).read_text(encoding="utf-8")
+    addresses = re.findall(r'<image .*? href="(.*?)"', page)
+    assert [address.startswith("data:") for address in addresses] == [True] * 2 + [False] * 6
+    assert addresses[2:] == [f"atlas/0-{index}.png" for index in range(2, 8)]
+    assert any("thumbs" in row for row in embedded(page, "rows"))
+
+
+def test_a_missing_picture_of_the_atlas_does_not_stop_the_page(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    write_atlas(test_atlas.atlas(), folder)
+    (folder / "atlas" / "0-0.png").unlink()
+    (folder / "atlas" / "0-1.png").write_bytes(b"broken")
+    addresses = re.findall(r'<image .*? href="(.*?)"', write_html(folder).read_text(encoding="utf-8"))
+    assert addresses[:2] == ["atlas/0-0.png", "atlas/0-1.png"]
+    assert addresses[2].startswith("data:")
+
+
+def test_pairs_without_directions_or_curve_and_long_lists(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    nothing = test_atlas.pair("cat", "owl", directions=[], num_kept=0, covered=0.0, curve=[])
+    write_atlas(test_atlas.atlas(nothing, test_atlas.pair(num_directions=11, curve=[])), folder)
+    page = write_html(folder).read_text(encoding="utf-8")
+    assert re.search(r"No direction was found that leads to <b>owl</b>", page)
+    assert 'cat → owl <span class="count">–</span>' in page
+    assert "<polyline" not in page.partition("<script>")[0]
+    assert "3 more directions" in page
+    write_atlas(replace(test_atlas.atlas(), pairs=[]), folder)
+    assert "No direction was found." in write_html(folder).read_text(encoding="utf-8")
+
+
+def broken(**changes: Any) -> str:
+    """atlas.json with one thing changed, named pairs.0.directions.0.file or the like, or removed by None."""
+    content = json.loads(BROKEN_FROM)
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        place: Any = content
+        for key in way:
+            place = place[int(key) if key.isdigit() else key]
+        if value is None:
+            del place[last]
+        else:
+            place[int(last) if last.isdigit() else last] = value
+    return json.dumps(content)
+
+
+BROKEN_FROM = json.dumps(
+    {
+        **{"schema": 1, "title": "t", "note": "n"},
+        "pairs": [
+            {
+                **{"source": "a", "target": "b", "num_images": 2, "num_kept": 2, "covered": 1.0, "curve": [[1, 0.5]]},
+                "directions": [
+                    {
+                        **{
+                            "name": "d",
+                            "file": "atlas/0-0.png",
+                            "cell": [4, 4],
+                            "enlarged": 1,
+                            "strengths": [-1, 0, 1],
+                        },
+                        **{"probabilities": [[0.1, 0.2, 0.3]], "step": 1, "degree": 1, "mean_change": 1},
+                        **{"flipped": 1, "newly": 1, "change": 1, "inside": None},
+                    }
+                ],
+            }
+        ],
+    }
+)
+FIRST = "pairs__0__directions__0__"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("[]", "list indices must be integers"),
+        (broken(schema=2), "its schema is 2, this version reads 1"),
+        (broken(pairs=None), "'pairs' is missing"),
+        (broken(pairs=7), "'int' object is not iterable"),
+        (broken(**{FIRST + "newly": None}), "'newly' is missing"),
+        (broken(**{FIRST + "step": "1"}), "'1' stands where a number should"),
+        (broken(**{FIRST + "flipped": float("nan")}), "nan stands where a number should"),
+        (broken(**{FIRST + "degree": 10**400}), "too large"),
+        (broken(**{FIRST + "probabilities": [[0.5]]}), "3 strengths but other numbers of probabilities"),
+        (broken(**{FIRST + "cell": [0, 4]}), "cells of 0 x 4 pixels"),
+        (broken(**{FIRST + "enlarged": 3}), "cells of 4 x 4 pixels, enlarged 3 times"),
+        (broken(**{FIRST + "file": "../../etc/passwd"}), "it names the picture '../../etc/passwd'"),
+        (broken(**{FIRST + "file": "https://example.org/x.png"}), "it names the picture 'https://example.org/x.png'"),
+        (broken(**{FIRST + "file": "atlas/0-0.png\n"}), "it names the picture"),
+    ],
+)
+def test_a_broken_atlas_is_refused_in_one_sentence(tmp_path: Path, content: str, reason: str):
+    folder = make(tmp_path, ["x.png"], [])
+    (folder / "atlas.json").write_text(content)
+    with pytest.raises(ValueError, match=r"atlas\.json is no atlas of directions that can be shown \(") as raised:
+        write_html(folder)
+    assert reason in str(raised.value)
+    assert str(raised.value).endswith("): remove it, or run explain.py again.")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_atlas_that_the_broken_ones_are_made_of_is_fine(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    (folder / "atlas.json").write_text(BROKEN_FROM)
+    assert '<h2 id="atlas-title">t</h2>' in write_html(folder).read_text(encoding="utf-8")
+
+
 needs_browser = pytest.mark.skipif(
     shutil.which("chromedriver") is None or not (shutil.which("chromium") or shutil.which("google-chrome")),
     reason="needs chromium and chromedriver on the path",
@@ -265,4 +505,33 @@ class TestInABrowser:
         assert readout.startswith("step 3 of 5, strength 0.5")
         browser.open(page + "#card=nonsense&step=x&sort=constructor&filter=__proto__&size=toString")
         assert len(cards(browser)) == 24
+        assert browser.problems() == []
+
+    def test_the_atlas_shows_its_pictures_and_changes_pairs(self, browser: Browser, tmp_path: Path):
+        folder = make(tmp_path, ["a.png", "b.png"], [])
+        pair = test_atlas.pair(EVIL[0], EVIL[1])
+        write_atlas(test_atlas.atlas(pair, test_atlas.pair("dog", "cat", 9)), folder)
+        browser.open(write_html(folder, embedded_bytes=90_000).as_uri())
+        shown = (
+            "return [...document.querySelectorAll('.atlas .cell')]"
+            ".filter((cell) => cell.checkVisibility() && cell.getBoundingClientRect().width === 64).length"
+        )
+        assert browser.run(shown) == 2 * 2 * 9
+        assert EVIL[0] in browser.run("return document.querySelector('.atlas-tab').textContent")
+        browser.run("document.getElementById('atlas-rows').focus()")
+        browser.press(" ")
+        assert browser.run(shown) == 2 * 3 * 9
+        # The keys of a radio button stay its own, those of the cards work from there.
+        browser.run("document.getElementById('atlas-0').focus()")
+        browser.press("ARROW_RIGHT", "j")
+        assert browser.run("return document.querySelector('.card.active').id") == "card-2"
+        assert browser.run(shown) == 8 * 3 * 9
+        sizes = browser.run(
+            "return Promise.all([...document.querySelectorAll('.atlas image')].map((image) => new Promise((done) => {"
+            "const probe = new Image(); probe.onload = () => done(probe.naturalWidth); probe.onerror = () => done(0);"
+            "probe.src = image.getAttribute('href'); })))"
+        )
+        # Embedded as they were before they were enlarged, the rest from the files.
+        assert set(sizes) == {9 * 32, 9 * 64}
+        assert browser.run("return document.title") == "Method explanations, 2 images"
         assert browser.problems() == []
