@@ -22,6 +22,24 @@ from cfe_lightning.data.image_data import ImageData, Sample, Split
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
 
+#: A StylEx of a few thousand parameters.
+STYLEX: dict[str, Any] = {
+    "base": 64,
+    "max_width": 8,
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 2,
+    "path_interval": 2,
+    "r1_interval": 2,
+    "reference_size": 16,
+    "search_images": 4,
+    "search_directions": 3,
+    "kept_directions": 6,
+    "degree": 20.0,
+    "num_steps": 3,
+    "shown_directions": 2,
+}
+
 
 class ToyNetwork(nn.Module):
     """Mean brightness of K vertical stripes, [B, C, H, W] -> [B, K]; a batch norm shows whether eval mode was kept."""

@@ -7,24 +7,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import toy
 import yaml
-from toy import toy_classifier
 
 from cfe_lightning.classifier import load_classifier
 
 CHECKOUT = Path(__file__).parents[2]
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    toy_classifier().save(tmp_path / "classifier.pt")
+TOY = {"class_path": "toy.ToyExplainer", "init_args": {}}
+#: With both lazy penalties in every second iteration, each of which a process could miss by itself.
+STYLEX = {"class_path": "cfe_lightning.methods.stylex.StylEx", "init_args": toy.STYLEX}
+
+
+@pytest.mark.parametrize(
+    ("model", "moved"), [(TOY, "class_images"), (STYLEX, "generator.mapping.layers.0.weight")], ids=["toy", "stylex"]
+)
+def test_two_processes_train_one_model(model: dict[str, Any], moved: str, tmp_path: Path) -> None:
+    toy.toy_classifier().save(tmp_path / "classifier.pt")
     load = {"path": "classifier.pt", "trusted": ["toy"]}
+    classifier = {"class_path": "cfe_lightning.classifier.load_classifier", "init_args": load}
     config = {
-        "model": {
-            "class_path": "toy.ToyExplainer",
-            "init_args": {"classifier": {"class_path": "cfe_lightning.classifier.load_classifier", "init_args": load}},
-        },
+        "model": model | {"init_args": {"classifier": classifier, **model["init_args"]}},
         "data": {"class_path": "toy.ToyData", "init_args": {"num_images": 16, "batch_size": 2}},
         "trainer": {
             "max_epochs": 1,
@@ -53,7 +61,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / "seen" / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["weights"] == second["weights"]
-    assert first["weights"]["class_images"] != 0
+    assert first["weights"][moved] != 0
     fingerprint = load_classifier(str(tmp_path / "classifier.pt"), ["toy"]).fingerprint()
     assert first["classifier"] == second["classifier"] == fingerprint
     # Half of the images each, none twice, and random numbers of their own.

@@ -116,24 +116,6 @@ DIFF_EXPLAINER: dict[str, Any] = {
     "agent_epochs": 2,
 }
 
-#: A StylEx of a few thousand parameters.
-STYLEX: dict[str, Any] = {
-    "base": 64,
-    "max_width": 8,
-    "z_dim": 8,
-    "w_dim": 8,
-    "mapping_layers": 2,
-    "path_interval": 2,
-    "r1_interval": 2,
-    "reference_size": 16,
-    "search_images": 4,
-    "search_directions": 3,
-    "kept_directions": 6,
-    "degree": 20.0,
-    "num_steps": 3,
-    "shown_directions": 2,
-}
-
 CASES = [
     pytest.param(Case(kind=toy.ToyExplainer, arguments={"amplitude": 0.7}), id="ToyExplainer"),
     pytest.param(Case(kind=toy.FixedToyExplainer, num_epochs=0), id="FixedToyExplainer"),
@@ -184,11 +166,11 @@ CASES = [
         ),
         id="DiffExplainer-other-options",
     ),
-    pytest.param(Case(kind=StylEx, arguments=STYLEX), id="StylEx"),
+    pytest.param(Case(kind=StylEx, arguments=toy.STYLEX), id="StylEx"),
     pytest.param(
         Case(
             kind=StylEx,
-            arguments=STYLEX
+            arguments=toy.STYLEX
             | {
                 "profile": "paper_code",
                 "scoring": "strict",
@@ -205,7 +187,7 @@ CASES = [
     pytest.param(
         Case(
             kind=StylEx,
-            arguments=STYLEX
+            arguments=toy.STYLEX
             | {
                 "conditioning": "const_concat",
                 "search_space": "sefa_w",

@@ -9,10 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import STYLEX
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy import ToyData, save_checkpoint, toy_classifier, toy_images, toy_trainer
+from toy import STYLEX, ToyData, save_checkpoint, toy_classifier, toy_images, toy_trainer
 
 from cfe_lightning.callbacks import EMA
 from cfe_lightning.explainer import load_explainer

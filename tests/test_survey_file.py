@@ -1,0 +1,114 @@
+"""A survey is made once per checkpoint and settings, read ever after, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import STYLEX, ToyData, toy_classifier, toy_trainer
+
+from cfe_lightning import images
+from cfe_lightning.cli import explain
+from cfe_lightning.methods.stylex import StylEx
+from cfe_lightning.survey_file import survey_path
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of a method that surveys, and photos."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    trainer = toy_trainer(folder, max_epochs=1)
+    trainer.fit(StylEx(toy_classifier(), **STYLEX), ToyData())
+    trainer.save_checkpoint(folder / "best.ckpt")
+    for index, image in enumerate(ToyData().dataset("test")):  # type: ignore[arg-type, var-annotated]
+        if index < 4:
+            images.save_image(image["image"], folder / "photos" / f"{index}.png")
+    return folder / "best.ckpt", folder / "photos"
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Explains the photos with a copy of the checkpoint; returns how often directions were searched."""
+    searches: list[int] = []
+    search = StylEx.search
+
+    def counted(self: StylEx, *arguments: Any, **options: Any) -> Any:
+        searches.append(1)
+        return search(self, *arguments, **options)
+
+    monkeypatch.setattr(StylEx, "search", counted)
+    checkpoint = tmp_path / "best.ckpt"
+    checkpoint.write_bytes(trained[0].read_bytes())
+
+    def once(out: str, *more: str) -> int:
+        searches.clear()
+        arguments = ["--checkpoint", str(checkpoint), "--input", str(trained[1]), "--output", str(tmp_path / out)]
+        assert explain.main([*arguments, "--accelerator", "cpu", "--trusted", "toy", *more]) == 0
+        return len(searches)
+
+    return once
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()[1:]]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows if "name" in row]
+
+
+def test_directions_are_searched_once(run: Any, tmp_path: Path) -> None:
+    assert run("first") == 1
+    kept = survey_path(tmp_path / "best.ckpt")
+    assert kept.name == "best.survey.pt"
+    assert {"made_from", "survey"} == torch.load(kept, weights_only=True).keys()
+    before = kept.stat().st_mtime_ns
+    assert run("second") == 0
+    assert kept.stat().st_mtime_ns == before
+    assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
+    assert (tmp_path / "second" / "atlas.json").read_text() == (tmp_path / "first" / "atlas.json").read_text()
+
+
+def test_other_settings_or_another_checkpoint_search_anew(run: Any, tmp_path: Path) -> None:
+    assert run("first") == 1
+    assert run("stronger", "--set", "degree=30.0") == 1
+    checkpoint = tmp_path / "best.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["epoch"] = 7
+    torch.save(content, checkpoint)
+    assert run("later", "--set", "degree=30.0") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no survey", None])
+def test_a_broken_survey_is_made_again(content: bytes | None, run: Any, tmp_path: Path) -> None:
+    kept = survey_path(tmp_path / "best.ckpt")
+    if content is None:
+        torch.save([1, 2], kept)
+    else:
+        kept.write_bytes(content)
+    assert run("out") == 1
+    assert run("again") == 0
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    survey_path(tmp_path / "best.ckpt").mkdir()  # in the way of the file, for root as well
+    with caplog.at_level(logging.WARNING, "cfe_lightning"):
+        assert run("out") == 1
+    assert "could not be kept" in caplog.text
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_survey_executes_nothing(run: Any, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "executed").touch, ())
+
+    torch.save({"made_from": Trap(), "survey": {}}, survey_path(tmp_path / "best.ckpt"))
+    assert run("out") == 1
+    assert not (tmp_path / "executed").exists()
