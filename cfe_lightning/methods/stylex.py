@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -402,7 +402,6 @@ class StylEx(ExplainerModule):
         weight = self.generator.affine_weights(self.edited_layers)
         return factor_directions(weight, points, self.search_directions, self.normalise_rows)
 
-    @torch.no_grad()
     def search(self, images: int | None = None, batch_size: int = 256) -> SearchResult:
         """EigenFind over the reference, for all classes at once.
 
@@ -410,12 +409,23 @@ class StylEx(ExplainerModule):
             images: Per class; None takes ``search_images``.
             batch_size: Pictures at a time; no result depends on it.
         """
-        start = time.perf_counter()
         latent, logits = self.reference()
         directions = self.directions(latent, self.label(logits))
-        steps = absolute_steps(directions, self.degree, self.degree_unit)
         chosen = first_of_each_class(logits.argmax(dim=1), images or self.search_images)
-        latent, logits = latent[chosen], logits[chosen]
+        return replace(self.measure(directions, latent[chosen], logits[chosen], batch_size), index=chosen)
+
+    @torch.no_grad()
+    def measure(self, directions: Directions, latent: Tensor, logits: Tensor, batch_size: int = 256) -> SearchResult:
+        """Moves images along directions both ways and asks the classifier.
+
+        Args:
+            directions: Which.
+            latent: Of the images, [n, D] or [n, L, D].
+            logits: Of the images, [n, K].
+            batch_size: Pictures at a time; no result depends on it.
+        """
+        start = time.perf_counter()
+        steps = absolute_steps(directions, self.degree, self.degree_unit)
         judge = self.judge(latent, self.label(logits))
         rows = torch.arange(len(latent), device=latent.device)
         still = torch.zeros(len(latent), directions.vectors.shape[1], device=latent.device)
@@ -426,7 +436,7 @@ class StylEx(ExplainerModule):
         strict = self.scoring == "strict"
         agreed = rendered.argmax(dim=1) == predicted
         return SearchResult(
-            index=chosen,
+            index=rows,
             vectors=directions.vectors,
             spread=directions.spread,
             steps=steps,
