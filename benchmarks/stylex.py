@@ -30,13 +30,10 @@ from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.images import grid, signed_difference, to_pil
 from cfe_lightning.losses import kl_between_logits
-from cfe_lightning.methods.style_search import (
-    coordinate_shifts,
-    coordinate_table,
-    effects,
-    rank_directions,
-)
-from cfe_lightning.methods.stylex import StylEx, first_of_each_class
+from cfe_lightning.methods.style_ranking import effects, rank_directions
+from cfe_lightning.methods.style_reference import first_of_each_class
+from cfe_lightning.methods.style_search import coordinate_shifts, coordinate_table
+from cfe_lightning.methods.stylex import StylEx
 
 SETTINGS = (
     *((space, "sigma", degree) for space in ("pca_w", "sefa_w", "pca_s") for degree in (0.0, 1.0, 2.0, 4.0)),
@@ -90,7 +87,7 @@ def coverage(model: StylEx, seen: dict[str, Tensor], k: int) -> None:
     """A table of directions and steps: explained share from class 0 and from class 1, and how much pixels change."""
     chosen = first_of_each_class(seen["logits"].argmax(dim=1), 600)
     latent, logits = seen["latent"][chosen], seen["logits"][chosen]
-    reference = model.reference()
+    reference = model.starting_points()
     print(f"{'space':8} {'step':>9} {'sigma':>7} {'0 to 1':>8} {'1 to 0':>8} {'first':>12} {'L1':>7}")
     for space, unit, degree in SETTINGS:
         model.search_space, model.degree_unit, model.degree = space, unit, degree
@@ -117,7 +114,7 @@ def coverage(model: StylEx, seen: dict[str, Tensor], k: int) -> None:
 def attfind(model: StylEx, latent: Tensor, logits: Tensor, share: float) -> tuple[Tensor, float]:
     """The whole table of AttFind and its seconds; extremes come from the reference."""
     generator = model.generator
-    reference = model.reference()
+    reference = model.starting_points()
     low_high = generator.synthesis.flatten_styles(generator.styles(reference[0], model.label(reference[1])))
     begin = time.perf_counter()
     styles = generator.styles(latent, model.label(logits))
@@ -133,7 +130,7 @@ def loops(
 ) -> dict[str, Any]:
     """The plain way on a few images: one picture at a time, from the latent on."""
     generator, classifier, label = model.generator, model.classifier, model.label(logits)
-    reference = model.reference()
+    reference = model.starting_points()
     directions = model.directions(reference[0], model.label(reference[1]))
     result = model.measure(directions, latent[:images], logits[:images])
     begin, worst = time.perf_counter(), 0.0
@@ -171,7 +168,7 @@ def search(model: StylEx, seen: dict[str, Tensor], k: int, share: float, per_cla
     chosen = first_of_each_class(seen["logits"].argmax(dim=1), per_class)
     latent, logits = seen["latent"][chosen], seen["logits"][chosen]
     model.search_directions = k
-    reference = model.reference()
+    reference = model.starting_points()
     directions = model.directions(reference[0], model.label(reference[1]))
     model.measure(directions, latent[:8], logits[:8])
     result = model.measure(directions, latent, logits)
@@ -222,7 +219,7 @@ def timing(sizes: list[int], images: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for size in sizes:
         model = StylEx(untrained_classifier(size), image_size=size, reference_size=images).to(device).eval()
-        latent, logits = model.reference()
+        latent, logits = model.starting_points()
         directions = model.directions(latent, model.label(logits))
         result = model.measure(directions, latent, logits, 64)
         print(f"{size} px, {device}: EigenFind {len(latent)} images {result.forward_passes} in {result.seconds:.1f} s")

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,29 +26,32 @@ from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, decides_for, runner_up
-from cfe_lightning.losses import (
-    Lpips,
-    adversarial_loss,
-    kl_between_logits,
-    path_length_penalty,
-    r1_penalty,
-    relative_distance,
-)
+from cfe_lightning.losses import Lpips, kl_between_logits, path_length_penalty, relative_distance
 from cfe_lightning.methods.step_search import smallest_step
 from cfe_lightning.methods.style_atlas import draw_atlas
+from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table, target_margin
+from cfe_lightning.methods.style_reference import Reference, first_of_each_class
 from cfe_lightning.methods.style_search import (
     Directions,
     DirectionSpace,
     Judge,
-    Scoring,
-    SearchResult,
     StepUnit,
     absolute_steps,
     direction_table,
     factor_directions,
     principal_directions,
     rechecked,
-    target_margin,
+)
+from cfe_lightning.methods.style_training import (
+    PROFILES,
+    LabelForm,
+    LabelSource,
+    NoiseLabel,
+    critic_loss,
+    frozen,
+    generator_loss,
+    path_lengths,
+    r1_loss,
 )
 from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
@@ -57,9 +59,6 @@ from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEnc
 
 _log = logging.getLogger(__name__)
 
-LabelSource = Literal["predicted", "truth"]
-NoiseLabel = Literal["empirical", "uniform", "classifier"]
-LabelForm = Literal["probabilities", "one_hot"]
 Perception = Literal["classifier", "lpips", "none"]
 
 #: Pictures synthesised at a time while explaining and searching: bounds the memory whatever is asked.
@@ -68,45 +67,8 @@ _CHUNK = 128
 _LEAD = 0.02
 #: Pictures per round of the search for the shortest way.
 _POINTS = 8
-#: Reference images whose known cause is kept for the atlas, where the data has one.
-_MASKED = 64
 #: Reference images of a validation's quick search.
 _QUICK = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
-    """What the two profiles switch; every switch can be set by itself.
-
-    Attributes:
-        real_label: The label the critic is told with real images: what the classifier says, or the truth.
-        noise_label: The label of generated images: other images' labels of the batch, a random class, or what the
-            classifier says of the picture.
-        label_form: Class probabilities, or the most probable class alone.
-        pixel_weight: Weight of the mean absolute difference of pixels.
-        scoring: See ``style_search.effects``.
-    """
-
-    real_label: LabelSource
-    noise_label: NoiseLabel
-    label_form: LabelForm
-    pixel_weight: float
-    scoring: Scoring
-
-
-PROFILES = {
-    "recommended": Profile(
-        real_label="predicted",
-        noise_label="empirical",
-        label_form="probabilities",
-        pixel_weight=1.0,
-        scoring="strict",
-    ),
-    # 2.2 in [-1, 1] is what 1 is among images normalised as for ImageNet.
-    "paper_code": Profile(
-        real_label="truth", noise_label="uniform", label_form="one_hot", pixel_weight=2.2, scoring="paper_code"
-    ),
-}
 
 
 class StylEx(ExplainerModule):
@@ -152,7 +114,7 @@ class StylEx(ExplainerModule):
         kept_directions: k.
         degree: How far a direction is followed.
         degree_unit: "sigma", standard deviations of the reference, or "abs" (published, 10).
-        reaverage: See ``style_search.rank_directions``.
+        reaverage: See ``style_ranking.rank_directions``.
         normalise_rows: See ``style_search.factor_directions``.
         edited_layers: Convolutions whose slots directions of the latent move; None moves all.
         scoring: See ``Profile``.
@@ -166,10 +128,6 @@ class StylEx(ExplainerModule):
 
     image_size: int
     path_mean: Tensor
-    reference_latents: Tensor
-    reference_logits: Tensor
-    reference_masks: Tensor
-    reference_count: Tensor
 
     def __init__(
         self,
@@ -278,14 +236,9 @@ class StylEx(ExplainerModule):
         self.edited_layers = edited_layers
         latent = (w_dim,) if encoder_space == "w" else (num_slots, w_dim)
         self.register_buffer("path_mean", torch.zeros(()))
-        self.register_buffer("reference_latents", torch.zeros(reference_size, *latent))
-        self.register_buffer("reference_logits", torch.zeros(reference_size, num_classes))
-        masks = torch.zeros(min(_MASKED, reference_size), self.image_size, self.image_size, dtype=torch.bool)
-        self.register_buffer("reference_masks", masks)
-        self.register_buffer("reference_count", torch.zeros((), dtype=torch.int64))
-        self._collected: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.reference = Reference(reference_size, latent, num_classes, self.image_size)
         self._result: SearchResult | None = None
-        self._ranks: tuple[Tensor, Tensor, Tensor] | None = None
+        self._ranks: Tensor | None = None
         # Neither is a part of the model that a checkpoint should hold.
         self._lpips: list[Lpips] = []
         self._shallow = classifier.shallow_maps() if perception == "classifier" and perceptual_weight else []
@@ -366,22 +319,22 @@ class StylEx(ExplainerModule):
         """The best directions of every pair of classes on a few reference images, drawn."""
         self.survey()
         assert self._result is not None, "surveyed above"
-        latent, logits = self.reference()
-        return draw_atlas(self, self._result, latent, logits, self.reference_masks)
+        latent, logits = self.starting_points()
+        return draw_atlas(self, self._result, latent, logits, self.reference.masks)
 
-    def reference(self) -> tuple[Tensor, Tensor]:
+    def starting_points(self) -> tuple[Tensor, Tensor]:
         """Latents of the reference, [n, D] or [n, L, D], and the classifier's logits of its images [n, K].
 
         Before any validation there are none; then pictures of noise stand in for encoded images.
         """
-        count = int(self.reference_count)
-        if count:
-            return self.reference_latents[:count], self.reference_logits[:count]
-        count = min(len(self.reference_latents), 256)
+        kept = self.reference
+        if count := int(kept.count):
+            return kept.latents[:count], kept.logits[:count]
+        count = min(len(kept.latents), 256)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(count, self.generator.z_dim, generator=generator).to(self.device)
         latent = self.generator.mapping(noise)
-        if self.reference_latents.ndim == 3:
+        if kept.latents.ndim == 3:
             latent = self.generator.spread(latent)
         num_classes = self.classifier.num_classes
         uniform = torch.full((count, num_classes), 1 / num_classes, device=self.device)
@@ -409,7 +362,7 @@ class StylEx(ExplainerModule):
             images: Per class; None takes ``search_images``.
             batch_size: Pictures at a time; no result depends on it.
         """
-        latent, logits = self.reference()
+        latent, logits = self.starting_points()
         directions = self.directions(latent, self.label(logits))
         chosen = first_of_each_class(logits.argmax(dim=1), images or self.search_images)
         return replace(self.measure(directions, latent[chosen], logits[chosen], batch_size), index=chosen)
@@ -473,31 +426,18 @@ class StylEx(ExplainerModule):
         """Directions [B, k], signs [B, k] and whether the search ranked them [B, k], for pairs of classes [B]."""
         self.survey()
         if self._ranks is None:
-            num_classes = self.classifier.num_classes
-            ranks = [
-                [self._ranked(one, other) if one != other else self._ranked(0, 1) for other in range(num_classes)]
+            assert self._result is not None, "surveyed above"
+            k, num_classes = self.kept_directions, self.classifier.num_classes
+            rankings = {
+                (one, other): self._result.ranking(one, other, k, reaverage=self.reaverage, scoring=self.scoring)
                 for one in range(num_classes)
-            ]
-            direction, sign, ranked = (
-                torch.stack([torch.stack([entry[i] for entry in row]) for row in ranks]).to(self.device)
-                for i in range(3)
-            )
-            self._ranks = direction, sign, ranked
-        direction, sign, ranked = (table[source, target] for table in self._ranks)
+                for other in range(num_classes)
+                if one != other
+            }
+            table = candidate_table(rankings, num_classes, len(self._result.vectors), k)
+            self._ranks = table.to(self.device)
+        direction, sign, ranked = self._ranks[source, target].unbind(dim=2)
         return direction, sign, ranked
-
-    def _ranked(self, source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The list of one pair, filled up with the widest directions where the search found fewer than k."""
-        assert self._result is not None, "searched before"
-        k = self.kept_directions
-        found = self._result.ranking(source, target, k, reaverage=self.reaverage, scoring=self.scoring)
-        pairs = list(zip(found.direction.tolist(), found.sign.tolist(), strict=True))
-        every = [(index, sign) for index in range(len(self._result.vectors)) for sign in (1, -1)]
-        filled = [*pairs, *(pair for pair in every if pair not in pairs)]
-        # A small latent may have fewer directions than are kept.
-        filled = (filled * k)[:k]
-        ranked = torch.arange(k) < len(pairs)
-        return torch.tensor([d for d, _ in filled]), torch.tensor([s for _, s in filled]), ranked
 
     # Explaining
 
@@ -620,14 +560,14 @@ class StylEx(ExplainerModule):
                 noise_label = self.label(self.classifier(drawn))
         fakes = [(encoded, label), (drawn, noise_label)]
 
-        terms = self._critic_loss(image, real_label, fakes)
+        terms = critic_loss(self.critic, image, real_label, fakes)
         self._descend(terms["critic"], critic_optimizer)
         if self.r1_weight and iteration % self.r1_interval == 0:
-            penalty = self._r1_loss(image, real_label)
+            penalty = r1_loss(self.critic, image, real_label, self.r1_weight * self.r1_interval)
             self._descend(penalty["r1_step"], critic_optimizer)
             terms |= penalty
-        with _frozen(self.critic):
-            terms |= self._generator_loss(fakes)
+        with frozen(self.critic):
+            terms |= generator_loss(self.critic, fakes)
             self._descend(terms["generator"], generator_optimizer)
         if self.path_weight and iteration % self.path_interval == 0:
             penalty = self._path_loss(noise_label)
@@ -658,27 +598,6 @@ class StylEx(ExplainerModule):
         cut = torch.randint(1, slots, (batch,), device=self.device)
         alone = torch.rand(batch, device=self.device) >= self.mixing
         return self.generator.mixed(z[0], z[1], torch.where(alone, slots, cut))
-
-    def _critic_loss(
-        self, image: Tensor, real_label: Tensor, fakes: Sequence[tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
-        # Each kind by itself: the critic compares the images of a call.
-        real = adversarial_loss(self.critic(image, real_label), real=True)
-        encoded, drawn = (adversarial_loss(self.critic(fake.detach(), label), real=False) for fake, label in fakes)
-        terms = {"critic_real": real, "critic_encoded": encoded, "critic_drawn": drawn}
-        return terms | {"critic": 2 * real + encoded + drawn}
-
-    def _r1_loss(self, image: Tensor, real_label: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(image.device.type, enabled=False):
-            real = image.detach().float().requires_grad_()
-            judged = self.critic(real, real_label)
-            penalty = r1_penalty(judged, real)
-        # The zero gives every weight a gradient, without which processes do not meet.
-        return {"r1": penalty, "r1_step": self.r1_weight * self.r1_interval * penalty + 0 * judged.sum()}
-
-    def _generator_loss(self, fakes: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        encoded, drawn = (adversarial_loss(self.critic(fake, label), real=True) for fake, label in fakes)
-        return {"adversarial_encoded": encoded, "adversarial_drawn": drawn, "generator": 0.5 * (encoded + drawn)}
 
     def _path_loss(self, noise_label: Tensor) -> dict[str, Tensor]:
         batch = max(1, len(noise_label) // 2)
@@ -739,28 +658,13 @@ class StylEx(ExplainerModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
         if self.trainer.sanity_checking:
             return
-        mask = batch["mask"][:, 0] > 0 if "mask" in batch else None
-        self._collected.append((latent, logits, mask))
+        self.reference.collect(latent, logits, batch.get("mask"))
         if batch_idx + 1 == self.trainer.num_val_batches[0]:
-            self._keep_reference()
+            self.reference.keep(self._gathered)
             self._quick_search()
 
-    def _keep_reference(self) -> None:
-        """Fills the buffers with what this validation has encoded, of all processes in turn."""
-        latent, logits = (self._gathered([entry[i] for entry in self._collected]) for i in range(2))  # type: ignore[misc]
-        masks = [entry[2] for entry in self._collected if entry[2] is not None]
-        self._collected.clear()
-        count = min(len(latent), len(self.reference_latents))
-        self.reference_count.fill_(count)
-        self.reference_latents[:count] = latent[:count]
-        self.reference_logits[:count] = logits[:count]
-        if masks:
-            kept = self._gathered(masks)[: len(self.reference_masks)]
-            self.reference_masks[: len(kept)] = kept
-
-    def _gathered(self, values: Sequence[Tensor]) -> Tensor:
-        """One tensor of all batches, those of several processes taking turns, [n, ...]."""
-        mine = torch.cat(list(values))
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """The rows of all processes in turn, [n, ...]."""
         if self.trainer.world_size == 1:
             return mine
         return self.all_gather(mine).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
@@ -794,40 +698,6 @@ class StylEx(ExplainerModule):
             lazy(self.critic, self.r1_interval, self.r1_weight),
             torch.optim.Adam(self.encoder.parameters(), lr=self.learning_rate),
         ]
-
-
-def path_lengths(picture: Tensor, latents: Tensor) -> Tensor:
-    """How far random directions of the picture move per unit of the latents, root mean square over the slots.
-
-    Args:
-        picture: [B, C, H, W], made of
-        latents: [B, L, D], one per slot already where the graph begins.
-
-    Returns:
-        [B], differentiable.
-    """
-    noise = torch.randn_like(picture) / (picture.shape[2] * picture.shape[3]) ** 0.5
-    (jacobian,) = torch.autograd.grad((picture * noise).sum(), latents, create_graph=True)
-    return (jacobian.square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
-
-
-def first_of_each_class(predicted: Tensor, count: int) -> Tensor:
-    """Places of the first ``count`` images of every class, in order, [n] -> [m]."""
-    rank = torch.zeros_like(predicted)
-    for k in predicted.unique():
-        mine = predicted == k
-        rank = torch.where(mine, mine.cumsum(0) - 1, rank)
-    return (rank < count).nonzero().squeeze(1)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No weight of the module gets a gradient inside; a gradient still passes through it."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 def _check(value: str, choices: Sequence[str], name: str) -> None:

@@ -110,8 +110,9 @@ class StyledConv(nn.Module):
         """What brings every output channel back to unit variance, [B, in] -> [B, out, 1, 1]."""
         # Small numbers squared: half precision would lose them.
         with torch.autocast(style.device.type, enabled=False):
-            power = (self.weight.float() * self.gain).square().sum(dim=(2, 3))
-            return (style.float().square() @ power.T + 1e-8).rsqrt()[:, :, None, None]
+            style = style.to(torch.promote_types(style.dtype, torch.float32))
+            power = (self.weight.to(style) * self.gain).square().sum(dim=(2, 3))
+            return (style.square() @ power.T + 1e-8).rsqrt()[:, :, None, None]
 
 
 class ToImage(nn.Module):
@@ -240,7 +241,8 @@ class Synthesis(nn.Module):
             x = layer(x, styles.conv[index], None if noise is None else noise[index])
             if not layer.up:
                 block = (index + 1) // 2
-                painted = self.to_image[block](x, styles.rgb[block]).float()
+                painted = self.to_image[block](x, styles.rgb[block])
+                painted = painted.to(torch.promote_types(painted.dtype, torch.float32))
                 picture = painted if picture is None else upsample(picture) + painted
         assert picture is not None, "the last convolution paints"
         return picture

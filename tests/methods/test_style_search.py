@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from toy import toy_classifier
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.methods.style_ranking import (
+    SearchResult,
+    accumulated_choice,
+    effects,
+    rank_directions,
+    stable_images,
+    target_margin,
+)
 from cfe_lightning.methods.style_search import (
     Directions,
     Judge,
-    SearchResult,
     absolute_steps,
-    accumulated_choice,
     coordinate_shifts,
     coordinate_table,
     direction_table,
-    effects,
     factor_directions,
     principal_directions,
-    rank_directions,
     rechecked,
     smallest_subset,
-    stable_images,
-    target_margin,
 )
 from cfe_lightning.networks.equalised import channel_table
 from cfe_lightning.networks.stylegan2 import Entering, StyleGenerator, Styles

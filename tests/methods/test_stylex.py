@@ -16,8 +16,10 @@ from toy import STYLEX, ToyData, save_checkpoint, toy_classifier, toy_images, to
 from cfe_lightning.callbacks import EMA
 from cfe_lightning.explainer import load_explainer
 from cfe_lightning.losses import r1_penalty
+from cfe_lightning.methods.style_reference import first_of_each_class
 from cfe_lightning.methods.style_search import direction_table
-from cfe_lightning.methods.stylex import StylEx, first_of_each_class, path_lengths
+from cfe_lightning.methods.style_training import path_lengths
+from cfe_lightning.methods.stylex import StylEx
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 
@@ -181,11 +183,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> StylEx:
 
 
 def test_the_last_validation_leaves_its_latents_with_the_averaged_encoder(fitted: StylEx) -> None:
-    count = int(fitted.reference_count)
+    count = int(fitted.reference.count)
     assert count == 16
     image = torch.stack([sample["image"] for sample in data().dataset("val")])  # type: ignore[attr-defined]
-    torch.testing.assert_close(fitted.reference_latents, fitted.encoder(image), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fitted.reference_logits, fitted.classifier(image), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fitted.reference.latents, fitted.encoder(image), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fitted.reference.logits, fitted.classifier(image), rtol=1e-4, atol=1e-5)
 
 
 def test_the_reference_is_in_every_checkpoint(tmp_path: Path) -> None:
@@ -198,8 +200,8 @@ def test_the_reference_is_in_every_checkpoint(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "late.ckpt", weights_only=True)
     # Saved in the second epoch, after batches that copied buffers from model to average.
     for key in ("state_dict", "current_model_state"):
-        assert int(state[key]["reference_count"]) == 16
-        assert state[key]["reference_latents"].abs().sum() > 0
+        assert int(state[key]["reference.count"]) == 16
+        assert state[key]["reference.latents"].abs().sum() > 0
 
 
 def test_no_step_changes_nothing_and_explains_nothing(fitted: StylEx) -> None:
@@ -221,9 +223,9 @@ def test_results_do_not_depend_on_the_batch_size(fitted: StylEx) -> None:
 def test_an_edit_is_the_latent_or_the_style_moved(space: str, fitted: StylEx) -> None:
     model = copy.deepcopy(fitted)
     model.search_space = space  # type: ignore[assignment]
-    latent, logits = (value[:3] for value in model.reference())
+    latent, logits = (value[:3] for value in model.starting_points())
     label = model.label(logits)
-    direction = model.directions(*(model.reference()[0], model.label(model.reference()[1]))).vectors[0]
+    direction = model.directions(*(model.starting_points()[0], model.label(model.starting_points()[1]))).vectors[0]
     picture = model.render(latent, label, (2 * direction).expand(3, 1, -1))[:, 0]
     generator = model.generator
     if space == "pca_s":
@@ -238,7 +240,7 @@ def test_an_edit_is_the_latent_or_the_style_moved(space: str, fitted: StylEx) ->
 def test_edited_layers_leave_other_slots_alone(fitted: StylEx) -> None:
     model = copy.deepcopy(fitted)
     model.edited_layers = [2]
-    latent, logits = (value[:2] for value in model.reference())
+    latent, logits = (value[:2] for value in model.starting_points())
     change = torch.randn(2, 1, model.generator.w_dim)
     moved = model.generator.spread(latent).clone()
     moved[:, 2] += change[:, 0]
@@ -252,11 +254,11 @@ def test_only_so_many_images_of_each_class_are_searched() -> None:
 
 def test_without_a_validation_noise_stands_in_for_images() -> None:
     model = tiny().eval()
-    latent, logits = model.reference()
+    latent, logits = model.starting_points()
     assert latent.shape == (16, 8)
     assert logits.shape == (16, 2)
     state = torch.get_rng_state()
-    assert torch.equal(model.reference()[0], latent)
+    assert torch.equal(model.starting_points()[0], latent)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -311,14 +313,14 @@ def planted(**changes: Any) -> StylEx:
     torch.manual_seed(0)
     w = torch.randn(16, 8) * torch.tensor([1.0, 0.3, *[0.0] * 6])
     image = draw(w[:, None])
-    model.reference_count.fill_(16)
-    model.reference_latents.copy_(w)
-    model.reference_logits.copy_(model.classifier(image))
+    model.reference.count.fill_(16)
+    model.reference.latents.copy_(w)
+    model.reference.logits.copy_(model.classifier(image))
     return model
 
 
 def images_of(model: StylEx) -> Tensor:
-    return model.generator.synthesis(model.reference_latents[:, None], None)  # type: ignore[operator]
+    return model.generator.synthesis(model.reference.latents[:, None], None)  # type: ignore[operator]
 
 
 def test_the_planted_direction_ranks_first_and_explains_all() -> None:
@@ -344,7 +346,7 @@ def test_explaining_finds_the_smallest_step_that_flips() -> None:
     torch.testing.assert_close(explanation.parts["reconstruction"], image, rtol=0, atol=1e-5)
     # The boundary is where both halves are equally bright: the whole way there along the one axis, in its spread.
     sigma = model.search().spread[0]
-    needed = model.reference_latents[:, 0].abs() / sigma
+    needed = model.reference.latents[:, 0].abs() / sigma
     travelled = explanation.scores["standard_deviations"].abs()
     assert (travelled >= needed).all()
     # Within one of 8 x 9 points, and what it takes to lead by two hundredths.
@@ -408,7 +410,7 @@ def test_training_forgets_the_search() -> None:
 
 def test_the_atlas_shows_the_direction_towards_the_target() -> None:
     model = planted()
-    model.reference_masks[:, :, :8] = True
+    model.reference.masks[:, :, :8] = True
     atlas = model.atlas()
     assert [(pair.source, pair.target) for pair in atlas.pairs] == [("stripe 0", "stripe 1"), ("stripe 1", "stripe 0")]
     for pair in atlas.pairs:
@@ -453,7 +455,7 @@ def test_a_checkpoint_alone_searches_the_same(fitted: StylEx, tmp_path: Path) ->
 
 
 def test_judging_moved_images_equals_a_loop(fitted: StylEx) -> None:
-    latent, logits = fitted.reference()
+    latent, logits = fitted.starting_points()
     label = fitted.label(logits)
     changes = torch.randn(3, 8)
     table = direction_table(fitted.judge(latent, label), 4, changes, 5)

@@ -1,0 +1,69 @@
+"""The images a search of directions starts from, as latents: kept in the checkpoint, so that it alone is enough.
+
+Shapes: n images, D entries of the latent (or L x D in the space "w+"), K classes, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+#: Images whose known cause is kept for the atlas, where the data has one.
+_MASKED = 64
+
+
+class Reference(nn.Module):
+    """Latents, logits and known causes of validation images, as buffers.
+
+    Args:
+        size: Images at most.
+        latent: Shape of one latent.
+        num_classes: K.
+        image_size: Side of the images.
+    """
+
+    latents: Tensor
+    logits: Tensor
+    masks: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, latent: Sequence[int], num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.register_buffer("latents", torch.zeros(size, *latent))
+        self.register_buffer("logits", torch.zeros(size, num_classes))
+        self.register_buffer("masks", torch.zeros(min(_MASKED, size), image_size, image_size, dtype=torch.bool))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._collected: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def collect(self, latent: Tensor, logits: Tensor, mask: Tensor | None) -> None:
+        """Notes a batch: latents, logits [B, K] and, where the cause is known, masks [B, 1, H, W]."""
+        self._collected.append((latent, logits, None if mask is None else mask[:, 0] > 0))
+
+    def keep(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the buffers by what was noted.
+
+        Args:
+            gather: One tensor [n, ...] to that of all processes.
+        """
+        latent = gather(torch.cat([entry[0] for entry in self._collected]))
+        logits = gather(torch.cat([entry[1] for entry in self._collected]))
+        masks = [entry[2] for entry in self._collected if entry[2] is not None]
+        self._collected.clear()
+        count = min(len(latent), len(self.latents))
+        self.count.fill_(count)
+        self.latents[:count] = latent[:count]
+        self.logits[:count] = logits[:count]
+        if masks:
+            known = gather(torch.cat(masks))[: len(self.masks)]
+            self.masks[: len(known)] = known
+
+
+def first_of_each_class(predicted: Tensor, count: int) -> Tensor:
+    """Places of the first ``count`` images of every class, in order, [n] -> [m]."""
+    rank = torch.zeros_like(predicted)
+    for k in predicted.unique():
+        mine = predicted == k
+        rank = torch.where(mine, mine.cumsum(0) - 1, rank)
+    return (rank < count).nonzero().squeeze(1)
