@@ -154,6 +154,27 @@ def test_the_map_is_taken_before_the_network_changes_it_in_place():
 # --- frozen ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_largest_maps_are_found_without_a_feature_map_and_read_in_one_pass():
+    spec = ClassifierSpec(
+        class_path="cfe_lightning.networks.classifiers.SimpleCnn",
+        init_args={"num_classes": 2},
+        head="fc",
+        class_names=("a", "b"),
+        image_size=32,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    classifier = FrozenClassifier(SimpleCnn(2), spec)
+    assert classifier.shallow_maps() == ["convolutions", "convolutions.3"]
+    image = torch.rand(2, 3, 32, 32)
+    maps, logits = classifier.maps(image, classifier.shallow_maps())
+    assert [value.shape for value in maps] == [(2, 32, 8, 8), (2, 32, 16, 16)]
+    assert torch.equal(logits, classifier(image))
+    torch.testing.assert_close(torch.nn.functional.max_pool2d(maps[1], 2), maps[0])
+    # All its maps are as large as the image.
+    assert toy_classifier().shallow_maps() == []
+
+
 def test_gradients_reach_the_image_and_no_weight():
     classifier = resnet()
     for read in (classifier, classifier.features, classifier.feature_map):

@@ -169,7 +169,7 @@ def _layer_table(
         picture = None if entering.picture is None else entering.picture[rows]
         start = Entering(entering.features[rows], picture)
         pictures = synthesis.synthesize_from(layer, start, changed._replace(conv=conv))
-        said.append(classifier(pictures.clamp(-1, 1)))
+        said.append(classifier(pictures.clamp(-1, 1).contiguous(memory_format=torch.channels_last)))
     return torch.cat(said).unflatten(0, shift.shape)
 
 

@@ -13,6 +13,7 @@ or the size M of the style space), Q directions, k kept ones, T steps, n referen
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -182,6 +183,13 @@ class StylEx(ExplainerModule):
                 raise ValueError(f"{name} must be at least 2, got {count}.")
         self.automatic_optimization = False
         self.image_size = image_size or classifier.spec.image_size
+        if self.image_size < 8 or self.image_size & (self.image_size - 1):
+            better = max(8, 2 ** round(math.log2(self.image_size)))
+            raise ValueError(
+                f"StylEx renders pictures whose side is a power of two from 8 on, got {self.image_size}: set "
+                f"image_size of model and data to {better}; the classifier resizes them to its own "
+                f"{classifier.spec.image_size}."
+            )
         switches = PROFILES[profile]
         self.real_label = real_label or switches.real_label
         self.noise_label = noise_label or switches.noise_label
@@ -260,6 +268,19 @@ class StylEx(ExplainerModule):
             return logits.softmax(dim=1)
         return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
 
+    def encode(self, image: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] to latents [B, D], or [B, L, D] in the space "w+".
+
+        Raises:
+            ValueError: If the images have another size than the generator's.
+        """
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"The images are {image.shape[-1]} x {image.shape[-2]} pixels, but the generator renders "
+                f"{self.image_size} x {self.image_size}: set image_size of model and data alike."
+            )
+        return self.encoder(image)
+
     def render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
         """Pictures of moved latents, as they would be saved.
 
@@ -297,8 +318,12 @@ class StylEx(ExplainerModule):
 
     def _judge(self, pictures: Tensor) -> Tensor:
         """The classifier's logits, [B, T, C, H, W] -> [B, T, K]."""
-        logits = torch.cat([self.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
+        logits = torch.cat([self._decide(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
         return logits.unflatten(0, pictures.shape[:2])
+
+    def _decide(self, pictures: Tensor) -> Tensor:
+        # In this layout pooling is several times faster on a CPU, and half precision on a GPU.
+        return self.classifier(pictures.contiguous(memory_format=torch.channels_last))
 
     # Searching
 
@@ -405,7 +430,7 @@ class StylEx(ExplainerModule):
         """What the classifier says of these images after changes; in half precision on a GPU, checked near ties."""
 
         def exact(rows: Tensor, change: Tensor) -> Tensor:
-            return self.classifier(self._render(latent[rows], label[rows], change))
+            return self._decide(self._render(latent[rows], label[rows], change))
 
         if latent.device.type != "cuda":
             return exact
@@ -467,7 +492,7 @@ class StylEx(ExplainerModule):
         predicted, other = logits.argmax(dim=1), runner_up(logits)
         target = self.default_target(logits) if target is None else target
         source = torch.where(target == predicted, other, predicted)
-        latent, label = self.encoder(image), self.label(logits)
+        latent, label = self.encode(image), self.label(logits)
         direction, sign, ranked = self._candidates(source, target)
         assert self._result is not None, "the candidates come from it"
         steps, spread = self._result.steps, self._result.spread
@@ -545,7 +570,7 @@ class StylEx(ExplainerModule):
         iteration = self.trainer.fit_loop.total_batch_idx
         with torch.no_grad():
             logits = self.classifier(image)
-            label, latent = self.label(logits), self.encoder(image)
+            label, latent = self.label(logits), self.encode(image)
         truth = F.one_hot(batch["label"], logits.shape[1]).to(label.dtype)
         real_label = label if self.real_label == "predicted" else truth
         generator_optimizer, critic_optimizer, encoder_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
@@ -645,7 +670,7 @@ class StylEx(ExplainerModule):
         """Measures reconstruction and agreement, keeps the latents, and searches a little after the last batch."""
         image = batch["image"]
         logits = self.classifier(image)
-        latent, label = self.encoder(image), self.label(logits)
+        latent, label = self.encode(image), self.label(logits)
         still = torch.zeros(len(image), 1, self._moved_size(), device=image.device)
         picture = self.render(latent, label, still)[:, 0]
         said = self.classifier(picture)

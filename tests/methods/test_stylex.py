@@ -163,7 +163,7 @@ def test_profiles_switch_and_every_switch_can_be_set() -> None:
         ({"noise_label": "classifier", "conditioning": "w_concat"}, "needs conditioning 'none'"),
         ({"search_space": "pca"}, "search_space must be one of pca_w, sefa_w, pca_s"),
         ({"edited_layers": [9]}, "edited_layers must be convolutions from 0 to 4"),
-        ({"image_size": 20}, "power of two"),
+        ({"image_size": 20}, "power of two from 8 on, got 20: set image_size of model and data to 16"),
         ({"kept_directions": 1}, "kept_directions must be at least 2"),
     ],
 )
@@ -246,6 +246,11 @@ def test_edited_layers_leave_other_slots_alone(fitted: StylEx) -> None:
     moved[:, 2] += change[:, 0]
     expected = model.generator(moved, model.label(logits)).clamp(-1, 1)
     torch.testing.assert_close(model.render(latent, model.label(logits), change)[:, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="are 32 x 32 pixels, but the generator renders 16 x 16"):
+        tiny().explain(torch.zeros(1, 3, 32, 32))
 
 
 def test_only_so_many_images_of_each_class_are_searched() -> None:
