@@ -36,8 +36,9 @@ from cfe_lightning.methods.style_search import coordinate_shifts, coordinate_tab
 from cfe_lightning.methods.stylex import StylEx
 
 SETTINGS = (
-    *((space, "sigma", degree) for space in ("pca_w", "sefa_w", "pca_s") for degree in (0.0, 1.0, 2.0, 4.0)),
-    *(("sefa_w", "abs", degree) for degree in (2.0, 10.0)),
+    *(("pca_w", "sigma", degree) for degree in (0.0, 1.0, 2.0, 4.0)),
+    *((space, "sigma", degree) for space in ("pca_s", "sefa_w") for degree in (2.0, 4.0)),
+    ("sefa_w", "abs", 10.0),
 )
 
 
@@ -83,19 +84,23 @@ def reconstruction(model: StylEx, seen: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def coverage(model: StylEx, seen: dict[str, Tensor], k: int) -> None:
-    """A table of directions and steps: explained share from class 0 and from class 1, and how much pixels change."""
+    """A table of directions and steps: explained share from class 0 and from class 1, and what the best one costs.
+
+    The cost is the mean change of a pixel against the reconstruction, and of the critic's logit (less is less real).
+    """
     chosen = first_of_each_class(seen["logits"].argmax(dim=1), 600)
     latent, logits = seen["latent"][chosen], seen["logits"][chosen]
     reference = model.starting_points()
-    print(f"{'space':8} {'step':>9} {'sigma':>7} {'0 to 1':>8} {'1 to 0':>8} {'first':>12} {'L1':>7}")
+    print(f"{'space':8} {'step':>9} {'sigma':>7} {'0 to 1':>8} {'1 to 0':>8} {'first':>12} {'L1':>7} {'critic':>7}")
     for space, unit, degree in SETTINGS:
         model.search_space, model.degree_unit, model.degree = space, unit, degree
         directions = model.directions(reference[0], model.label(reference[1]))
         result = model.measure(directions, latent, logits)
         ranks = [result.ranking(source, 1 - source, k) for source in (0, 1)]
         first = " ".join(f"{int(r.direction[0])}{'+-'[int(r.sign[0]) < 0]}" if len(r.direction) else "-" for r in ranks)
-        moved = []
+        moved, realism = [], []
         for source, rank in enumerate(ranks):
             mine = result.images(source)[:100]
             if len(rank.direction) and len(mine):
@@ -103,10 +108,13 @@ def coverage(model: StylEx, seen: dict[str, Tensor], k: int) -> None:
                 change = torch.stack([torch.zeros_like(way), way]).expand(len(mine), -1, -1)
                 pictures = model.render(latent[mine], model.label(logits[mine]), change)
                 moved.append(float((pictures[:, 1] - pictures[:, 0]).abs().mean()))
+                label = model.label(logits[mine])
+                start, end = (model.critic(picture, label) for picture in pictures.unbind(dim=1))
+                realism.append(float((end - start).mean()))
         sigma = float((result.steps / result.spread.clamp_min(1e-9)).median())
         print(
             f"{space:8} {degree:5.1f} {unit[:3]} {sigma:7.1f} {ranks[0].covered:8.3f} {ranks[1].covered:8.3f} "
-            f"{first:>12} {sum(moved) / max(1, len(moved)):7.3f}"
+            f"{first:>12} {sum(moved) / max(1, len(moved)):7.3f} {sum(realism) / max(1, len(realism)):7.2f}"
         )
 
 

@@ -65,6 +65,7 @@ class Explanation:
             own rendering of ``image`` before any edit), and for decompositions ``agnostic``, ``distinct`` and
             ``residual``, which sum to ``image``; ``distinct`` and ``residual`` are differences (0 is no change).
         scores: Named numbers per image, each [B].
+        caveats: What a reader has to know of some images, as a clause; and of which, each [B] bool.
 
     Raises:
         ValueError: If a field's shape disagrees with ``image`` and ``logits``; the message names the field.
@@ -81,6 +82,7 @@ class Explanation:
     intended: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    caveats: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.image.ndim != 4:
@@ -97,6 +99,7 @@ class Explanation:
         }
         expected |= {f"parts[{name!r}]": (part, (batch, channels, height, width)) for name, part in self.parts.items()}
         expected |= {f"scores[{name!r}]": (score, (batch,)) for name, score in self.scores.items()}
+        expected |= {f"caveats[{name!r}]": (holds, (batch,)) for name, holds in self.caveats.items()}
         if (self.steps is None) != (self.strengths is None):
             raise ValueError("Explanation.steps and Explanation.strengths must be given together.")
         if self.steps is not None and self.strengths is not None:

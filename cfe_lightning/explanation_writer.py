@@ -133,6 +133,8 @@ class ExplanationWriter(BasePredictionWriter):
                 steps = explanation.steps[index].float().cpu()
                 images.save_animation(steps, self.output.path / folder / f"steps.{self.animation}")
             row |= judged.row(index, classifier.class_names)
+            caveats = [clause for clause, holds in explanation.caveats.items() if bool(holds[index])]
+            row["note"] = "; ".join(filter(None, [row["note"], *caveats])) or None
             row |= {
                 "seconds": _number(seconds),
                 "folder": folder,

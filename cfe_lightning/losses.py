@@ -6,6 +6,7 @@ Shapes: B images, C channels, H, W pixels, K classes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,10 @@ class Lpips:
     def __init__(self, pretrained: bool = True) -> None:
         import lpips
 
-        self.network = lpips.LPIPS(net="alex", pnet_rand=not pretrained, verbose=False).eval().requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls torchvision by older names
+            network = lpips.LPIPS(net="alex", pnet_rand=not pretrained, verbose=False)
+        self.network = network.eval().requires_grad_(False)
 
     def __call__(self, image: Tensor, other: Tensor) -> Tensor:
         """Mean over the batch, images [B, C, H, W] in [-1, 1] with C 1 or 3 and sides from 32 on, []."""

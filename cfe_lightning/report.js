@@ -119,7 +119,7 @@
     row.predicted === row.target ? null : bar("target", row.target, row["p_target_" + when]));
 
   function badge(row) {
-    if (row.predicted === row.target) return el("span", { className: "badge", title: row.note || "" }, "already the target");
+    if (row.predicted === row.target) return el("span", { className: "badge" }, "already the target");
     if (row.flipped === null) return null;
     if (row.flipped !== row.flipped_saved) {
       return el("span", { className: "badge warn" }, row.flipped ? "lost when saved" : "flipped only when saved");
@@ -232,7 +232,7 @@
     if (path) path.classList.toggle("tall", pictures.childElementCount > 4);
     const body = el("div", { className: "card-body" }, pictures, path);
     const node = el("article", { className: "card", id, tabIndex: -1 },
-      el("div", { className: "card-head" }, heading, pair, badge(row), el("span", { className: "measures" }, measures.filter(Boolean).join(" · "))), body);
+      el("div", { className: "card-head" }, heading, pair, badge(row), row.note ? el("span", { className: "caveat" }, row.note) : null, el("span", { className: "measures" }, measures.filter(Boolean).join(" · "))), body);
     node.setAttribute("aria-labelledby", id + "-name");
     node.addEventListener("focusin", () => activate(number, false));
     node.addEventListener("pointerdown", () => activate(number, false));

@@ -26,6 +26,7 @@ def fields(**changes: Any) -> dict[str, Any]:
         "strengths": torch.zeros(2, 6),
         "parts": {"distinct": image},
         "scores": {"psnr": torch.zeros(2)},
+        "caveats": {"it is blurred": torch.tensor([True, False])},
     }
     return complete | changes
 
@@ -72,6 +73,7 @@ def test_the_runner_up_is_never_the_predicted_class() -> None:
             {"parts": {"style_0": torch.zeros(2, 4, 5)}},
             "Explanation.parts['style_0'] must be [2, 1, 4, 5], got [2, 4, 5].",
         ),
+        ({"caveats": {"dark": torch.zeros(3)}}, "Explanation.caveats['dark'] must be [2], got [3]."),
         ({"scores": {"psnr": torch.zeros(())}}, "Explanation.scores['psnr'] must be [2], got []."),
     ],
 )

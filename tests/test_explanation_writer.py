@@ -172,6 +172,20 @@ def test_an_image_that_is_the_target_already_has_nothing_to_flip(tmp_path: Path)
     assert (other["flipped"], other["note"]) == (True, None)
 
 
+def test_caveats_are_noted_for_the_images_that_they_hold_for(tmp_path: Path):
+    given = toy.FixedToyExplainer(toy.toy_classifier(3)).explain(toy.toy_images(3, 3), torch.tensor([0, 0, 0]))
+    given.caveats = {
+        "it is blurred": torch.tensor([True, True, False]),
+        "it is dark": torch.tensor([False, True, False]),
+    }
+    notes = [row["note"] for row in save(tmp_path, given)]
+    assert notes == [
+        "already predicted as the target: nothing to flip; it is blurred",
+        "it is blurred; it is dark",
+        None,
+    ]
+
+
 def test_attributions_alone_leave_counterfactual_cells_empty(tmp_path: Path):
     given = explanation(
         counterfactual=None, counterfactual_logits=None, steps=None, strengths=None, parts={}, scores={}

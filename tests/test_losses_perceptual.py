@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,10 +74,7 @@ def test_as_many_maps_as_references_are_needed() -> None:
 @pytest.fixture(scope="module")
 def lpips() -> Lpips:
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        # It calls torchvision the old way.
-        warnings.simplefilter("ignore")
-        return Lpips(pretrained=False)
+    return Lpips(pretrained=False)
 
 
 def images(channels: int, seed: int, batch: int = 2) -> Tensor:

@@ -362,6 +362,10 @@ class DiffExplainer(ExplainerModule):
                 "faithful": faithful.to(logits.dtype),
                 "inversion_residual": located.residual,
             },
+            caveats={
+                "the rendering alone changes the decision, so another image is explained": ~kept,
+                "the longest edit does not reach the goal": ~found,
+            },
         )
 
     def _meets_goal(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -540,6 +540,11 @@ class StylEx(ExplainerModule):
             strengths=(grid * sigma[winner][:, None]).to(logits.dtype),
             parts={"reconstruction": reconstruction, "redrawn": redrawn, **shown},
             scores={name: value.to(logits.dtype) for name, value in scores.items()},
+            caveats={
+                "the rendering alone changes the decision, so another image is explained": ~kept,
+                "no direction flips it, shown is the one that comes nearest": ~found,
+                "the search found no direction for this pair of classes": ~scores["ranked"].bool(),
+            },
         )
 
     def _shortest(self, latent: Tensor, label: Tensor, way: Tensor, target: Tensor) -> Tensor:
@@ -563,6 +568,21 @@ class StylEx(ExplainerModule):
         return every.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
 
     # Training
+
+    def on_fit_start(self) -> None:
+        """Loads AlexNet before the first batch, where it is wanted.
+
+        Raises:
+            ValueError: If its weights cannot be had.
+        """
+        if self.perceptual_weight and self.perception == "lpips" and not self._lpips:
+            try:
+                self._lpips.append(Lpips())
+            except OSError as error:
+                raise ValueError(
+                    f"AlexNet's weights for LPIPS could not be loaded ({error}): connect to the network once, or "
+                    "compare images by the classifier's own maps with --model.perception classifier."
+                ) from error
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Critic, its penalty, generator, its penalty, then generator and encoder together (the code's order)."""
@@ -661,8 +681,6 @@ class StylEx(ExplainerModule):
             with torch.no_grad():
                 wanted, _ = self.classifier.maps(image, self._shallow)
             return relative_distance(maps, wanted)
-        if not self._lpips:
-            self._lpips.append(Lpips())
         return self._lpips[0](picture, image)
 
     @torch.no_grad()

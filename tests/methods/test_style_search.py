@@ -1,4 +1,4 @@
-"""Analytic tests of ``cfe_lightning.methods.style_search`` (StylEx specification, 8.6: T15 to T18)."""
+"""Analytic tests of ``cfe_lightning.methods.style_search`` and ``style_ranking`` (specification, 8.6: T15 to T18)."""
 
 from __future__ import annotations
 

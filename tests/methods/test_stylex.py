@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +16,7 @@ from toy import STYLEX, ToyData, save_checkpoint, toy_classifier, toy_images, to
 
 from cfe_lightning.callbacks import EMA
 from cfe_lightning.explainer import load_explainer
-from cfe_lightning.losses import r1_penalty
+from cfe_lightning.losses import Lpips, r1_penalty
 from cfe_lightning.methods.style_reference import first_of_each_class
 from cfe_lightning.methods.style_search import direction_table
 from cfe_lightning.methods.style_training import path_lengths
@@ -144,6 +145,25 @@ def test_path_length_can_be_differentiated_again() -> None:
 def test_labels_of_noise(noise_label: str, rows: set[tuple[float, float]]) -> None:
     drawn = tiny(noise_label=noise_label)._draw_labels(torch.tensor([[0.9, 0.1], [0.2, 0.8]] * 20))
     assert {tuple(round(value, 3) for value in row) for row in drawn.tolist()} == rows
+
+
+def test_lpips_compares_images_and_stays_out_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfe_lightning.methods.stylex.Lpips", lambda: Lpips(pretrained=False))
+    torch.manual_seed(0)
+    model = StylEx(toy_classifier(image_size=32), **{**STYLEX, "perception": "lpips"})
+    steps = Steps(model)
+    toy_trainer(tmp_path, max_epochs=1).fit(model, ToyData(image_size=32, num_images=4))
+    assert "perceptual" in steps.logged[0]
+    assert not [name for name in model.state_dict() if "lpips" in name or "alex" in name]
+
+
+def test_weights_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable() -> Lpips:
+        raise URLError("no route")
+
+    monkeypatch.setattr("cfe_lightning.methods.stylex.Lpips", unreachable)
+    with pytest.raises(ValueError, match=r"LPIPS could not be loaded .*no route.* --model.perception classifier"):
+        trained(tiny(perception="lpips"), tmp_path, 1)
 
 
 def test_profiles_switch_and_every_switch_can_be_set() -> None:
@@ -370,6 +390,10 @@ def test_an_image_that_no_direction_flips_is_said_to_be_unexplained() -> None:
     assert unmoved.any()
     assert not explanation.scores["explained"][unmoved].any()
     assert (explanation.scores["directions_that_flip"][unmoved] == 0).all()
+    rendering, nothing, unknown = explanation.caveats.values()
+    assert torch.equal(nothing, unmoved)
+    assert not rendering.any()
+    assert not unknown.any()
 
 
 def test_a_reconstruction_that_is_decided_otherwise_is_no_explanation() -> None:
@@ -379,6 +403,7 @@ def test_a_reconstruction_that_is_decided_otherwise_is_no_explanation() -> None:
     model.encoder.forward = lambda picture: encode(picture) * torch.tensor([-1.0, *[1.0] * 7])  # type: ignore[method-assign]
     explanation = model.explain(image)
     assert not explanation.scores["reconstruction_kept"].any()
+    assert explanation.caveats["the rendering alone changes the decision, so another image is explained"].all()
     assert not explanation.scores["explained"].any()
 
 

@@ -103,7 +103,6 @@ def test_one_shared_kernel_equals_one_kernel_for_every_image(up: bool) -> None:
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="StyledConv.demodulation computes in float32 whatever the layer's precision")
 @pytest.mark.parametrize("up", [False, True])
 def test_a_styled_convolution_can_be_differentiated_twice(up: bool) -> None:
     layer = styled_conv(up, in_channels=2, size=4).double()
@@ -113,6 +112,21 @@ def test_a_styled_convolution_can_be_differentiated_twice(up: bool) -> None:
     style = torch.randn(2, 2, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(layer, [x, style])
     assert torch.autograd.gradgradcheck(layer, [x, style])
+
+
+@torch.no_grad()
+def test_half_precision_leaves_demodulation_and_pictures_alone() -> None:
+    network = generator()
+    _, styles = drawn(network)
+    layer, style = network.synthesis.convs[1], styles.conv[1]
+    exact, picture = layer.demodulation(style), network.synthesis(styles)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.demodulation(style), exact)
+        rough, entering = network.synthesis.trace(styles)
+    torch.testing.assert_close(layer.demodulation(style.bfloat16()), exact, atol=0, rtol=0.02)
+    assert all(step.picture is None or step.picture.dtype == torch.float32 for step in entering)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - picture).abs().max() < 0.1 * picture.abs().max()
 
 
 def test_what_paints_is_not_demodulated() -> None:
