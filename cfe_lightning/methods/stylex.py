@@ -68,7 +68,7 @@ _CHUNK = 128
 _LEAD = 0.02
 #: Pictures per round of the search for the shortest way.
 _POINTS = 8
-#: Reference images of a validation's quick search.
+#: Images per class of a quick search during training.
 _QUICK = 64
 
 
@@ -181,6 +181,12 @@ class StylEx(ExplainerModule):
         for name, count in (counts | {"kept_directions": kept_directions, "reference_size": reference_size}).items():
             if count < 2:
                 raise ValueError(f"{name} must be at least 2, got {count}.")
+        if degree <= 0:
+            raise ValueError(f"degree must be positive, got {degree}.")
+        if edited_layers is not None and search_space == "pca_s":
+            raise ValueError(
+                "edited_layers chooses slots of the latent: use pca_w or sefa_w as search_space, or leave it."
+            )
         self.automatic_optimization = False
         self.image_size = image_size or classifier.spec.image_size
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
@@ -331,7 +337,9 @@ class StylEx(ExplainerModule):
     def survey(self) -> dict[str, Any]:
         """Searches the directions of all pairs of classes from the reference in the checkpoint, as plain data."""
         if self._result is None:
-            self.adopt(self.search().to_plain())
+            # A sample grid in the middle of training shows where it stands; all images would hold it up.
+            fitting = self._trainer is not None and self.trainer.training
+            self.adopt(self.search(_QUICK if fitting else None).to_plain())
         assert self._result is not None, "adopted above"
         return self._result.to_plain()
 
@@ -340,12 +348,13 @@ class StylEx(ExplainerModule):
         self._result = SearchResult.from_plain(survey, self.device)
         self._ranks = None
 
-    def atlas(self) -> Atlas:
-        """The best directions of every pair of classes on a few reference images, drawn."""
+    def atlas(self) -> Atlas | None:
+        """The best directions of every pair of classes on a few reference images, drawn; None where there are none."""
         self.survey()
         assert self._result is not None, "surveyed above"
         latent, logits = self.starting_points()
-        return draw_atlas(self, self._result, latent, logits, self.reference.masks)
+        atlas = draw_atlas(self, self._result, latent, logits, self.reference.masks)
+        return atlas if atlas.pairs else None
 
     def starting_points(self) -> tuple[Tensor, Tensor]:
         """Latents of the reference, [n, D] or [n, L, D], and the classifier's logits of its images [n, K].

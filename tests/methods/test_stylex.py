@@ -184,6 +184,8 @@ def test_profiles_switch_and_every_switch_can_be_set() -> None:
         ({"search_space": "pca"}, "search_space must be one of pca_w, sefa_w, pca_s"),
         ({"edited_layers": [9]}, "edited_layers must be convolutions from 0 to 4"),
         ({"image_size": 20}, "power of two from 8 on, got 20: set image_size of model and data to 16"),
+        ({"degree": 0.0}, "degree must be positive, got 0.0"),
+        ({"edited_layers": [1], "search_space": "pca_s"}, "edited_layers chooses slots of the latent"),
         ({"kept_directions": 1}, "kept_directions must be at least 2"),
     ],
 )
@@ -442,7 +444,11 @@ def test_the_atlas_shows_the_direction_towards_the_target() -> None:
     model = planted()
     model.reference.masks[:, :, :8] = True
     atlas = model.atlas()
+    assert atlas is not None
     assert [(pair.source, pair.target) for pair in atlas.pairs] == [("stripe 0", "stripe 1"), ("stripe 1", "stripe 0")]
+    unmoved = planted()
+    unmoved.degree = 0.0
+    assert unmoved.atlas() is None
     for pair in atlas.pairs:
         best = pair.directions[0]
         towards = best.probabilities if best.step > 0 else best.probabilities.flip(1)
