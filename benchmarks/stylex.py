@@ -5,10 +5,9 @@
     python benchmarks/stylex.py --timing 64 256
 
 Without ``--root`` the built-in shapes. Directions come from the reference in the checkpoint (validation images),
-coverage
-from images of the split, up to 600 of each class; only those count whose reconstruction is decided as the
-image. L1 on [-1, 1]. ``--search`` compares EigenFind and AttFind on the same images, and both with a plain loop over
-images, directions and signs on a subset. ``--timing`` times untrained networks with the published numbers of channels.
+coverage from images of the split, up to ``--images`` of each class; only those count whose reconstruction is decided as
+the image. L1 on [-1, 1]. ``--search`` compares EigenFind and AttFind on the same images, and both with a plain loop
+over images, directions and signs on a subset. ``--timing`` times untrained networks with the published channels.
 """
 
 from __future__ import annotations
@@ -85,12 +84,12 @@ def reconstruction(model: StylEx, seen: dict[str, Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def coverage(model: StylEx, seen: dict[str, Tensor], k: int) -> None:
+def coverage(model: StylEx, seen: dict[str, Tensor], k: int, per_class: int) -> None:
     """A table of directions and steps: explained share from class 0 and from class 1, and what the best one costs.
 
     The cost is the mean change of a pixel against the reconstruction, and of the critic's logit (less is less real).
     """
-    chosen = first_of_each_class(seen["logits"].argmax(dim=1), 600)
+    chosen = first_of_each_class(seen["logits"].argmax(dim=1), per_class)
     latent, logits = seen["latent"][chosen], seen["logits"][chosen]
     reference = model.starting_points()
     print(f"{'space':8} {'step':>9} {'sigma':>7} {'0 to 1':>8} {'1 to 0':>8} {'first':>12} {'L1':>7} {'critic':>7}")
@@ -259,7 +258,7 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=8, help="directions kept, k")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--share", type=float, default=1.0, help="of the way to a style's extreme; the authors: 2.5")
-    parser.add_argument("--images", type=int, default=300, help="per class, of --search; altogether of --timing")
+    parser.add_argument("--images", type=int, default=300, help="per class; altogether of --timing")
     parser.add_argument("--looped", type=int, default=4, help="images of the plain loop")
     parser.add_argument("--grid", type=Path, help="also draw examples of the first checkpoint into this file")
     parser.add_argument("--timing", type=int, nargs="+", metavar="SIZE", default=[])
@@ -276,7 +275,7 @@ def main() -> None:
         if options.search:
             search(model, seen, options.kept, options.share, options.images, options.looped)
         else:
-            coverage(model, seen, options.kept)
+            coverage(model, seen, options.kept, options.images)
 
 
 if __name__ == "__main__":
