@@ -88,11 +88,12 @@ def rank_directions(
         flips: See ``effects``, [n, Q, 2].
         k: Longest list.
         reaverage: Average over the images that are still unexplained before every choice, as StylEx does.
-        both_signs: A direction may be chosen once for either sign; otherwise for its better one.
+        both_signs: A direction may be chosen once for either sign; otherwise for the better one over all images.
         scoring: In "paper_code" directions that help both ways are inconsistent and left out; signs are free.
 
     Returns:
-        At most k directions with a positive mean effect; ties go to the lower index.
+        At most k directions with a positive mean effect; ties go to the lower index. The list goes on when all images
+        are explained, because what else moves the decision is worth knowing; not where averages are of what remains.
     """
     num_images, num_directions, _ = score.shape
     mean = score.double().mean(dim=0) if num_images else score.new_zeros(num_directions, 2).double()
@@ -106,7 +107,9 @@ def rank_directions(
     explained_by = torch.full((num_images,), -1, device=score.device)
     picked: list[tuple[int, int, float, int, int]] = []
     while len(picked) < k and num_images:
-        if reaverage and bool(remaining.any()):
+        if reaverage:
+            if not bool(remaining.any()):
+                break
             mean = score[remaining].double().mean(dim=0)
         best = torch.where(allowed, mean, -torch.inf).flatten()
         place = int(best.argmax())
@@ -154,7 +157,10 @@ def accumulated_choice(score: Tensor, k: int = 8, enough: float = 1.0) -> list[t
 
 
 def stable_images(score: Tensor, limit: float = 2.0, entries: int = 750) -> Tensor:
-    """Images that no more than ``entries`` edits move by more than ``limit`` logits, [n, Q, 2] -> [n] bool (StylEx)."""
+    """Images that no more than ``entries`` edits move by more than ``limit`` logits, [n, Q, 2] -> [n] bool (StylEx).
+
+    StylEx counts the entries of all classes together, here those of one score: half as many for two classes.
+    """
     return (score.abs() > limit).sum(dim=(1, 2)) <= entries
 
 

@@ -181,6 +181,7 @@ def rechecked(rough: Judge, exact: Judge) -> Judge:
         top = logits.softmax(dim=1).topk(2, dim=1).values
         near = ((top[:, 0] - top[:, 1]) <= 2 * _NEAR).nonzero().squeeze(1)
         if len(near):
+            logits = logits.clone()  # the rough judge may keep its own
             logits[near] = exact(rows[near], change[near])
         return logits
 
@@ -202,10 +203,11 @@ def smallest_subset(
 
     Returns:
         Edits in the order of their effects [n, most], and the number of the first ones that are needed [n]; 0 where
-        ``most`` are not enough.
+        ``most`` are not enough. Edits that do not speak for the target are left out.
     """
     order = score.argsort(dim=1, descending=True, stable=True)[:, :most]
-    together = changes.gather(1, order[:, :, None].expand(-1, -1, changes.shape[2])).cumsum(dim=1)
+    helpful = changes * (score > 0)[:, :, None]
+    together = helpful.gather(1, order[:, :, None].expand(-1, -1, changes.shape[2])).cumsum(dim=1)
     num_images, length = order.shape
     rows = torch.arange(num_images, device=order.device).repeat_interleave(length)
     logits = judge(rows, together.flatten(0, 1))

@@ -427,6 +427,16 @@ def test_the_cover_of_a_table_made_by_hand(
     assert shorter.covered == pytest.approx(sum(newly[:2]) / 5)
 
 
+@pytest.mark.parametrize(("reaverage", "listed"), [(False, [0, 1]), (True, [0])])
+def test_a_list_goes_on_when_all_is_explained_unless_what_remains_is_averaged(
+    reaverage: bool, listed: list[int]
+) -> None:
+    score = from_columns([4.0, 4.0], [1.0, 3.0])
+    ranking = rank_directions(score, score > 3.5, reaverage=reaverage)
+    assert ranking.direction.tolist() == listed
+    assert ranking.newly.tolist() == [2, 0][: len(listed)]
+
+
 @pytest.mark.parametrize("reaverage", [False, True])
 @pytest.mark.parametrize("both_signs", [False, True])
 def test_more_directions_never_explain_less(reaverage: bool, both_signs: bool) -> None:
@@ -548,6 +558,15 @@ def test_the_smallest_subset_of_a_linear_classifier(most: int, order: list[int],
     found, needed = smallest_subset(judge, changes, gains.expand(5, 4), target, most)
     assert found.tolist() == [order] * 5
     assert needed.tolist() == counts
+
+
+def test_edits_that_speak_against_the_target_join_no_subset() -> None:
+    # The second edit would flip the image although its own effect was measured as harmful.
+    score = torch.tensor([[1.0, -1.0]])
+    changes = torch.tensor([[[1.0], [9.0]]])
+    judge = linear_judge(torch.tensor([-2.0]), torch.ones(1))
+    _, needed = smallest_subset(judge, changes, score, torch.ones(1, dtype=torch.int64))
+    assert needed.tolist() == [0]
 
 
 def test_every_image_has_an_order_of_its_own() -> None:

@@ -424,7 +424,7 @@ def test_latents_have_the_size_of_the_specification() -> None:
     torch.manual_seed(0)
     network = MappingNetwork(512, 512, 8)
     w = network(torch.randn(64, 512))
-    assert w.norm(dim=1).mean().item() == pytest.approx(24, abs=3)
+    assert w.norm(dim=1).mean().item() == pytest.approx(24, abs=6)
     assert all(layer.lr_mul == 0.01 for layer in network.layers)
 
 
