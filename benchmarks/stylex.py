@@ -221,15 +221,25 @@ def untrained_classifier(size: int) -> FrozenClassifier:
 
 
 @torch.no_grad()
-def timing(sizes: list[int], images: int) -> None:
-    """Untrained networks with the published channels: seconds of both searches."""
+def timing(sizes: list[int], images: int, k: int, base: int, max_width: int) -> None:
+    """Untrained networks: seconds of both searches over the same images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for size in sizes:
-        model = StylEx(untrained_classifier(size), image_size=size, reference_size=images).to(device).eval()
+        shape: dict[str, Any] = {"image_size": size, "base": base, "max_width": max_width}
+        model = StylEx(
+            untrained_classifier(size), reference_size=images, search_space="sefa_w", search_directions=k, **shape
+        )
+        model = model.to(device).eval()
         latent, logits = model.starting_points()
         directions = model.directions(latent, model.label(logits))
+        model.measure(directions, latent[:2], logits[:2], 64)
         result = model.measure(directions, latent, logits, 64)
-        print(f"{size} px, {device}: EigenFind {len(latent)} images {result.forward_passes} in {result.seconds:.1f} s")
+        table, seconds = attfind(model, latent, logits, 1.0)
+        print(
+            f"{size} px, {device}, {len(latent)} images: EigenFind {result.forward_passes} pictures, "
+            f"{result.seconds:.1f} s; AttFind {table.shape[2]} styles, {table.shape[:3].numel()} pictures, "
+            f"{seconds:.1f} s; {seconds / result.seconds:.0f} times the seconds"
+        )
 
 
 def draw(model: StylEx, seen: dict[str, Tensor], path: Path, rows: int = 8) -> None:
@@ -262,8 +272,10 @@ def main() -> None:
     parser.add_argument("--looped", type=int, default=4, help="images of the plain loop")
     parser.add_argument("--grid", type=Path, help="also draw examples of the first checkpoint into this file")
     parser.add_argument("--timing", type=int, nargs="+", metavar="SIZE", default=[])
+    parser.add_argument("--base", type=int, default=32768, help="channels of --timing, see StylEx")
+    parser.add_argument("--max-width", type=int, default=512)
     options = parser.parse_args()
-    timing(options.timing, options.images)
+    timing(options.timing, options.images, options.kept, options.base, options.max_width)
     for checkpoint in options.checkpoint:
         model = load_explainer(checkpoint)
         assert isinstance(model, StylEx), "this benchmark is about StylEx"
