@@ -126,7 +126,12 @@ def test_a_method_does_not_import_another() -> None:
     parts = {
         "dxai": {"dxai_blending"},
         "stylex": {
-            "style_atlas", "style_ranking", "style_reference", "style_search", "style_training", "step_search",
+            "style_atlas",
+            "style_ranking",
+            "style_reference",
+            "style_search",
+            "style_training",
+            "step_search",
         },
         "style_atlas": {"style_ranking"},
         "style_training": {"style_ranking"},
