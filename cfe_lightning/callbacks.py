@@ -67,7 +67,8 @@ class EMA(WeightAveraging):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps what a validation has stored in buffers: it belongs to the average and to the model that goes on."""
         super().on_validation_epoch_end(trainer, pl_module)
-        if self._average_model is not None:
+        # Before the first batch the average may know less than the model, which a method can have fitted already.
+        if self._average_model is not None and not trainer.sanity_checking:
             for current, averaged in zip(pl_module.buffers(), self._average_model.module.buffers(), strict=True):
                 current.data.copy_(averaged.data)
 

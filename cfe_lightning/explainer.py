@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import inspect
 from abc import ABC, abstractmethod
@@ -173,6 +174,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint written by train.py.")
     return checkpoint
+
+
+def sha256_of(path: Path) -> str:
+    """The digest that tells one checkpoint from all others, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def strip_checkpoint(source: Path, destination: Path) -> None:

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from cfe_lightning.atlas import write_atlas
-from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explainer import ExplainerModule, sha256_of
 
 _log = logging.getLogger(__name__)
 
@@ -24,56 +24,59 @@ def survey_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}.survey.pt")
 
 
-class SurveyFile(pl.Callback):
-    """Gives an explainer its survey before the first image, from the file or by making it, and draws the atlas.
+def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
+    """Gives an explainer its survey: from the file beside its checkpoint, or made now and kept there.
 
-    The first process does it; the others read what it wrote. A survey counts only for the very checkpoint, arguments
-    and version that it was made with.
+    A survey counts only for the very checkpoint, arguments and version that it was made with.
+
+    Args:
+        explainer: On the device where it is to be made, in eval mode.
+        checkpoint: The file that it came from.
+    """
+    version = importlib.metadata.version("cfe-lightning")
+    told = json.dumps([sha256_of(checkpoint), version, dict(explainer.hparams)], sort_keys=True)
+    made_from = hashlib.sha256(told.encode()).hexdigest()
+    path = survey_path(checkpoint)
+    kept = _read(path)
+    if kept.get("made_from") == made_from:
+        explainer.adopt(kept["survey"])
+        return
+    survey = explainer.survey()
+    if survey is not None:
+        _write(path, {"made_from": made_from, "survey": survey})
+
+
+class SurveyFile(pl.Callback):
+    """Provides the survey before the first image and draws the atlas; the first process does it, the others read.
 
     Args:
         checkpoint: The file that the explainer came from.
-        sha256: Of that file.
         output: Where ``atlas.json`` goes, if the explainer has an atlas.
     """
 
-    def __init__(self, checkpoint: Path, sha256: str, output: Path) -> None:
-        self.path = survey_path(checkpoint)
-        self.sha256 = sha256
+    def __init__(self, checkpoint: Path, output: Path) -> None:
+        self.checkpoint = checkpoint
         self.output = output
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On the explainer's device, before any image."""
         assert isinstance(pl_module, ExplainerModule), "explain.py loads nothing else"
         if trainer.is_global_zero:
-            self._provide(pl_module)
+            provide_survey(pl_module, self.checkpoint)
             if not (self.output / "atlas.json").is_file() and (atlas := pl_module.atlas()) is not None:
                 write_atlas(atlas, self.output)
         trainer.strategy.barrier("survey made")
         if not trainer.is_global_zero:
-            self._provide(pl_module)
+            provide_survey(pl_module, self.checkpoint)
 
-    def _provide(self, explainer: ExplainerModule) -> None:
-        made_from = self._made_from(explainer)
-        kept = _read(self.path)
-        if kept.get("made_from") == made_from:
-            explainer.adopt(kept["survey"])
-            return
-        survey = explainer.survey()
-        if survey is not None:
-            self._write({"made_from": made_from, "survey": survey})
 
-    def _made_from(self, explainer: ExplainerModule) -> str:
-        version = importlib.metadata.version("cfe-lightning")
-        told = json.dumps([self.sha256, version, dict(explainer.hparams)], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
-
-    def _write(self, content: dict[str, Any]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        try:
-            torch.save(content, temporary)
-            temporary.replace(self.path)
-        except OSError as error:
-            _log.warning("The survey could not be kept beside the checkpoint (%s): the next run makes it again.", error)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning("The survey could not be kept beside the checkpoint (%s): the next run makes it again.", error)
 
 
 def _read(path: Path) -> dict[str, Any]:

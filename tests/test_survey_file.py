@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from toy import STYLEX, ToyData, toy_classifier, toy_trainer
 
 from cfe_lightning import images
-from cfe_lightning.cli import explain
+from cfe_lightning.cli import evaluate, explain
+from cfe_lightning.explainer import load_explainer
 from cfe_lightning.methods.stylex import StylEx
-from cfe_lightning.survey_file import survey_path
+from cfe_lightning.survey_file import provide_survey, survey_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,6 +73,21 @@ def test_directions_are_searched_once(run: Any, tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == before
     assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
     assert (tmp_path / "second" / "atlas.json").read_text() == (tmp_path / "first" / "atlas.json").read_text()
+
+
+def test_evaluating_reads_what_explaining_has_kept(run: Any, tmp_path: Path) -> None:
+    assert run("first") == 1
+    explainer = load_explainer(tmp_path / "best.ckpt", ["toy"])
+    explainer.search = lambda *_, **__: pytest.fail("searched again")  # type: ignore[method-assign, assignment]
+    provide_survey(explainer, tmp_path / "best.ckpt")
+    assert explainer.explain(ToyData().dataset("test")[0]["image"][None]).flipped is not None
+    config = {"data": {"class_path": "toy.ToyData", "init_args": {}}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
+    paths = {"checkpoint": "best.ckpt", "data": "toy.yaml", "output": "table"}
+    arguments = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
+    before = survey_path(tmp_path / "best.ckpt").stat().st_mtime_ns
+    assert evaluate.main([*arguments, "--device", "cpu", "--trusted", "toy", "--limit", "4"]) == 0
+    assert survey_path(tmp_path / "best.ckpt").stat().st_mtime_ns == before
 
 
 def test_other_settings_or_another_checkpoint_search_anew(run: Any, tmp_path: Path) -> None:

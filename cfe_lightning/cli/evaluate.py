@@ -138,8 +138,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -> dict[str, ExplainerModule]:
     """The explainers by the names of their runs."""
     from cfe_lightning.explainer import load_explainer
+    from cfe_lightning.survey_file import provide_survey
 
     explainers = [load_explainer(path, trusted).to(device) for path in paths]
+    for explainer, path in zip(explainers, paths, strict=True):
+        provide_survey(explainer, path)
     plain = [path.resolve().parent.name if path.stem in ("best", "last") else path.stem for path in paths]
     full = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
     names = [short if plain.count(short) == 1 else long for short, long in zip(plain, full, strict=True)]
@@ -281,10 +284,12 @@ def _settings(
     section: dict[str, Any],
 ) -> dict[str, Any]:
     """How the numbers came about; equal hashes mean equal settings."""
+    from cfe_lightning.explainer import sha256_of
+
     judges = {name: (judge or explainer.classifier).fingerprint() for name, explainer in checkpoints.items()}
     settings = {
         "protocol": "population all unless a metric says otherwise; intervals 95 %",
-        "checkpoints": {name: _sha256(path) for name, path in zip(checkpoints, options.checkpoint, strict=True)},
+        "checkpoints": {name: sha256_of(path) for name, path in zip(checkpoints, options.checkpoint, strict=True)},
         "judged_by": judges,
         "data": section,
         "split": options.split,
@@ -296,11 +301,6 @@ def _settings(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     plain = json.loads(json.dumps(settings, default=str))
     return {"version": importlib.metadata.version("cfe-lightning"), **plain, "config_hash": digest}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _device(asked: str) -> torch.device:

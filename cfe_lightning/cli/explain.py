@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import logging
 import sys
@@ -150,7 +149,7 @@ def _explain(options: argparse.Namespace) -> int:
         num_workers=options.num_workers,
     )
     callbacks = [
-        SurveyFile(options.checkpoint, _digest(options.checkpoint), output.path),
+        SurveyFile(options.checkpoint, output.path),
         ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation),
     ]
     _predict(options, explainer, stream, callbacks)
@@ -262,16 +261,13 @@ def _missing(names: list[str], options: argparse.Namespace, output: OutputFolder
     return [group[i : i + size] for group in (new, failed) for i in range(0, len(group), size)]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str, Any]:
     """What makes two runs the same; the batch size and the devices are free to change."""
+    from cfe_lightning.explainer import sha256_of
+
     kind = type(explainer)
     return {
-        "checkpoint_sha256": _digest(options.checkpoint),
+        "checkpoint_sha256": sha256_of(options.checkpoint),
         "method": f"{kind.__module__}.{kind.__qualname__}",
         "version": importlib.metadata.version("cfe-lightning"),
         "classes": list(explainer.classifier.class_names),
