@@ -41,15 +41,13 @@ from cfe_lightning.methods.semantic_agent import (
     travelled,
     unit_step,
 )
-from cfe_lightning.methods.step_search import smallest_step
+from cfe_lightning.methods.step_search import leads, smallest_step
 from cfe_lightning.networks.diffusion_process import Sampler, check_steps
 
 _log = logging.getLogger(__name__)
 
 #: Pictures decoded at a time: bounds the memory whatever the number of steps.
 _CHUNK = 128
-#: By how much the target's probability must lead: on the threshold itself rounding decides.
-_LEAD = 0.02
 #: A reconstruction whose predicted class lost or won more probability than this is another image to the classifier.
 _FAITHFUL = 0.1
 #: Distances, in standard deviations of the codes, at which the metrics are compared.
@@ -370,12 +368,10 @@ class DiffExplainer(ExplainerModule):
 
     def _meets_goal(self, logits: Tensor, target: Tensor) -> Tensor:
         """Whether the classifier is as sure of the targets [B] as asked, logits [B, T, K] -> [B, T]."""
-        p = logits.softmax(dim=2)
-        asked = target[:, None, None].expand(-1, p.shape[1], 1)
-        mine = p.gather(2, asked).squeeze(2)
-        if self.confidence is not None:
-            return mine >= self.confidence
-        return mine >= p.scatter(2, asked, 0.0).amax(dim=2) + _LEAD
+        if self.confidence is None:
+            return leads(logits, target)
+        asked = target[:, None, None].expand(-1, logits.shape[1], 1)
+        return logits.softmax(dim=2).gather(2, asked).squeeze(2) >= self.confidence
 
     # Training
 

@@ -28,7 +28,7 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, decides_for, runner_up
 from cfe_lightning.losses import Lpips, kl_between_logits, path_length_penalty, relative_distance
-from cfe_lightning.methods.step_search import smallest_step
+from cfe_lightning.methods.step_search import leads, smallest_step
 from cfe_lightning.methods.style_atlas import draw_atlas
 from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table, target_margin
 from cfe_lightning.methods.style_reference import Reference, first_of_each_class
@@ -64,8 +64,6 @@ Perception = Literal["classifier", "lpips", "none"]
 
 #: Pictures synthesised at a time while explaining and searching: bounds the memory whatever is asked.
 _CHUNK = 128
-#: By how much the target's probability must lead: on the boundary itself saving as 8 bit would decide.
-_LEAD = 0.02
 #: Pictures per round of the search for the shortest way.
 _POINTS = 8
 #: Images per class of a quick search during training.
@@ -509,13 +507,16 @@ class StylEx(ExplainerModule):
 
         whole = self.render(latent, label, change)
         said = self._judge(whole)
-        flips = self._flips(said, target)
+        flips = leads(said, target)
         found = flips.any(dim=1)
         nearest = self._target_margins(said, target).argmax(dim=1)
         rank = torch.where(found, flips.to(torch.int8).argmax(dim=1), nearest)
         rows = torch.arange(len(image), device=image.device)
         way = change[rows, rank]
-        share = self._shortest(latent, label, way, target) if self.smallest else torch.ones_like(way[:, 0])
+        share = torch.ones_like(way[:, 0])
+        if self.smallest:
+            # What is predicted already needs no step, and is shown the whole one.
+            share = torch.where(target == predicted, share, self._shortest(latent, label, way, target))
         grid = torch.linspace(0, 1, self.num_steps, device=image.device)
         # The counterfactual is one more picture of the same batch.
         shares = torch.cat([grid.expand(len(image), -1), share[:, None]], dim=1)
@@ -561,15 +562,9 @@ class StylEx(ExplainerModule):
 
         def reached(share: Tensor, rows: Tensor) -> Tensor:
             pictures = self.render(latent[rows], label[rows], share[:, :, None] * way[rows, None])
-            return self._flips(self._judge(pictures), target[rows])
+            return leads(self._judge(pictures), target[rows])
 
         return smallest_step(reached, torch.ones_like(way[:, 0]), points=_POINTS, rounds=1)[0]
-
-    def _flips(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Whether the classifier clearly decides for the targets [B], logits [B, T, K] -> [B, T]."""
-        p = logits.softmax(dim=2)
-        asked = target[:, None, None].expand(-1, p.shape[1], 1)
-        return p.gather(2, asked).squeeze(2) >= p.scatter(2, asked, 0.0).amax(dim=2) + _LEAD
 
     def _target_margins(self, logits: Tensor, target: Tensor) -> Tensor:
         """``target_margin`` for another target in every row, [B, T, K] -> [B, T]."""
