@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
         explainer: On the device where it is to be made, in eval mode.
         checkpoint: The file that it came from.
     """
+    if type(explainer).survey is ExplainerModule.survey:
+        return
     version = importlib.metadata.version("cfe-lightning")
     told = json.dumps([sha256_of(checkpoint), version, dict(explainer.hparams)], sort_keys=True)
     made_from = hashlib.sha256(told.encode()).hexdigest()
@@ -41,9 +44,11 @@ def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
     if kept.get("made_from") == made_from:
         explainer.adopt(kept["survey"])
         return
-    survey = explainer.survey()
-    if survey is not None:
-        _write(path, {"made_from": made_from, "survey": survey})
+    sys.stderr.write(
+        f"{type(explainer).__name__} searches what moves the classifier as a whole, once for this checkpoint and these "
+        f"settings (kept as {path.name})\n"
+    )
+    _write(path, {"made_from": made_from, "survey": explainer.survey()})
 
 
 class SurveyFile(pl.Callback):

@@ -63,13 +63,15 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows if "name" in row]
 
 
-def test_directions_are_searched_once(run: Any, tmp_path: Path) -> None:
+def test_directions_are_searched_once(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("first") == 1
+    assert "StylEx searches what moves the classifier as a whole, once" in capsys.readouterr().err
     kept = survey_path(tmp_path / "best.ckpt")
     assert kept.name == "best.survey.pt"
     assert {"made_from", "survey"} == torch.load(kept, weights_only=True).keys()
     before = kept.stat().st_mtime_ns
     assert run("second") == 0
+    assert "searches" not in capsys.readouterr().err
     assert kept.stat().st_mtime_ns == before
     assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
     assert (tmp_path / "second" / "atlas.json").read_text() == (tmp_path / "first" / "atlas.json").read_text()
