@@ -70,8 +70,7 @@ def encoded(model: StylEx, data: ImageData, split: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reconstruction(model: StylEx, seen: dict[str, Tensor]) -> dict[str, float]:
-    still = torch.zeros(len(seen["image"]), 1, model._moved_size())
-    picture = model.render(seen["latent"], model.label(seen["logits"]), still)[:, 0]
+    picture = model.reconstruct(seen["latent"], model.label(seen["logits"]))
     said = torch.cat([model.classifier(chunk) for chunk in picture.split(100)])
     same = said.argmax(dim=1) == seen["logits"].argmax(dim=1)
     return {

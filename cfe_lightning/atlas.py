@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.manifest import ATLAS_PICTURE, ATLAS_SCHEMA
 
-SCHEMA = 1
 #: Sides that a cell of a picture has at least, in pixels; smaller images are enlarged by a whole factor.
 SMALLEST_CELL = 48
-#: Pictures that a writer has left, whole or not.
-_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -149,9 +146,9 @@ def write_atlas(atlas: Atlas, output: Path) -> None:
     pairs = [_write_pair(pair, index, output) for index, pair in enumerate(atlas.pairs)]
     written = {output / direction["file"] for pair in pairs for direction in pair["directions"]}
     for stale in set(folder.iterdir()) - written:
-        if _PICTURE.fullmatch(stale.name):
+        if ATLAS_PICTURE.fullmatch(stale.name):
             stale.unlink()
-    content = {"schema": SCHEMA, "title": atlas.title, "note": atlas.note, "pairs": pairs}
+    content = {"schema": ATLAS_SCHEMA, "title": atlas.title, "note": atlas.note, "pairs": pairs}
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)

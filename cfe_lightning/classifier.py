@@ -174,6 +174,10 @@ class FrozenClassifier(nn.Module):
         """Logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
         return self._exclusive(self.network(self.prepare(image)))
 
+    def along(self, path: Tensor, at_once: int = 128) -> Tensor:
+        """Logits of every picture of paths, [B, T, C, H, W] -> [B, T, K]; so many at a time, to bound the memory."""
+        return torch.cat([self(part) for part in path.flatten(0, 1).split(at_once)]).unflatten(0, path.shape[:2])
+
     def features(self, image: Tensor) -> Tensor:
         """The head's input, [B, C, H, W] -> [B, D].
 

@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SCHEMA = 1
+#: Of atlas.json, and the pictures beside it that a writer has left, whole or not.
+ATLAS_SCHEMA = 1
+ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 #: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
 COLUMNS = (
     *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
@@ -41,7 +44,6 @@ Source = list[int]
 
 _OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images", "atlas.json", "atlas")
 _PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|part_.+)\.png|\..+\.part")
-_ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _LONGEST_COMPONENT = 80
@@ -173,7 +175,7 @@ class OutputFolder:
 
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
-        for folder, picture in (("images", _PICTURE), ("atlas", _ATLAS_PICTURE)):
+        for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE)):
             for directory, _, names in os.walk(self.path / folder, topdown=False):
                 for name in names:
                     if picture.fullmatch(name):

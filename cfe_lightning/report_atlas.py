@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_SCHEMA = 1
+from cfe_lightning.manifest import ATLAS_SCHEMA
+
 #: The only files that an atlas may name: what it says becomes an address in the page.
 _FILE = re.compile(r"atlas/\d+-\d+\.png")
 #: Longest side of a picture as shown, in pixels of the page.
@@ -37,8 +38,8 @@ def read_atlas(path: Path) -> dict[str, Any] | None:
         return None
     try:
         atlas = json.loads(path.read_text(encoding="utf-8"))
-        if atlas["schema"] != _SCHEMA:
-            raise ValueError(f"its schema is {atlas['schema']!r}, this version reads {_SCHEMA}")
+        if atlas["schema"] != ATLAS_SCHEMA:
+            raise ValueError(f"its schema is {atlas['schema']!r}, this version reads {ATLAS_SCHEMA}")
         pairs = [_pair(pair, f"atlas-{index}") for index, pair in enumerate(atlas["pairs"])]
         num_rows = max((len(direction["rows"]) for pair in pairs for direction in pair["directions"]), default=0)
         return {"title": _text(atlas["title"]), "note": _text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}

@@ -5,7 +5,6 @@ The files are those of torchvision's layout, read without its checksums, so a su
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ from typing import get_args
 
 import torchvision.datasets
 
-from cfe_lightning.data.image_data import ImageData, Split, check_groups
+from cfe_lightning.data.image_data import ImageData, Split, check_groups, nearest_names
 from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable
 from cfe_lightning.images import find_images
 
@@ -167,8 +166,7 @@ def _read_attribute(table: Path, attribute: str) -> dict[str, int]:
     # The .csv names the first column too, the .txt does not.
     attributes = header[1:] if table.suffix == ".csv" else header
     if attribute not in attributes:
-        lower = {name.lower(): name for name in attributes}
-        near = [lower[name] for name in difflib.get_close_matches(attribute.lower(), list(lower), n=3, cutoff=0.5)]
+        near = nearest_names(attribute, attributes, 3)
         raise ValueError(
             f"CelebA has no attribute {attribute!r}: "
             + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(attributes)}.")

@@ -6,19 +6,21 @@ Source: Irvin et al. 2019 (the tables); StylEx's specification, sections 7.1 and
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop
-
-from cfe_lightning import images
-from cfe_lightning.data.image_data import ImageData, Split, check_fractions, check_groups, split_by_group
+from cfe_lightning.data.image_data import (
+    ImageData,
+    Split,
+    check_fractions,
+    check_groups,
+    nearest_names,
+    split_by_group,
+)
 from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable, take_turns
 
 Uncertain = Literal["zeros", "ones", "ignore"]
@@ -155,29 +157,14 @@ class CheXpert(ImageData):
         return self._datasets[split]
 
     def _image_files(self, files: list[LabelledFile]) -> ImageFiles:
-        return (_SquareFiles if self.crop else ImageFiles)(
+        return ImageFiles(
             [files[index] for index in take_turns([file.label for file in files])],
             image_size=self.image_size,
             channels=self.channels,
+            # Resizing the largest square in the middle keeps the heart's shape.
+            crop="largest" if self.crop else None,
             num_copies=self.num_copies,
         )
-
-
-class _SquareFiles(ImageFiles):
-    """Files of any size, of which the largest square in the middle is read: resizing then keeps the heart's shape."""
-
-    def load(self, index: int) -> Tensor:
-        path = self.files[index].path
-        try:
-            picture = images.read_image(path, self.channels)
-        except images.UnreadableImageError as error:
-            raise images.UnreadableImageError(
-                f"The image {path} cannot be used ({str(error).rstrip('.')}): repair or remove it, or set "
-                "skip_unreadable=true."
-            ) from error
-        square = center_crop(picture, [min(picture.shape[-2:])])
-        # Rounding of the filter's weights may leave the range by one unit in the last place.
-        return images.resize(square, self.image_size).clamp(-1.0, 1.0)
 
 
 class _Task(NamedTuple):
@@ -191,7 +178,7 @@ class _Task(NamedTuple):
     def check(self) -> None:
         """Raises a ValueError at the first option that is none."""
         if self.pathology not in PATHOLOGIES:
-            near = _nearest(self.pathology, PATHOLOGIES, 3)
+            near = nearest_names(self.pathology, PATHOLOGIES, 3)
             raise ValueError(
                 f"CheXpert has no pathology {self.pathology!r}: "
                 + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(PATHOLOGIES)}.")
@@ -295,7 +282,7 @@ def _check_header(file: Path, header: Sequence[str], task: _Task) -> None:
     missing = []
     for column in (_PATH, _VIEW, *task.label_columns):
         if column not in header:
-            near = _nearest(column, header, 1)
+            near = nearest_names(column, header, 1)
             missing.append(f"no column {column!r}" + (f" (but {near[0]!r})" if near else ""))
     if missing:
         raise ValueError(
@@ -324,8 +311,3 @@ def _read_row(fields: dict[str, str], place: str, task: _Task) -> _Row | None:
         raise ValueError(f"{place}: the path {fields[_PATH]!r} holds no patient's folder such as patient00001.")
     above, name, patient = address.groups(default="")
     return _Row(above, name, patient, label)
-
-
-def _nearest(word: str, known: Iterable[str], number: int) -> list[str]:
-    lower = {name.lower(): name for name in known}
-    return [lower[name] for name in difflib.get_close_matches(word.lower(), list(lower), n=number, cutoff=0.5)]

@@ -7,10 +7,11 @@ the same scene as class (label + 1) % K.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
@@ -223,6 +224,12 @@ class _ResumableLoader(DataLoader[Sample]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next pass starts after the delivered batches."""
         self.sampler.skip = state["delivered"] * self.batch_size  # type: ignore[attr-defined, operator]
+
+
+def nearest_names(word: str, known: Iterable[str], count: int) -> list[str]:
+    """The known names that a misspelt word may mean, best first, capitals aside."""
+    lower = {name.lower(): name for name in known}
+    return [lower[name] for name in difflib.get_close_matches(word.lower(), list(lower), n=count, cutoff=0.5)]
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

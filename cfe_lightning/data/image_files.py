@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ class ImageFiles(LabelledImages):
         files: In the order of the data set.
         image_size: Side of the square images.
         channels: 1 for grey, 3 for RGB.
-        crop: Side of the square that is cut from the middle before resizing; None resizes the whole picture.
+        crop: Side of the square that is cut from the middle before resizing, or "largest" for the largest that there
+            is; None resizes the whole picture.
         num_copies: See ``LabelledImages``.
 
     Attributes:
@@ -100,7 +101,7 @@ class ImageFiles(LabelledImages):
         *,
         image_size: int,
         channels: int,
-        crop: int | None = None,
+        crop: int | Literal["largest"] | None = None,
         num_copies: int = 0,
     ) -> None:
         super().__init__(
@@ -123,7 +124,10 @@ class ImageFiles(LabelledImages):
         try:
             if self.crop is None:
                 return images.read_image(path, self.channels, size=self.image_size)
-            return images.resize(center_crop(images.read_image(path, self.channels), [self.crop]), self.image_size)
+            picture = images.read_image(path, self.channels)
+            side = min(picture.shape[-2:]) if self.crop == "largest" else self.crop
+            # Rounding of the filter's weights may leave the range by one unit in the last place.
+            return images.resize(center_crop(picture, [side]), self.image_size).clamp(-1.0, 1.0)
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(
                 f"The image {path} cannot be used ({str(error).rstrip('.')}): repair or remove it, or set "

@@ -277,11 +277,6 @@ class DiffExplainer(ExplainerModule):
         ]
         return tile_montage(torch.cat(slices).unflatten(0, (-1, self.num_slices))).unflatten(0, (batch, num_steps))
 
-    def _judge(self, pictures: Tensor) -> Tensor:
-        """The classifier's logits, [B, T, C, H, W] -> [B, T, K]."""
-        logits = torch.cat([self.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
-        return logits.unflatten(0, pictures.shape[:2])
-
     def direction(self, source: Tensor, target: Tensor, matrix: Tensor | None = None) -> Tensor:
         """The change of a code that moves the agent's margin of targets over sources [B] by 1, [B, D] float64.
 
@@ -324,7 +319,9 @@ class DiffExplainer(ExplainerModule):
 
         def reached(size: Tensor, rows: Tensor) -> Tensor:
             part = Located(*(value[rows] for value in located))
-            return self._meets_goal(self._judge(self.render(part, size[:, :, None] * step[rows, None])), target[rows])
+            return self._meets_goal(
+                self.classifier.along(self.render(part, size[:, :, None] * step[rows, None])), target[rows]
+            )
 
         size, found = smallest_step(reached, limit, points=self.search_points, rounds=self.search_rounds)
         share = torch.linspace(0, 1, self.num_steps, device=image.device, dtype=size.dtype)
@@ -333,7 +330,7 @@ class DiffExplainer(ExplainerModule):
         change = sizes[:, :, None] * step[:, None]
         pictures = self.render(located, change)
         steps, opposite = pictures[:, :-1], pictures[:, -1]
-        said = self._judge(steps)
+        said = self.classifier.along(steps)
         intended = self.agent_logits(code[:, None] + change[:, :-1])
         reconstruction, counterfactual = steps[:, 0], steps[:, -1]
         redrawn = counterfactual - reconstruction
@@ -505,7 +502,7 @@ class DiffExplainer(ExplainerModule):
             step = self.direction(source, target, matrix)
             step = step / travelled(step, self.code_covariance)[:, None]
             pictures = self.render(located, signed[None, :, None] * step[:, None])
-            logits = self._judge(pictures)
+            logits = self.classifier.along(pictures)
             margin = (
                 logits.gather(2, target[:, None, None].expand(-1, len(signed), 1))
                 - logits.gather(2, source[:, None, None].expand(-1, len(signed), 1))

@@ -370,8 +370,7 @@ class MirrorCFE(ExplainerModule):
         summaries = self.decoder.summarise(mirrored.levels)
         rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, _CHUNK // batch), dim=1)]
         pictures = torch.cat(rendered, dim=1)
-        logits = torch.cat([self.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
-        logits = logits.unflatten(0, (batch, -1))[:, :-1]
+        logits = self.classifier.along(pictures, _CHUNK)[:, :-1]
         steps, boundary = pictures[:, :-1], pictures[:, -1]
         reconstruction, reflection = steps[:, 0], steps[:, -1]
 

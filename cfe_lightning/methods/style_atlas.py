@@ -26,7 +26,6 @@ _SHARES = (0.25, 0.5, 0.75)
 _MEASURED = 100
 #: Pairs of classes at most.
 _PAIRS = 12
-_CHUNK = 128
 
 _NOTE = (
     "Directions of the generator's latent that were found once, on validation images, and ranked by how much they move "
@@ -63,10 +62,10 @@ def draw_atlas(model: Renderer, result: SearchResult, latent: Tensor, logits: Te
         logits: Of its images, [n, K].
         masks: The known cause in the first images, [m, H, W] bool; empty where none is known.
     """
-    names = model.classifier.class_names
+    names, label = model.classifier.class_names, model.label(logits)
     pairs = []
     for source, target in _pairs(logits):
-        sheet = _Sheet(model, result, latent, model.label(logits), masks, source, target)
+        sheet = _Sheet(model, result, latent, label, masks, source, target)
         if sheet.num_directions:
             pairs.append(
                 AtlasPair(
@@ -138,8 +137,7 @@ class _Sheet:
 
     def probabilities(self, pictures: Tensor) -> Tensor:
         """Of the target, [N, T, C, H, W] -> [N, T]."""
-        said = torch.cat([self.model.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
-        return said.softmax(dim=1)[:, self.target].unflatten(0, pictures.shape[:2])
+        return self.model.classifier.along(pictures).softmax(dim=2)[:, :, self.target]
 
     def direction(self, place: int) -> AtlasDirection:
         """One direction of the ranking."""
@@ -183,10 +181,9 @@ class _Sheet:
         shares = torch.tensor(_SHARES, device=self.latent.device)
         hits = []
         for place in range(self.num_directions):
-            pictures = self.pictures(rows, shares, place)
-            said = torch.cat([self.model.classifier(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
-            asked = torch.full((len(said),), self.target, device=said.device)
-            hits.append(decides_for(said, asked).unflatten(0, pictures.shape[:2]))
+            said = self.model.classifier.along(self.pictures(rows, shares, place))
+            asked = torch.full((said.shape[:2].numel(),), self.target, device=said.device)
+            hits.append(decides_for(said.flatten(0, 1), asked).unflatten(0, said.shape[:2]))
         between = torch.stack(hits).any(dim=0).float().mean(dim=0).tolist()
         explained = self.ranking.explained_by[: len(rows)] >= 0
         flipped = [0.0, *between, float(explained.float().mean())]

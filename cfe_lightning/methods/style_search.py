@@ -22,7 +22,6 @@ from cfe_lightning.networks.stylegan2 import Entering, Styles, Synthesis
 
 DirectionSpace = Literal["pca_w", "sefa_w", "pca_s"]
 StepUnit = Literal["sigma", "abs"]
-Scoring = Literal["strict", "paper_code"]
 
 #: Says what the classifier thinks of images ``rows`` [R] after changes [R, N]: logits [R, K].
 Judge = Callable[[Tensor, Tensor], Tensor]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, decides_for, runner_up
+from cfe_lightning.explanation import Explanation, runner_up
 from cfe_lightning.losses import Lpips, kl_between_logits, path_length_penalty, relative_distance
 from cfe_lightning.methods.step_search import leads, smallest_step
 from cfe_lightning.methods.style_atlas import draw_atlas
@@ -314,44 +314,44 @@ class StylEx(ExplainerModule):
                 slots = torch.arange(generator.num_slots, device=latent.device)
                 moved = moved * torch.isin(slots, slots.new_tensor(self.edited_layers))[:, None]
             styles = generator.styles(generator.spread(latent) + moved, label)
-        return generator.synthesis(styles, self._search_noise(len(latent), latent)).clamp(-1, 1)
+        picture = generator.synthesis(styles, self._search_noise(len(latent), latent)).clamp(-1, 1)
+        # In this layout a classifier's pooling is several times faster on a CPU, and half precision on a GPU.
+        return picture.contiguous(memory_format=torch.channels_last)
+
+    def reconstruct(self, latent: Tensor, label: Tensor) -> Tensor:
+        """Pictures of latents without any edit, [B, C, H, W] in [-1, 1]."""
+        size = sum(self.generator.synthesis.layer_sizes) if self.search_space == "pca_s" else self.generator.w_dim
+        return self.render(latent, label, torch.zeros(len(latent), 1, size, device=latent.device))[:, 0]
 
     def _search_noise(self, batch: int, like: Tensor) -> list[Tensor] | None:
         """The stored noise maps; fresh ones where everything is as in the released code."""
         return self.generator.synthesis.draw_noise(batch, like) if self.scoring == "paper_code" else None
 
-    def _judge(self, pictures: Tensor) -> Tensor:
-        """The classifier's logits, [B, T, C, H, W] -> [B, T, K]."""
-        logits = torch.cat([self._decide(part) for part in pictures.flatten(0, 1).split(_CHUNK)])
-        return logits.unflatten(0, pictures.shape[:2])
-
-    def _decide(self, pictures: Tensor) -> Tensor:
-        # In this layout pooling is several times faster on a CPU, and half precision on a GPU.
-        return self.classifier(pictures.contiguous(memory_format=torch.channels_last))
-
     # Searching
 
-    @torch.no_grad()
     def survey(self) -> dict[str, Any]:
         """Searches the directions of all pairs of classes from the reference in the checkpoint, as plain data."""
-        if self._result is None:
-            # A sample grid in the middle of training shows where it stands; all images would hold it up.
-            fitting = self._trainer is not None and self.trainer.training
-            self.adopt(self.search(_QUICK if fitting else None).to_plain())
-        assert self._result is not None, "adopted above"
-        return self._result.to_plain()
+        return self._searched().to_plain()
 
     def adopt(self, survey: dict[str, Any]) -> None:
         """Takes a search over that was made by the same weights and settings."""
         self._result = SearchResult.from_plain(survey, self.device)
         self._ranks = None
 
+    @torch.no_grad()
+    def _searched(self) -> SearchResult:
+        """The search, made where none was adopted."""
+        if self._result is None:
+            # A sample grid in the middle of training shows where it stands; all images would hold it up.
+            fitting = self._trainer is not None and self.trainer.training
+            self._result = self.search(_QUICK if fitting else None)
+        return self._result
+
     def atlas(self) -> Atlas | None:
         """The best directions of every pair of classes on a few reference images, drawn; None where there are none."""
-        self.survey()
-        assert self._result is not None, "surveyed above"
+        result = self._searched()
         latent, logits = self.starting_points()
-        atlas = draw_atlas(self, self._result, latent, logits, self.reference.masks)
+        atlas = draw_atlas(self, result, latent, logits, self.reference.masks)
         return atlas if atlas.pairs else None
 
     def starting_points(self) -> tuple[Tensor, Tensor]:
@@ -370,8 +370,7 @@ class StylEx(ExplainerModule):
             latent = self.generator.spread(latent)
         num_classes = self.classifier.num_classes
         uniform = torch.full((count, num_classes), 1 / num_classes, device=self.device)
-        still = torch.zeros(count, 1, self._moved_size(), device=self.device)
-        return latent, self._judge(self.render(latent, uniform, still))[:, 0]
+        return latent, self.classifier(self.reconstruct(latent, uniform))
 
     def directions(self, latent: Tensor, label: Tensor) -> Directions:
         """The candidates of ``search_space``, from encoded images [n, D] or [n, L, D] and their labels [n, K]."""
@@ -437,7 +436,7 @@ class StylEx(ExplainerModule):
         """What the classifier says of these images after changes; in half precision on a GPU, checked near ties."""
 
         def exact(rows: Tensor, change: Tensor) -> Tensor:
-            return self._decide(self._render(latent[rows], label[rows], change))
+            return self.classifier(self._render(latent[rows], label[rows], change))
 
         if latent.device.type != "cuda":
             return exact
@@ -448,25 +447,18 @@ class StylEx(ExplainerModule):
 
         return rechecked(rough, exact)
 
-    def _moved_size(self) -> int:
-        """N."""
-        if self.search_space == "pca_s":
-            return sum(self.generator.synthesis.layer_sizes)
-        return self.generator.w_dim
-
     def _candidates(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Directions [B, k], signs [B, k] and whether the search ranked them [B, k], for pairs of classes [B]."""
-        self.survey()
         if self._ranks is None:
-            assert self._result is not None, "surveyed above"
+            result = self._searched()
             k, num_classes = self.kept_directions, self.classifier.num_classes
             rankings = {
-                (one, other): self._result.ranking(one, other, k, reaverage=self.reaverage, scoring=self.scoring)
+                (one, other): result.ranking(one, other, k, reaverage=self.reaverage, scoring=self.scoring)
                 for one in range(num_classes)
                 for other in range(num_classes)
                 if one != other
             }
-            table = candidate_table(rankings, num_classes, len(self._result.vectors), k)
+            table = candidate_table(rankings, num_classes, len(result.vectors), k)
             self._ranks = table.to(self.device)
         direction, sign, ranked = self._ranks[source, target].unbind(dim=2)
         return direction, sign, ranked
@@ -501,12 +493,12 @@ class StylEx(ExplainerModule):
         source = torch.where(target == predicted, other, predicted)
         latent, label = self.encode(image), self.label(logits)
         direction, sign, ranked = self._candidates(source, target)
-        assert self._result is not None, "the candidates come from it"
-        steps, spread = self._result.steps, self._result.spread
-        change = (sign * steps[direction])[:, :, None] * self._result.vectors[direction]
+        result = self._searched()
+        steps, spread = result.steps, result.spread
+        change = (sign * steps[direction])[:, :, None] * result.vectors[direction]
 
         whole = self.render(latent, label, change)
-        said = self._judge(whole)
+        said = self.classifier.along(whole)
         flips = leads(said, target)
         found = flips.any(dim=1)
         nearest = self._target_margins(said, target).argmax(dim=1)
@@ -522,7 +514,7 @@ class StylEx(ExplainerModule):
         shares = torch.cat([grid.expand(len(image), -1), share[:, None]], dim=1)
         pictures = self.render(latent, label, shares[:, :, None] * way[:, None])
         reconstruction, counterfactual = pictures[:, 0], pictures[:, -1]
-        ends = self._judge(torch.stack([reconstruction, counterfactual], dim=1))
+        ends = self.classifier.along(torch.stack([reconstruction, counterfactual], dim=1))
         kept = ends[:, 0].argmax(dim=1) == predicted
         redrawn = counterfactual - reconstruction
         winner = direction[rows, rank]
@@ -562,7 +554,7 @@ class StylEx(ExplainerModule):
 
         def reached(share: Tensor, rows: Tensor) -> Tensor:
             pictures = self.render(latent[rows], label[rows], share[:, :, None] * way[rows, None])
-            return leads(self._judge(pictures), target[rows])
+            return leads(self.classifier.along(pictures), target[rows])
 
         return smallest_step(reached, torch.ones_like(way[:, 0]), points=_POINTS, rounds=1)[0]
 
@@ -693,8 +685,7 @@ class StylEx(ExplainerModule):
         image = batch["image"]
         logits = self.classifier(image)
         latent, label = self.encode(image), self.label(logits)
-        still = torch.zeros(len(image), 1, self._moved_size(), device=image.device)
-        picture = self.render(latent, label, still)[:, 0]
+        picture = self.reconstruct(latent, label)
         said = self.classifier(picture)
         values = {
             "reconstruction_l1": (picture - image).abs().mean(),
@@ -723,13 +714,8 @@ class StylEx(ExplainerModule):
         for source in range(self.classifier.num_classes):
             mine = result.images(source)
             if len(mine):
-                flat = result.table[mine].flatten(1, 2)
-                left = [
-                    decides_for(flat.flatten(0, 1), torch.full((flat.shape[:2].numel(),), t, device=flat.device))
-                    for t in range(flat.shape[2])
-                    if t != source
-                ]
-                shares.append(torch.stack(left).any(dim=0).unflatten(0, flat.shape[:2]).any(dim=1).float().mean())
+                left = result.table[mine].argmax(dim=3) != source
+                shares.append(left.flatten(1).any(dim=1).float().mean())
         if shares:
             self.log("val/coverage", torch.stack(shares).min(), batch_size=1, sync_dist=True)
 
