@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explainer, Explanation, runner_up
 from cfe_lightning.neutral_descent import NeutralDescent, decomposed
 
@@ -53,6 +54,29 @@ def build_baseline(name: str, classifier: FrozenClassifier, seed: int = 0) -> Ex
     if name not in get_args(Method):
         raise ValueError(f"There is no baseline {name!r}: choose from {', '.join(BASELINES)}.")
     return CaptumExplainer(classifier, method=cast(Method, name), seed=seed)
+
+
+class Baseline(ExplainerModule):
+    """A baseline in the place of a method: what explains a folder of images.
+
+    Args:
+        classifier: The classifier to be explained.
+        name: One of ``BASELINES``.
+        seed: Of the random ones.
+
+    Raises:
+        ValueError: As ``build_baseline``.
+    """
+
+    needs_training: ClassVar[bool] = False
+
+    def __init__(self, classifier: FrozenClassifier, *, name: str = "integrated_gradients", seed: int = 0) -> None:
+        super().__init__(classifier)
+        self.explainer = build_baseline(name, classifier, seed)
+
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        """As the baseline does; there is no counterfactual."""
+        return self.explainer.explain(image, target)
 
 
 class CaptumExplainer:

@@ -8,7 +8,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, final
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as pl
 import torch
@@ -32,10 +33,15 @@ class ExplainerModule(pl.LightningModule, ABC):
     Attributes:
         needs_gradient: Whether the method sends gradients through the classifier; one that only asks for its answers
             sets this to False, and then works with classifiers that were exported without gradients.
+        needs_training: Whether the method learns anything; one that does not is saved as soon as it is configured, and
+            ``explain.py --method`` takes it as it is.
+        caution: What every reader of its explanations has to keep in mind, a sentence for the report; None for nothing.
         num_slices: Slices of a patient that are tiled into one image, see ``data.patient_slices``; 1 for images.
     """
 
     needs_gradient: ClassVar[bool] = True
+    needs_training: ClassVar[bool] = True
+    caution: ClassVar[str | None] = None
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__()
@@ -125,19 +131,7 @@ def load_explainer(
     if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
         raise ValueError(f"{path} names {class_path}, which is not an explainer.")
     changes = changes or {}
-    known = inspect.signature(kind).parameters.keys() - {"classifier"}
-    if unknown := changes.keys() - known:
-        raise ValueError(
-            f"{kind.__name__} has no argument {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}."
-        )
-    for name, value in changes.items():
-        trained = arguments.get(name)
-        # A whole number will do for a fraction; where nothing was given, there is nothing to compare with.
-        fits = isinstance(value, int | float) if isinstance(trained, float) else isinstance(value, type(trained))
-        if trained is not None and value is not None and not fits:
-            raise ValueError(
-                f"{name} was {trained!r} in training and cannot be {value!r}: give the same kind of value."
-            )
+    check_arguments(kind, changes)
     classifier = FrozenClassifier(build_network(spec, trusted), spec)
     try:
         explainer = kind(classifier, **(arguments | dict(changes)))
@@ -155,6 +149,49 @@ def load_explainer(
         ) from error
     explainer.eval()
     return explainer
+
+
+def check_arguments(kind: type[ExplainerModule], arguments: Mapping[str, Any]) -> None:
+    """Refuses what a method's constructor does not take, in one sentence.
+
+    Raises:
+        ValueError: If it has no argument of a name, or a value is of another type or none of the choices.
+    """
+    known = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name not in ("classifier", "return")}
+    if unknown := arguments.keys() - known.keys():
+        raise ValueError(
+            f"{kind.__name__} has no argument {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}."
+        )
+    for name, value in arguments.items():
+        if not _fits(value, known[name]):
+            raise ValueError(f"{kind.__name__} takes {_described(known[name])} as {name}, not {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from a command line or a file is of an annotated type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    # A whole number will do for a fraction; true is no number.
+    accepted: Any = {float: (int, float), None: NoneType}.get(hint, origin or hint)
+    return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    """An annotated type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, inner))
+    if origin is list:
+        return f"a list (of {_described(inner[0])})"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+    return words.get(hint, str(getattr(hint, "__name__", hint)))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -61,9 +61,12 @@ class Explanation:
         strengths: How far along the path each step is, [B, T]; given together with ``steps``.
         intended: Logits that the method meant the steps to have, [B, T, K]; given only together with ``steps``. Their
             distance from what the classifier says of the steps is the method's own error.
+        step_scores: Named numbers of every step, each [B, T]; given only together with ``steps``.
         parts: Named images or image differences, each [B, C, H, W]. Reserved names: ``reconstruction`` (the method's
             own rendering of ``image`` before any edit), and for decompositions ``agnostic``, ``distinct`` and
             ``residual``, which sum to ``image``; ``distinct`` and ``residual`` are differences (0 is no change).
+        motion: Where the counterfactual moves structure, in pixels (row, column), [B, 2, H, W]; None where nothing is
+            said about it.
         scores: Named numbers per image, each [B].
         caveats: What a reader has to know of some images, as a clause; and of which, each [B] bool.
 
@@ -80,7 +83,9 @@ class Explanation:
     steps: Tensor | None = None
     strengths: Tensor | None = None
     intended: Tensor | None = None
+    step_scores: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
+    motion: Tensor | None = None
     scores: dict[str, Tensor] = field(default_factory=dict)
     caveats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -96,6 +101,7 @@ class Explanation:
             "attribution": (self.attribution, (batch, 1, height, width)),
             "counterfactual": (self.counterfactual, (batch, channels, height, width)),
             "counterfactual_logits": (self.counterfactual_logits, (batch, num_classes)),
+            "motion": (self.motion, (batch, 2, height, width)),
         }
         expected |= {f"parts[{name!r}]": (part, (batch, channels, height, width)) for name, part in self.parts.items()}
         expected |= {f"scores[{name!r}]": (score, (batch,)) for name, score in self.scores.items()}
@@ -107,8 +113,11 @@ class Explanation:
             expected["steps"] = (self.steps, (batch, num_steps, channels, height, width))
             expected["strengths"] = (self.strengths, (batch, num_steps))
             expected["intended"] = (self.intended, (batch, num_steps, num_classes))
-        elif self.intended is not None:
-            raise ValueError("Explanation.intended is about steps and needs Explanation.steps.")
+            for name, score in self.step_scores.items():
+                expected[f"step_scores[{name!r}]"] = (score, (batch, num_steps))
+        elif self.intended is not None or self.step_scores:
+            named = "intended" if self.intended is not None else "step_scores"
+            raise ValueError(f"Explanation.{named} is about steps and needs Explanation.steps.")
         if (self.counterfactual is None) != (self.counterfactual_logits is None):
             raise ValueError("Explanation.counterfactual and Explanation.counterfactual_logits must be given together.")
         for name, (value, shape) in expected.items():

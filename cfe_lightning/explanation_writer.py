@@ -167,6 +167,8 @@ class _Judged:
     path: Tensor | None  # probabilities of the saved steps, [B, T, K]
     strengths: Tensor | None  # [B, T]
     intended: Tensor | None  # probabilities that the method meant the steps to have, [B, T, K]
+    step_scores: dict[str, Tensor]  # [B, T] each
+    motion: Tensor | None  # the longest arrow in pixels, [B]
 
     def row(self, index: int, class_names: Sequence[str]) -> Row:
         """The part of the manifest's row that concerns decisions."""
@@ -185,6 +187,7 @@ class _Judged:
             "l1": None if self.distance is None else _number(self.distance[index]),
             "note": "already predicted as the target: nothing to flip" if same else None,
             "difference_scale": None if self.scale is None else _number(self.scale[index]),
+            "motion_scale": None if self.motion is None else _number(self.motion[index]),
         }
         if self.path is not None and self.strengths is not None:
             row["curve"] = {
@@ -196,6 +199,10 @@ class _Judged:
                 row["curve"] |= {
                     "intended_predicted": [_number(value) for value in self.intended[index, :, predicted]],
                     "intended_target": [_number(value) for value in self.intended[index, :, target]],
+                }
+            if self.step_scores:
+                row["curve"]["scores"] = {
+                    name: [_number(value) for value in score[index]] for name, score in self.step_scores.items()
                 }
         return row
 
@@ -230,6 +237,10 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         path=path,
         strengths=None if explanation.strengths is None else explanation.strengths.cpu(),
         intended=None if explanation.intended is None else explanation.intended.float().softmax(dim=2).cpu(),
+        step_scores={name: score.cpu() for name, score in explanation.step_scores.items()},
+        motion=None
+        if explanation.motion is None
+        else images.arrows(explanation.motion).norm(dim=1).amax(dim=(1, 2)).cpu(),
     )
 
 
@@ -248,6 +259,8 @@ def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Te
     if explanation.steps is not None:
         # One strip, first step on the left: a file per step would make folders of a million files.
         pictures["steps.png"] = torch.cat(explanation.steps.unbind(dim=1), dim=3)
+    if explanation.motion is not None:
+        pictures["motion.png"] = images.draw_motion(explanation.image, explanation.motion)
     for name, part in explanation.parts.items():
         pictures[part_file(name)], gain = draw_part(name, part)
         if gain is not None:
@@ -257,15 +270,15 @@ def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Te
 
 def _keys(explanation: Explanation) -> dict[str, str]:
     """The manifest's key of every picture's file."""
-    fixed = ("image", "counterfactual", "difference", "attribution", "steps")
+    fixed = ("image", "counterfactual", "difference", "attribution", "steps", "motion")
     return {key: f"{key}.png" for key in fixed} | {f"part_{name}": part_file(name) for name in explanation.parts}
 
 
 def _finite(explanation: Explanation) -> Tensor:
     """Which images' explanations are numbers throughout, [B] bool."""
     given = [explanation.logits, explanation.attribution, explanation.counterfactual, explanation.steps]
-    given += [explanation.counterfactual_logits, explanation.strengths, explanation.intended]
-    given += [*explanation.parts.values(), *explanation.scores.values()]
+    given += [explanation.counterfactual_logits, explanation.strengths, explanation.intended, explanation.motion]
+    given += [*explanation.parts.values(), *explanation.scores.values(), *explanation.step_scores.values()]
     checks = [
         value.isfinite().flatten(1).all(dim=1) if value.ndim > 1 else value.isfinite()
         for value in given

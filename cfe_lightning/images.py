@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +32,10 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _STRIP_PIXELS = 1 << 20
 #: Longer side that a video has at least.
 _SMALLEST_VIDEO = 256
+
+#: And a picture with arrows; and the arrows' colour.
+_SMALLEST_DRAWING = 160
+_ARROW = (196, 22, 106)
 
 _log = logging.getLogger(__name__)
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -309,7 +313,8 @@ def to_uint8(image: Tensor) -> Tensor:
 
 def saved(image: Tensor) -> Tensor:
     """The image as a reader of the saved 8-bit PNG sees it, still in [-1, 1]."""
-    return to_uint8(image).to(image.dtype) / 255 * 2 - 1
+    # As to_uint8, without the detour over bytes.
+    return to_unit(image.detach()).clamp_(0, 1).mul_(255).round_().div_(255).mul_(2).sub_(1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -411,6 +416,49 @@ def heat_map(attribution: Tensor) -> Tensor:
     peak = attribution.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
     level = (attribution / peak).clamp(0, 1) * 3
     return torch.cat([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)], dim=1) * 2 - 1
+
+
+def arrows(motion: Tensor, cells: int = 12) -> Tensor:
+    """Displacements [B, 2, H, W] averaged over at most ``cells`` x ``cells`` places, [B, 2, h, w]."""
+    return F.adaptive_avg_pool2d(motion, (min(cells, motion.shape[2]), min(cells, motion.shape[3])))
+
+
+def draw_motion(image: Tensor, motion: Tensor) -> Tensor:
+    """Arrows of displacements [B, 2, H, W], (row, column) in pixels, on paled images [B, C, H, W] in [-1, 1].
+
+    The longest arrow of every image spans one and a half cells; a small image is enlarged by a whole factor.
+
+    Returns:
+        [B, 3, h, w] in [-1, 1].
+    """
+    factor = max(1, -(-_SMALLEST_DRAWING // max(image.shape[-2:])))
+    coarse = arrows(motion).cpu()
+    lengths = coarse.norm(dim=1)
+    longest = lengths.amax(dim=(1, 2)).clamp_min(1e-12)
+    drawn = []
+    for picture, field, length, limit in zip(image, coarse, lengths, longest, strict=True):
+        canvas = to_pil(picture).convert("L").point(lambda level: 96 + level * 5 // 8).convert("RGB")
+        canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST)
+        cell = (canvas.height / field.shape[1], canvas.width / field.shape[2])
+        pen = ImageDraw.Draw(canvas)
+        scale = 1.5 * min(cell) / float(limit)
+        # Below a twentieth of the longest an arrow would be a dot.
+        for row, column in torch.nonzero(length > 0.05 * limit).tolist():
+            down, right = (float(value) * scale for value in field[:, row, column])
+            middle = ((column + 0.5) * cell[1], (row + 0.5) * cell[0])
+            _arrow(pen, (middle[0] - right / 2, middle[1] - down / 2), (middle[0] + right / 2, middle[1] + down / 2))
+        drawn.append(from_pil(canvas, 3))
+    return torch.stack(drawn)
+
+
+def _arrow(pen: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float]) -> None:
+    across, down = end[0] - start[0], end[1] - start[1]
+    length = math.hypot(across, down)
+    head = min(4.0, 0.6 * length)
+    across, down = across / length * head, down / length * head
+    sides = [(end[0] - across + sign * 0.6 * down, end[1] - down - sign * 0.6 * across) for sign in (1, -1)]
+    pen.line([start, end], fill=_ARROW, width=1)
+    pen.polygon([end, *sides], fill=_ARROW)
 
 
 def grid(columns: Sequence[Tensor], padding: int = 2) -> Tensor:

@@ -34,7 +34,7 @@ ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 COLUMNS = (
     *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
     *("target", "p_target_before", "p_target_after", "flipped", "flipped_saved", "l1", "seconds", "note", "error"),
-    *("image", "counterfactual", "difference", "attribution", "steps"),
+    *("image", "counterfactual", "difference", "attribution", "steps", "motion"),
 )
 #: Flip rates of floats and of the saved pixels that differ by more than this hint at changes below one grey level.
 QUANTISATION_GAP = 0.005
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 Source = list[int]
 
 _OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images", "atlas.json", "atlas")
-_PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|part_.+)\.png|\..+\.part")
+_PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|motion|part_.+)\.png|\..+\.part")
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _LONGEST_COMPONENT = 80

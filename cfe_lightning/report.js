@@ -170,7 +170,8 @@
       cursor.setAttribute("x1", x(index));
       cursor.setAttribute("x2", x(index));
       readout.replaceChildren(
-        el("span", { className: "line" }, `step ${index + 1} of ${last + 1}, strength `, el("b", {}, significant(strength[index]))),
+        el("span", { className: "line" }, `step ${index + 1} of ${last + 1}, strength `, el("b", {}, significant(strength[index])),
+          ...Object.entries(row.curve.scores || {}).map(([name, values]) => el("small", {}, ` · ${name.replaceAll("_", " ")} ${significant(values[index])}`))),
         el("span", { className: "key-predicted" }, row.predicted + " ", el("b", {}, p[0]), ...asMeant(meant[0], index)),
         ...(row.predicted === row.target ? [] : [el("span", { className: "key-target" }, row.target + " ", el("b", {}, p[1]), ...asMeant(meant[1], index))]));
     }
@@ -228,6 +229,7 @@
       const title = name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
       pictures.append(picture(row, key, title, times === undefined ? "" : "×" + significant(times)));
     }
+    if (row.motion_scale !== undefined && row.motion_scale !== null) pictures.append(picture(row, "motion", "Motion", significant(row.motion_scale) + " px"));
     const path = player(row);
     if (path) path.classList.toggle("tall", pictures.childElementCount > 4);
     const body = el("div", { className: "card-body" }, pictures, path);

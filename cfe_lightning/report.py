@@ -61,7 +61,7 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         summary=summary,
         atlas=atlas,
         tiles=_tiles(summary),
-        method=str(summary["method"]).rpartition(".")[2],
+        method=_method(summary),
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -74,6 +74,12 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         file.writelines(parts)
     temporary.replace(path)
     return path
+
+
+def _method(summary: dict[str, Any]) -> str:
+    """The method's name as a reader knows it: a class, or a baseline by the name that was asked for."""
+    kind = str(summary["method"]).rpartition(".")[2]
+    return str(summary["untrained"]) if kind == "Baseline" else kind
 
 
 def _template(text: str) -> Template:

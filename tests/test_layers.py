@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"images", "medical_files", "data"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
     # output, report_atlas of report, tally and evaluation_table of evaluation, drawing and checkpointing of callbacks,
-    # neutral_descent of baselines.
+    # neutral_descent of baselines; untrained finds methods and baselines by name.
     "metrics": {"explanation", "classifier", "images", "metrics"},
     "drawing": {"explanation", "images"},
     "callbacks": {"explanation", "classifier", "images", "drawing"},
@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"manifest", "report_atlas"},
     "report_atlas": {"manifest"},
     "neutral_descent": {"explanation", "classifier", "losses", "metrics"},
-    "baselines": {"explanation", "classifier", "images", "neutral_descent"},
+    "baselines": {"explanation", "explainer", "classifier", "images", "neutral_descent"},
+    "untrained": {"baselines", "classifier", "explainer", "methods"},
     "tally": {"explanation", "classifier", "images", "losses", "metrics"},
     "evaluation": {"explanation", "classifier", "images", "metrics", "tally"},
     "evaluation_table": {"evaluation", "tally", "metrics"},
@@ -59,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
         "environment", "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images",
-        "manifest", "medical_files", "report", "survey_file", "tally",
+        "manifest", "medical_files", "report", "survey_file", "tally", "untrained",
     },
 }  # fmt: skip
 
@@ -137,6 +138,8 @@ def test_a_method_does_not_import_another() -> None:
         "style_training": {"style_ranking"},
         "diff_explainer": {"diffusion_autoencoder", "semantic_agent", "step_search"},
         "mirror_cfe": {"mirror_geometry", "mirror_spread"},
+        "steerable_lens": {"lens_course", "phase_extrapolation", "step_search"},
+        "lens_course": {"phase_extrapolation"},
         "mirror_spread": {"mirror_geometry"},
     }
     for path in (PACKAGE / "methods").glob("*.py"):

@@ -164,7 +164,7 @@ class ConfiguredRun(LightningCLI):
             temporary.write_text(self.config_text, encoding="utf-8")
             temporary.replace(self.folder / "config.yaml")
         try:
-            if explainer and not any(parameter.requires_grad for parameter in explainer.parameters()):
+            if explainer and not explainer.needs_training:
                 self.trainer.strategy.connect(explainer)
                 self.trainer.save_checkpoint(self.folder / "best.ckpt")
             else:

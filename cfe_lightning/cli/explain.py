@@ -1,4 +1,4 @@
-"""``explain.py``: explains every image of a folder with one checkpoint."""
+"""``explain.py``: explains every image of a folder with one checkpoint, or with a method that needs no training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,19 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 every image was explained, 3 some could not be read or explained (see the manifest), "
         "2 nothing could be done, 130 interrupted.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="best.ckpt or last.ckpt of a run of train.py")
+    explainer = parser.add_mutually_exclusive_group(required=True)
+    explainer.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, help="best.ckpt or last.ckpt of a run of train.py"
+    )
+    explainer.add_argument(
+        "--method",
+        metavar="NAME",
+        help="a method that needs no training, as steerable_lens, or a baseline, as integrated_gradients; with "
+        "--classifier",
+    )
+    parser.add_argument(
+        "--classifier", metavar="FILE", type=Path, help="with --method: the classifier that train.py or save() wrote"
+    )
     parser.add_argument(
         "--input",
         type=Path,
@@ -70,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         dest="changes",
-        help="argument of the method that should differ from training, as num_steps=16; can be repeated",
+        help="argument of the method that should differ from training or its default, as num_steps=16; can be repeated",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="explain only the first N images")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
@@ -106,13 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if (options.method is None) != (options.classifier is None):
+        raise ValueError(
+            "--method and --classifier go together: give both, or --checkpoint, which holds its own classifier."
+        )
     check_torchvision()
     _check_folders(options.input, options.output)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from cfe_lightning.data.image_stream import ImageStream
     from cfe_lightning.data.patient_table import find_patients
-    from cfe_lightning.explainer import load_explainer
     from cfe_lightning.explanation_writer import ExplanationWriter
     from cfe_lightning.images import can_save_video, find_images
     from cfe_lightning.manifest import OutputFolder
@@ -123,7 +138,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.animation == "mp4" and not can_save_video():
         raise ValueError("--animation mp4 needs the package av: pip install av, or choose webp or gif.")
     started = time.perf_counter()
-    explainer = load_explainer(options.checkpoint, options.trusted, dict(options.changes))
+    explainer = _explainer(options)
     target = _target(options.target, explainer.classifier.class_names)
     output = OutputFolder(options.output)
     names: list[str] = []
@@ -148,12 +163,25 @@ def _explain(options: argparse.Namespace) -> int:
         window=window,
         num_workers=options.num_workers,
     )
-    callbacks = [
-        SurveyFile(options.checkpoint, output.path),
-        ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation),
+    callbacks: list[pl.Callback] = [
+        ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation)
     ]
+    if options.checkpoint is not None:
+        callbacks.insert(0, SurveyFile(options.checkpoint, output.path))
     _predict(options, explainer, stream, callbacks)
     return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
+
+
+def _explainer(options: argparse.Namespace) -> ExplainerModule:
+    """What explains: a trained method out of its checkpoint, or one without training around a classifier."""
+    from cfe_lightning.classifier import load_classifier
+    from cfe_lightning.explainer import load_explainer
+    from cfe_lightning.untrained import build_untrained
+
+    if options.checkpoint is not None:
+        return load_explainer(options.checkpoint, options.trusted, dict(options.changes))
+    classifier = load_classifier(str(options.classifier), options.trusted)
+    return build_untrained(options.method, classifier, dict(options.changes))
 
 
 def _predict(
@@ -207,7 +235,8 @@ def _finish(
     output.write_table()
     summary = output.write_summary(
         n_planned=num_images,
-        checkpoint=str(options.checkpoint),
+        **{"checkpoint" if options.checkpoint else "classifier": str(options.checkpoint or options.classifier)},
+        caution=explainer.caution,
         image_size=explainer.image_size,
         versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "lightning")},
         batch_size=options.batch_size,
@@ -266,8 +295,12 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
     from cfe_lightning.explainer import sha256_of
 
     kind = type(explainer)
+    if options.checkpoint is not None:
+        made_from = {"checkpoint_sha256": sha256_of(options.checkpoint)}
+    else:
+        made_from = {"classifier_sha256": sha256_of(options.classifier), "untrained": options.method}
     return {
-        "checkpoint_sha256": sha256_of(options.checkpoint),
+        **made_from,
         "method": f"{kind.__module__}.{kind.__qualname__}",
         "version": importlib.metadata.version("cfe-lightning"),
         "classes": list(explainer.classifier.class_names),

@@ -1,0 +1,388 @@
+"""Steerable Lens: the toy comparison of transforms and rules, figures on real classifiers, throughput.
+
+    python benchmarks/steerable_lens.py --toy
+    python benchmarks/steerable_lens.py --classifier checkpoints/shapes.pt --cue lesion
+    python benchmarks/steerable_lens.py --classifier checkpoints/mnist.pt --root FOLDER/mnist --grid out.png
+    python benchmarks/steerable_lens.py --throughput
+
+``--toy``: four shapes, a standard network, one trained against L2 attacks, and a judge that gives no gradients; the
+figures at an L2 norm of 2 are those at equal image change, on [0, 1]. ``--classifier``: test images that it has right,
+asked for the runner-up. Intervals are of 95 %: Wilson for shares, bootstrap for medians and differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, load_classifier
+from cfe_lightning.data.folder import ImageFolder
+from cfe_lightning.data.image_data import ImageData
+from cfe_lightning.data.synthetic import SyntheticShapes
+from cfe_lightning.images import grid, signed_difference, to_pil
+from cfe_lightning.methods.steerable_lens import SteerableLens
+from cfe_lightning.metrics.robustness import survives
+from cfe_lightning.metrics.statistics import wilson
+from cfe_lightning.metrics.warp import warp_energy
+from cfe_lightning.networks.classifiers import PooledCnn
+
+SHAPES = ("disc", "square", "triangle", "cross")
+#: Rows of the toy table: the options of each.
+TOY: dict[str, dict[str, Any]] = {
+    "pixel": {"transform": "pixel"},
+    "DFT phase, cartesian": {"transform": "dft"},
+    "CSP phase, cartesian, no cap": {"cap": None},
+    "CSP phase, cartesian": {},
+    "CSP phase, unit": {"phase_rule": "unit"},
+    "CSP phase, coordinate": {"phase_rule": "coordinate"},
+    "CSP joint, linear amplitude (eps 0)": {"beta": 1.0, "eps": 0.0},
+    "CSP joint, log amplitude": {"beta": 1.0, "amplitude_mode": "log"},
+    "CSP phase, two-sided synthesis": {"synthesis": "two_sided"},
+    "CSP phase, live, 12 steps of L2 0.25": {"live_steps": 12, "alpha_unit": "l2", "largest_alpha": 3.0},
+}
+#: Rows of the tables on real classifiers.
+REAL: dict[str, dict[str, Any]] = {
+    "pixel": {"transform": "pixel"},
+    "DFT phase": {"transform": "dft"},
+    "CSP phase": {},
+    "CSP joint": {"beta": 1.0},
+    "CSP joint, residuals": {"beta": 1.0, "residual_gain": 1.0},
+    "CSP phase, live 12": {"live_steps": 12},
+}
+
+
+# --- the toy ---
+
+
+def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Grey images [B, 1, S, S] in [-1, 1] of four shapes that are turned, moved, scaled and noisy, and labels [B]."""
+    label = torch.randint(4, (count,), generator=generator)
+
+    def draw(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(count, generator=generator)).view(-1, 1, 1)
+
+    axis = torch.arange(size) - (size - 1) / 2
+    y, x = axis.view(1, -1, 1) - draw(-4, 4), axis.view(1, 1, -1) - draw(-4, 4)
+    turn, radius = draw(0, 2 * torch.pi), draw(5.5, 9.5)
+    u, v = turn.cos() * x + turn.sin() * y, turn.cos() * y - turn.sin() * x
+    bar = torch.maximum(u.abs() - radius, v.abs() - 0.35 * radius)
+    other = torch.maximum(v.abs() - radius, u.abs() - 0.35 * radius)
+    sides = [torch.cos(torch.tensor(a)) * u + torch.sin(torch.tensor(a)) * v for a in (0.0, 2.0944, 4.18879)]
+    distances = torch.stack(
+        [
+            (u.square() + v.square()).sqrt() - 0.9 * radius,
+            torch.maximum(u.abs(), v.abs()) - 0.8 * radius,
+            torch.stack(sides).amax(dim=0) - 0.6 * radius,
+            torch.minimum(bar, other),
+        ]
+    )
+    inside = torch.sigmoid(-2 * distances[label, torch.arange(count)])
+    unit = draw(0.15, 0.45) + draw(0.2, 0.5) * inside
+    unit = unit + 0.08 * torch.randn(unit.shape, generator=generator)
+    return (unit.clamp(0, 1) * 2 - 1)[:, None], label
+
+
+class Judge(nn.Sequential):
+    """Another architecture: large filters, average pooling, no batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(1, 24, 7, padding=3), nn.GELU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(24, 48, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(48, 64, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 4)),
+        )
+
+
+def attacked(network: nn.Module, image: Tensor, label: Tensor, norm: float, steps: int) -> Tensor:
+    """Projected gradient ascent on the loss within an L2 ball on [0, 1]; images stay in [-1, 1]."""
+    change = torch.zeros_like(image)
+    for _ in range(steps):
+        change.requires_grad_(True)
+        loss = F.cross_entropy(network(image + change), label, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, change)
+        step = gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        change = change.detach() + 2 * norm * 2.5 / steps * step
+        length = change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        change = change * (2 * norm / length.clamp_min(1e-12)).clamp(max=1)
+        change = (image + change).clamp(-1, 1) - image
+    return change.detach() + image
+
+
+def train(network: nn.Module, iterations: int, seed: int, norm: float | None = None) -> None:
+    """Adam with a falling step size, against attacks within ``norm`` if one is given."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        image, label = draw_shapes(64, generator)
+        if norm is not None:
+            network.eval()
+            image = attacked(network, image, label, norm, steps=4)
+        network.train()
+        loss = F.cross_entropy(network(image), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    network.eval()
+
+
+def toy_classifier(network: nn.Module) -> FrozenClassifier:
+    spec = ClassifierSpec(
+        class_path="none", init_args={}, head=None, class_names=SHAPES, image_size=32, mean=(0.5,), std=(0.5,)
+    )
+    return FrozenClassifier(network, spec)
+
+
+def toy(seeds: list[int], count: int, iterations: int) -> None:
+    """Prints the table, all seeds together, and the paired differences that say whether an order is one."""
+    columns: dict[str, dict[str, dict[str, list[Tensor]]]] = {"standard": {}, "robust": {}}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        drivers = {"standard": PooledCnn(4, 1, 16), "robust": PooledCnn(4, 1, 16)}
+        other = Judge()
+        train(drivers["standard"], iterations, 100 * seed + 1)
+        train(drivers["robust"], iterations, 100 * seed + 2, norm=0.8)
+        train(other, iterations, 100 * seed + 3)
+        judge = toy_classifier(other)
+        image, label = draw_shapes(2 * count, torch.Generator().manual_seed(100 * seed + 4))
+        for kind, network in drivers.items():
+            classifier = toy_classifier(network)
+            with torch.no_grad():
+                right = classifier(image).argmax(dim=1) == label
+                judged = judge(image).argmax(dim=1) == label
+            held = classifier(attacked(network, image, label, 0.8, steps=20)).argmax(dim=1) == label
+            print(
+                f"seed {seed} {kind}: accuracy {right.float().mean():.3f}, judge {judged.float().mean():.3f}, "
+                f"under attack of L2 0.8 {held.float().mean():.3f}",
+                flush=True,
+            )
+            chosen = torch.nonzero(right & judged).squeeze(1)[:count]
+            source, target = image[chosen], (label[chosen] + 1) % 4
+            for name, options in TOY.items():
+                row = columns[kind].setdefault(name, {})
+                for key, value in toy_figures(classifier, judge, source, target, options).items():
+                    row.setdefault(key, []).append(value)
+    for kind, rows in columns.items():
+        joined = {name: {key: torch.cat(values) for key, values in row.items()} for name, row in rows.items()}
+        print(f"\n{kind}, n = {len(joined['pixel']['flipped'])}\n")
+        print("| method | flips | L2 at the flip | p_t at L2 2 | judge at L2 2 | L2 2 attained | E warp | + gain |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for name, row in joined.items():
+            flips = row["l2"][row["flipped"]]
+            cells = [share(row["flipped"]), f"{flips.median():.2f}", median(row["p"]), share(row["judged"])]
+            cells += [
+                f"{row['attained'].float().mean():.2f}",
+                *(f"{row[key].nanmean():.2f}" for key in ("warp", "gain")),
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
+        print("\npaired differences (first minus second, mean and 95 %)")
+        reference = "CSP phase, cartesian"
+        for other in ("pixel", "DFT phase, cartesian", "CSP phase, cartesian, no cap", "CSP joint, log amplitude"):
+            told = [
+                f"{key} {difference(joined[reference][key], joined[other][key])}"
+                for key in ("flipped", "p", "judged", "warp")
+            ]
+            print(f"{reference} - {other}: {'; '.join(told)}")
+
+
+def toy_figures(
+    classifier: FrozenClassifier, judge: FrozenClassifier, image: Tensor, target: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What one row of the table says of every image."""
+    found = SteerableLens(classifier, **options).explain(image, target)
+    budget = SteerableLens(classifier, budget=2.0, **(options | {"bisections": 12})).explain(image, target)
+    # The direction itself: a change of L2 1 to first order.
+    lens = SteerableLens(classifier, **(options | {"alpha_unit": "l2", "live_steps": 1, "largest_alpha": 48.0}))
+    course, _ = lens.course(image, target)
+    small = lens.extrapolator.frames(course, torch.ones(len(image), 1)).image[:, 0]
+    assert found.flipped is not None
+    assert budget.counterfactual is not None
+    assert budget.counterfactual_logits is not None
+    with torch.no_grad():
+        judged = judge(budget.counterfactual).argmax(dim=1) == target
+    p = budget.counterfactual_logits.softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+    return {
+        "flipped": found.flipped,
+        "l2": found.scores["l2_norm"],
+        "p": p,
+        "judged": judged,
+        "attained": budget.scores["reached"].bool(),
+        "warp": warp_energy(image, small),
+        "gain": warp_energy(image, small, gain=True),
+    }
+
+
+# --- real classifiers ---
+
+
+def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, path: Path | None) -> None:
+    """Prints the figures of every row of ``REAL`` and draws examples."""
+    data.prepare_data()
+    data.setup("test")
+    dataset = data.dataset(split)  # type: ignore[arg-type]
+    picks = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: 2 * count].tolist()  # type: ignore[arg-type]
+    samples = [dataset[index] for index in picks]
+    image = torch.stack([sample["image"] for sample in samples])
+    label = torch.tensor([sample["label"] for sample in samples])
+    with torch.no_grad():
+        logits = torch.cat([classifier(part) for part in image.split(64)])
+    right = logits.argmax(dim=1) == label
+    print(f"accuracy {right.float().mean():.3f} on {len(right)} images; n = {min(count, int(right.sum()))} explained\n")
+    image, source = image[right][:count], label[right][:count]
+    heads = ("flip", "flip, saved", "robust flip (least of 4)", "L2", "alpha", "E warp", "+ gain", "fine", "falls")
+    print(f"| method | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
+    pictures = [image[:12]]
+    for name, options in REAL.items():
+        lens = SteerableLens(classifier, **options)
+        begin = time.perf_counter()
+        answers = [lens.explain(part) for part in image.split(32)]
+        seconds = (time.perf_counter() - begin) / len(image)
+        changed = torch.cat([one.counterfactual for one in answers if one.counterfactual is not None])
+        target = torch.cat([one.target for one in answers])
+        flipped = torch.cat([one.flipped for one in answers if one.flipped is not None])
+        scores = {key: torch.cat([one.scores[key] for one in answers]) for key in answers[0].scores}
+        outcomes = [
+            survives(classifier, *parts)
+            for parts in zip(image.split(64), changed.split(64), source.split(64), target.split(64), strict=True)
+        ]
+        robust = {
+            key: float(sum(o[key][1].sum() for o in outcomes) / sum(o[key][0].sum() for o in outcomes))
+            for key in outcomes[0]
+        }
+        weakest = min(robust, key=lambda key: robust[key])
+        where = flipped if bool(flipped.any()) else ~flipped
+        told = [
+            share(flipped),
+            f"{robust['quant8']:.2f}",
+            f"{robust[weakest]:.2f} ({weakest})",
+            f"{scores['l2_norm'][where].median():.2f}",
+            f"{scores['alpha'][where].median():.3f}",
+            *(f"{warp_energy(image[where], changed[where], gain=gain).nanmean():.2f}" for gain in (False, True)),
+            f"{scores['fine'][where].mean():.2f}",
+            f"{scores['nonmonotone'].mean():.2f}",
+        ]
+        print(f"| {name} | {' | '.join(told)} |  {seconds:.3f} s/image", flush=True)
+        pictures += [changed[:12], signed_difference((changed - image)[:12] / 2)]
+        pictures += [torch.cat([one.parts["magnified"] for one in answers])[:12]]
+    if path is not None:
+        enlarge = max(1, 96 // image.shape[3])
+        pictures = [one.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for one in pictures]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil(grid(pictures)).save(path)
+
+
+# --- how fast ---
+
+
+def throughput(batch_size: int, repeats: int) -> None:
+    """224-pixel RGB images, a ResNet-18 with random weights, 12 strengths and 7 bisections of every image."""
+    torch.manual_seed(0)
+    spec = ClassifierSpec(
+        class_path="torchvision.models.resnet18",
+        init_args={"num_classes": 10},
+        head="fc",
+        class_names=tuple("abcdefghij"),
+        image_size=224,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    classifier = FrozenClassifier(resnet18(num_classes=10), spec)
+    image = F.interpolate(torch.randn(batch_size, 3, 28, 28), size=224, mode="bicubic").clamp(-3, 3) / 3
+    # An L2 that every image meets between two strengths: all are bisected.
+    lens = SteerableLens(classifier, budget=30.0)
+    counted = {"seconds": 0.0, "pictures": 0}
+    plain, gradients = classifier.forward, torch.autograd.grad
+
+    def timed_forward(pictures: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        logits = plain(pictures)
+        counted["seconds"] += time.perf_counter() - begin
+        counted["pictures"] += len(pictures)
+        return logits
+
+    def timed_gradient(*arguments: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        found = gradients(*arguments, **options)
+        counted["seconds"] += time.perf_counter() - begin
+        return found
+
+    classifier.forward = timed_forward  # type: ignore[method-assign]
+    torch.autograd.grad = timed_gradient  # type: ignore[assignment]
+    lens.explain(image)
+    for _ in range(repeats):
+        counted.update(seconds=0.0, pictures=0)
+        begin = time.perf_counter()
+        explanation = lens.explain(image)
+        seconds = time.perf_counter() - begin
+        print(
+            f"{batch_size / seconds:.2f} images/s, {counted['pictures'] / batch_size:.1f} pictures judged for an image, "
+            f"share outside the classifier {1 - counted['seconds'] / seconds:.3f}, "
+            f"bisected {int(explanation.scores['reached'].sum())} of {batch_size}"
+        )
+
+
+# --- numbers as text ---
+
+
+def share(hits: Tensor) -> str:
+    low, high = wilson(int(hits.sum()), len(hits))
+    return f"{hits.float().mean():.2f} ({low:.2f} to {high:.2f})"
+
+
+def resampled(values: Tensor, seed: int = 0) -> Tensor:
+    index = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(seed))
+    return values[index]
+
+
+def median(values: Tensor) -> str:
+    low, high = resampled(values.float()).median(dim=1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{values.median():.2f} ({low:.2f} to {high:.2f})"
+
+
+def difference(first: Tensor, second: Tensor) -> str:
+    values = (first.float() - second.float()).nan_to_num()
+    low, high = resampled(values).mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=400, help="explained images, of each seed of the toy")
+    parser.add_argument("--classifier", type=Path)
+    parser.add_argument("--cue", choices=("lesion", "colour", "texture"), help="the built-in shapes")
+    parser.add_argument("--root", help="or a folder of images, split as for the training")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="compare settings on val")
+    parser.add_argument("--grid", type=Path, help="also draw examples into this file")
+    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=16)
+    options = parser.parse_args()
+    if options.toy:
+        toy(options.seeds, options.images, options.iterations)
+    if options.classifier:
+        classifier = load_classifier(str(options.classifier))
+        size, channels = classifier.spec.image_size, classifier.spec.channels
+        if options.root:
+            names = list(classifier.class_names)
+            data: ImageData = ImageFolder(
+                root=options.root, image_size=size, channels=channels, class_names=names, batch_size=64
+            )
+        else:
+            data = SyntheticShapes(cue=options.cue or "lesion", image_size=size, batch_size=64, num_test=2000)
+        real(classifier, data, options.split, options.images, options.grid)
+    if options.throughput:
+        throughput(options.batch_size, repeats=3)
+
+
+if __name__ == "__main__":
+    main()
