@@ -70,7 +70,7 @@ def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple
 
     axis = torch.arange(size) - (size - 1) / 2
     y, x = axis.view(1, -1, 1) - draw(-4, 4), axis.view(1, 1, -1) - draw(-4, 4)
-    turn, radius = draw(0, 2 * torch.pi), draw(5.5, 9.5)
+    turn, radius = draw(0, 2 * torch.pi), draw(6.5, 10.5)
     u, v = turn.cos() * x + turn.sin() * y, turn.cos() * y - turn.sin() * x
     bar = torch.maximum(u.abs() - radius, v.abs() - 0.35 * radius)
     other = torch.maximum(v.abs() - radius, u.abs() - 0.35 * radius)
@@ -84,8 +84,8 @@ def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple
         ]
     )
     inside = torch.sigmoid(-2 * distances[label, torch.arange(count)])
-    unit = draw(0.15, 0.45) + draw(0.2, 0.5) * inside
-    unit = unit + 0.08 * torch.randn(unit.shape, generator=generator)
+    unit = draw(0.1, 0.3) + draw(0.3, 0.6) * inside
+    unit = unit + 0.06 * torch.randn(unit.shape, generator=generator)
     return (unit.clamp(0, 1) * 2 - 1)[:, None], label
 
 
@@ -94,9 +94,9 @@ class Judge(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            *(nn.Conv2d(1, 24, 7, padding=3), nn.GELU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(24, 48, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(48, 64, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 4)),
+            *(nn.Conv2d(1, 16, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(16, 32, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(32, 48, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 4)),
         )
 
 
@@ -116,15 +116,15 @@ def attacked(network: nn.Module, image: Tensor, label: Tensor, norm: float, step
 
 
 def train(network: nn.Module, iterations: int, seed: int, norm: float | None = None) -> None:
-    """Adam with a falling step size, against attacks within ``norm`` if one is given."""
+    """Adam with a falling step size; if ``norm`` is given against attacks that grow to it over the first half."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
+    for iteration in range(iterations):
         image, label = draw_shapes(64, generator)
         if norm is not None:
             network.eval()
-            image = attacked(network, image, label, norm, steps=4)
+            image = attacked(network, image, label, norm * min(1.0, 2 * (iteration + 1) / iterations), steps=4)
         network.train()
         loss = F.cross_entropy(network(image), label)
         optimizer.zero_grad()
@@ -146,7 +146,7 @@ def toy(seeds: list[int], count: int, iterations: int) -> None:
     columns: dict[str, dict[str, dict[str, list[Tensor]]]] = {"standard": {}, "robust": {}}
     for seed in seeds:
         torch.manual_seed(seed)
-        drivers = {"standard": PooledCnn(4, 1, 16), "robust": PooledCnn(4, 1, 16)}
+        drivers = {"standard": PooledCnn(4, 1, 8), "robust": PooledCnn(4, 1, 8)}
         other = Judge()
         train(drivers["standard"], iterations, 100 * seed + 1)
         train(drivers["robust"], iterations, 100 * seed + 2, norm=0.8)
@@ -323,7 +323,7 @@ def throughput(batch_size: int, repeats: int) -> None:
         explanation = lens.explain(image)
         seconds = time.perf_counter() - begin
         print(
-            f"{batch_size / seconds:.2f} images/s, {counted['pictures'] / batch_size:.1f} pictures judged for an image, "
+            f"{batch_size / seconds:.2f} images/s, {counted['pictures'] / batch_size:.1f} pictures judged for each, "
             f"share outside the classifier {1 - counted['seconds'] / seconds:.3f}, "
             f"bisected {int(explanation.scores['reached'].sum())} of {batch_size}"
         )
@@ -357,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=1200)
     parser.add_argument("--images", type=int, default=400, help="explained images, of each seed of the toy")
     parser.add_argument("--classifier", type=Path)
     parser.add_argument("--cue", choices=("lesion", "colour", "texture"), help="the built-in shapes")

@@ -72,11 +72,15 @@ class Baseline(ExplainerModule):
 
     def __init__(self, classifier: FrozenClassifier, *, name: str = "integrated_gradients", seed: int = 0) -> None:
         super().__init__(classifier)
-        self.explainer = build_baseline(name, classifier, seed)
+        self._explainer = build_baseline(name, classifier, seed)
+        # It works on a copy of the classifier, which would keep the weights from before.
+        self.register_load_state_dict_post_hook(
+            lambda module, _keys: setattr(module, "_explainer", build_baseline(name, classifier, seed))
+        )
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         """As the baseline does; there is no counterfactual."""
-        return self.explainer.explain(image, target)
+        return self._explainer.explain(image, target)
 
 
 class CaptumExplainer:

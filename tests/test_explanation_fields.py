@@ -26,6 +26,8 @@ def fields(**changes: Any) -> dict[str, Any]:
         "strengths": torch.zeros(2, 6),
         "parts": {"distinct": image},
         "scores": {"psnr": torch.zeros(2)},
+        "step_scores": {"l2": torch.zeros(2, 6)},
+        "motion": torch.zeros(2, 2, 4, 5),
         "caveats": {"it is blurred": torch.tensor([True, False])},
     }
     return complete | changes
@@ -56,6 +58,15 @@ def test_the_runner_up_is_never_the_predicted_class() -> None:
         ({"image": torch.zeros(1, 4, 5)}, "Explanation.image must be [B, C, H, W], got [1, 4, 5]."),
         ({"logits": torch.zeros(3, 3)}, "Explanation.logits must be [2, K], got [3, 3]."),
         ({"target": torch.zeros(2, 1)}, "Explanation.target must be [2], got [2, 1]."),
+        ({"motion": torch.zeros(2, 1, 4, 5)}, "Explanation.motion must be [2, 2, 4, 5], got [2, 1, 4, 5]."),
+        (
+            {"step_scores": {"l2": torch.zeros(2, 5)}},
+            "Explanation.step_scores['l2'] must be [2, 6], got [2, 5].",
+        ),
+        (
+            {"steps": None, "strengths": None, "intended": None},
+            "Explanation.step_scores is about steps and needs Explanation.steps.",
+        ),
         ({"attribution": torch.zeros(2, 3, 4, 5)}, "Explanation.attribution must be [2, 1, 4, 5], got [2, 3, 4, 5]."),
         (
             {"counterfactual": torch.zeros(2, 1, 5, 4)},

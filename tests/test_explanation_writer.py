@@ -105,6 +105,29 @@ def test_the_curve_is_what_the_classifier_says_about_the_saved_steps(tmp_path: P
         assert row["curve"]["target"] == pytest.approx(p[:, given.target[index]].tolist(), rel=1e-5)
 
 
+def test_numbers_of_the_steps_stand_beside_the_curve(tmp_path: Path):
+    given = explanation(step_scores={"l2_norm": torch.arange(9.0).view(3, 3) / 8})
+    for index, row in enumerate(save(tmp_path, given)):
+        assert row["curve"]["scores"] == {"l2_norm": [(3 * index + step) / 8 for step in range(3)]}
+    assert "scores" not in save(tmp_path / "plain", explanation())[0]["curve"]
+
+
+def test_motion_is_drawn_and_its_longest_arrow_told(tmp_path: Path):
+    motion = torch.zeros(3, 2, 16, 16)
+    motion[1, 1, :, :8] = 2.5
+    rows = save(tmp_path, explanation(motion=motion))
+    assert [row["motion_scale"] for row in rows] == [0.0, 2.5, 0.0]
+    still, moving, _ = (images.read_image(tmp_path / row["folder"] / row["files"]["motion"], 3) for row in rows)
+    assert still.shape == moving.shape == (3, 160, 160)
+    coloured = (moving.amax(dim=0) - moving.amin(dim=0)) > 0.5
+    assert coloured[:, :80].any()
+    assert not coloured[:, 100:].any()
+    assert not ((still.amax(dim=0) - still.amin(dim=0)) > 0.5).any()
+    (row, *_) = save(tmp_path / "none", explanation())
+    assert row["motion_scale"] is None
+    assert "motion" not in row["files"]
+
+
 @pytest.mark.parametrize("form", ["gif", "webp"])
 def test_an_animation_goes_there_and_back_without_end(tmp_path: Path, form: str):
     given = explanation()

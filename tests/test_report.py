@@ -85,6 +85,22 @@ def test_the_page_holds_everything_itself(tmp_path: Path):
     assert "1 of 2 (95%: 9.5–90.5%)" in page
 
 
+def test_a_caution_stands_on_top_and_an_untrained_method_names_its_classifier(tmp_path: Path):
+    folder = make(tmp_path, ["x.png"], [])
+    assert "Checkpoint" in write_html(folder).read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["checkpoint"], summary["checkpoint_sha256"]
+    summary |= {"classifier": "my.pt", "classifier_sha256": "cd" * 32, "untrained": "<grad_cam>"}
+    summary |= {"method": "cfe_lightning.baselines.Baseline", "caution": "Mind <this>."}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_html(folder).read_text()
+    assert '<p class="banner">Mind &lt;this&gt;.</p>' in page
+    assert "&lt;grad_cam&gt; explanations, 1 images" in page
+    assert "<dt>Classifier</dt><dd>my.pt</dd>" in page
+    assert "cd" * 32 in page
+    assert "Checkpoint" not in page
+
+
 def test_small_pictures_are_embedded_exactly_and_large_ones_step_by_step(tmp_path: Path):
     folder = make(tmp_path / "small", ["x.png"], [])
     thumbs = embedded(write_html(folder).read_text(), "rows")[0]["thumbs"]

@@ -157,6 +157,8 @@ class ToyExplainer(ExplainerModule):
 class FixedToyExplainer(ToyExplainer):
     """As ``ToyExplainer`` with nothing to train: the class images are the stripes themselves."""
 
+    needs_training = False
+
     def __init__(self, classifier: FrozenClassifier, *, amplitude: float = 0.8) -> None:
         super().__init__(classifier, amplitude=amplitude)
         for index in range(classifier.num_classes):

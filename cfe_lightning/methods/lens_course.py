@@ -337,4 +337,6 @@ class Extrapolator:
         transform = self.transform_for(course.image)
         if not course.motions or not isinstance(transform, SteerablePyramid):
             return None
-        return self._crop(motion_field(course.motions, alpha, transform, cap=self.cap), self._pad(course.image))
+        with torch.autocast(alpha.device.type, enabled=False):
+            field = motion_field(course.motions, alpha, transform, cap=self.cap)
+        return self._crop(field, self._pad(course.image))

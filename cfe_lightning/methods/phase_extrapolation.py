@@ -24,6 +24,8 @@ AmplitudeMode = Literal["linear", "log"]
 
 #: Amplitudes grow or shrink by at most e to this power in the logarithmic mode.
 _LARGEST_EXPONENT = 3.0
+#: Energy of a coefficient that no picture shows, on [0, 1].
+_INVISIBLE = (0.1 / 255) ** 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,8 +158,8 @@ def motion_field(motions: Sequence[Motion], alpha: Tensor, pyramid: SteerablePyr
         normal = maps if normal is None else normal + maps
     assert normal is not None, "a pyramid has a scale"
     yy, yx, xx, y, x = normal.unbind(dim=1)
-    # A ridge of a hundredth of the mean energy: where hardly anything is seen, nothing moves.
-    ridge = 0.01 * (yy + xx).mean(dim=(1, 2), keepdim=True) + torch.finfo(normal.dtype).tiny
+    # A ridge of a hundredth of the mean energy, or of a tenth of a grey level: where nothing is seen, nothing moves.
+    ridge = 0.01 * (yy + xx).mean(dim=(1, 2), keepdim=True) + _INVISIBLE
     yy, xx = yy.clamp_min(0) + ridge, xx.clamp_min(0) + ridge
     determinant = (yy * xx - yx.square()).clamp_min(ridge.square())
     return torch.stack([xx * y - yx * x, yy * x - yx * y], dim=1) / determinant[:, None]

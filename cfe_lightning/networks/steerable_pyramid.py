@@ -168,6 +168,7 @@ class SteerablePyramid(Transform):
             return torch.fft.ifft2(spectrum).real * factor
 
     def _analyse(self, image: Tensor, masks: str, residuals: bool) -> Decomposition:
+        _check_size(image, self.height, self.width)
         with _full_precision(image):
             spectrum = torch.fft.fft2(image, norm="ortho")
             bands = []
@@ -206,6 +207,7 @@ class FourierTransform(Transform):
 
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
         """Images [..., H, W] to the band [..., 1, H, W] of their Fourier coefficients and the residual [..., H, W]."""
+        _check_size(image, *self.fixed.shape)
         with _full_precision(image):
             spectrum = torch.fft.fft2(image, norm="ortho")
             rest = [torch.fft.ifft2(spectrum * self.fixed, norm="ortho").real] if residuals else []
@@ -285,6 +287,11 @@ def _frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
     row, column = (2 * torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
     f_y, f_x = torch.broadcast_tensors(row[:, None], column[None])
     return f_y.clone(), f_x.clone()
+
+
+def _check_size(image: Tensor, height: int, width: int) -> None:
+    if image.shape[-2:] != (height, width):
+        raise ValueError(f"Images of {height} x {width} pixels are needed, got {image.shape[-2]} x {image.shape[-1]}.")
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:

@@ -240,7 +240,99 @@ def test_an_argument_can_differ_from_training(
     assert run(checkpoint, photos, tmp_path / "new", "--set", "strength=1") == 2
     assert sentence(capsys) == "FixedToyExplainer has no argument strength: choose from amplitude."
     assert run(checkpoint, photos, tmp_path / "new", "--set", "amplitude=[]") == 2
-    assert sentence(capsys) == "amplitude was 0.8 in training and cannot be []: give the same kind of value."
+    assert sentence(capsys) == "FixedToyExplainer takes a number as amplitude, not []."
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifier") / "toy.pt"
+    toy.toy_classifier(3).save(path)
+    return path
+
+
+def untrained(method: str, classifier: Path, photos: Path, out: Path, *more: str) -> int:
+    where = ["--method", method, "--classifier", str(classifier), "--input", str(photos), "--output", str(out)]
+    return explain.main([*where, "--trusted", "toy", "--accelerator", "cpu", "--batch-size", "3", *more])
+
+
+def test_a_method_without_training_needs_a_classifier_only(
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    settings = ["--set", "beta=1", "--set", "residual_gain=1", "--set", "num_steps=5"]
+    assert untrained("steerable_lens", classifier, photos, out, *settings) == 0
+    rows = [row for row in OutputFolder(out).rows() if row["status"] == "ok"]
+    assert len(rows) == 7
+    for row in rows:
+        assert set(row["files"]) >= {"counterfactual", "steps", "motion", "part_magnified"}
+        # Every step carries its probabilities, its change and its clipped share; no flip is called one.
+        assert {len(values) for values in row["curve"]["scores"].values()} == {5}
+        assert set(row["curve"]["scores"]) == {"l2_norm", "clipped"}
+        assert len(row["curve"]["target"]) == 5
+        assert row["flipped"] == row["flipped_saved"] == (row["scores"]["reached"] == 1)
+        assert (row["note"] is None) == row["flipped"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["untrained"] == "steerable_lens"
+    assert "no evidence of a recognisable change" in summary["caution"]
+    page = (out / "report.html").read_text()
+    assert summary["caution"] in page
+    # The same command again has nothing to do; another classifier or method is another run.
+    capsys.readouterr()
+    finished = content(out)
+    assert untrained("steerable_lens", classifier, photos, out, *settings) == 0
+    assert content(out) == finished
+    capsys.readouterr()
+    assert untrained("saliency", classifier, photos, out) == 2
+    assert "untrained was 'steerable_lens' and is now 'saliency'" in sentence(capsys)
+    other = tmp_path / "other.pt"
+    toy.toy_classifier(2).save(other)
+    assert untrained("steerable_lens", other, photos, out, *settings) == 2
+    assert "classifier_sha256 was" in sentence(capsys)
+
+
+def test_a_baseline_explains_a_folder(classifier: Path, photos: Path, tmp_path: Path):
+    assert untrained("integrated_gradients", classifier, photos, tmp_path / "out") == 0
+    for row in table(tmp_path / "out").values():
+        assert row["status"] == "ok"
+        assert row["flipped"] == row["counterfactual"] == ""
+        assert (tmp_path / "out" / row["attribution"]).is_file()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "integrated_gradients explanations, 7 images" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "steerable_lens"], "--method and --classifier go together: give both, or --checkpoint,"),
+        (["--checkpoint", "x", "--classifier", "y"], "--method and --classifier go together"),
+        (["--method", "steerable_lens", "--classifier", "nowhere.pt"], "There is no classifier file nowhere.pt"),
+        (["--method", "dxai", "--classifier", "toy.pt"], "Dxai has to be trained first"),
+        (["--method", "lens", "--classifier", "toy.pt"], "There is no method 'lens' to use untrained: choose from"),
+        (["--method", "guided_grad_cam", "--classifier", "toy.pt"], "guided_grad_cam needs nn.ReLU layers"),
+        (["--method", "random", "--classifier", "toy.pt", "--target", "x"], "--target 'x' is not a class"),
+    ],
+)
+def test_mistakes_about_untrained_methods(
+    classifier: Path,
+    photos: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(photos.parent)
+    shutil.copyfile(classifier, "toy.pt")
+    code = explain.main([*arguments, "--input", "photos", "--output", "out", "--trusted", "toy"])
+    assert code == 2
+    assert sentence(capsys).startswith(message)
+    assert not Path("out").exists()
+
+
+def test_a_checkpoint_or_a_method_is_needed(capsys: pytest.CaptureFixture[str]):
+    for arguments in ([], ["--checkpoint", "x", "--method", "steerable_lens"]):
+        with pytest.raises(SystemExit):
+            explain.main([*arguments, "--input", "a", "--output", "b"])
+        assert "--method" in capsys.readouterr().err
 
 
 def test_dicom_files_are_images(

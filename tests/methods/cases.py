@@ -10,11 +10,13 @@ import pytest
 import torch
 import toy
 
+from cfe_lightning.baselines import Baseline
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
+from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.networks.classifiers import PooledCnn
 
@@ -199,5 +201,34 @@ CASES = [
             },
         ),
         id="StylEx-published-search",
+    ),
+    pytest.param(
+        Case(
+            kind=SteerableLens, arguments={"num_steps": 4, "bisections": 2}, num_epochs=0, classifier=pooled_classifier
+        ),
+        id="SteerableLens",
+    ),
+    pytest.param(
+        Case(
+            kind=SteerableLens,
+            arguments={
+                "beta": 1.0,
+                "amplitude_mode": "log",
+                "phase_rule": "unit",
+                "residual_gain": 0.5,
+                "loss": "margin",
+                "colour": "y",
+                "padding": "circular",
+                "alpha_unit": "l2",
+                "largest_alpha": 3.0,
+                "live_steps": 3,
+                "eight_bit": False,
+            },
+            num_epochs=0,
+        ),
+        id="SteerableLens-other-options",
+    ),
+    pytest.param(
+        Case(kind=Baseline, arguments={"name": "occlusion"}, num_epochs=0, classifier=pooled_classifier), id="Baseline"
     ),
 ]
