@@ -41,8 +41,10 @@ Padding = Literal["reflect", "circular"]
 
 #: Luminance of ITU-R 601, the Y of YIQ; adding to it adds the same to red, green and blue.
 _LUMINANCE = (0.299, 0.587, 0.114)
-#: Real numbers that the largest band of all frames in work may hold: more is slower, because memory is.
+#: Real numbers that the largest band of all frames in work may hold. On a CPU more is slower, because memory is; on
+#: other devices every call costs, and less would leave them idle.
 _CHUNK = 2**21
+_CHUNK_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +172,7 @@ class Extrapolator:
         transform = self.transform_for(image)
         padded = self._pad(image) * 2
         held = 2 * image.shape[1] * (image.shape[2] + padded) * (image.shape[3] + padded) * self.orientations
-        at_once = max(1, _CHUNK // held)
+        at_once = _at_once(held, image.device)
         parts = [
             self._some_course(transform, *some)
             for some in zip(image.split(at_once), gradient.split(at_once), origin.split(at_once), strict=True)
@@ -258,7 +260,7 @@ class Extrapolator:
         held = 2 * max(
             (motion.band.shape[1:].numel() for motion in course.motions), default=course.image.shape[1:].numel()
         )
-        at_once = max(1, _CHUNK // held)
+        at_once = _at_once(held, alpha.device)
         wide = min(num_steps, at_once)
         tall = max(1, at_once // wide)
         for top in range(0, num_rows, tall):
@@ -340,3 +342,8 @@ class Extrapolator:
         with torch.autocast(alpha.device.type, enabled=False):
             field = motion_field(course.motions, alpha, transform, cap=self.cap)
         return self._crop(field, self._pad(course.image))
+
+
+def _at_once(held: int, device: torch.device) -> int:
+    """How many images with bands of so many numbers are worked on together."""
+    return max(1, (_CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE) // held)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation
+from cfe_lightning.explanation import Explanation, decides_for
 from cfe_lightning.methods.lens_course import (
     AlphaUnit,
     Colour,
@@ -230,6 +230,7 @@ class SteerableLens(ExplainerModule):
         target = self.default_target(logits) if target is None else target
         found = self._one_shot(course, logits, target) if self.live_steps == 1 else self._live(course, logits, target)
         answer, course = found.answer, found.course
+        answered = self.classifier(answer).float()
         change = images.to_unit(answer) - images.to_unit(image)
         p_target = _probability(found.logits, target)
         return Explanation(
@@ -238,7 +239,7 @@ class SteerableLens(ExplainerModule):
             target=target,
             attribution=change.abs().mean(dim=1, keepdim=True),
             counterfactual=answer,
-            counterfactual_logits=self.classifier(answer).float(),
+            counterfactual_logits=answered,
             steps=found.steps.image,
             strengths=found.strengths,
             step_scores={"l2_norm": found.steps.l2_norm, "clipped": found.steps.clipped},
@@ -256,20 +257,23 @@ class SteerableLens(ExplainerModule):
                 "fine": _share_of_fine(change),
                 "nonmonotone": (p_target[:, -1] < p_target.amax(dim=1) / 2).to(image.dtype),
             },
-            caveats=self._caveats(found),
+            caveats=self._caveats(found, decides_for(answered, target)),
         )
 
-    def _caveats(self, found: _Found) -> dict[str, Tensor]:
+    def _caveats(self, found: _Found, flipped: Tensor) -> dict[str, Tensor]:
         still = (found.course.line == 0).flatten(1).all(dim=1)
+        missing = ~found.reached & ~still
         if self.budget is not None:
             missed = "no strength of this direction changes the image by as much as asked"
         elif self.confidence is not None:
             missed = "no strength of this direction makes the classifier as sure as asked"
         else:
             missed = "no strength of this direction changes the decision: shown is the frame that comes closest"
+            # A frame that is hardly ahead is not what was looked for, but it is a flip.
+            missing = missing & ~flipped
         return {
             "the classifier's gradient vanishes here, so there is nothing to magnify": still,
-            missed: ~found.reached & ~still,
+            missed: missing,
         }
 
     def _one_shot(self, course: Course, logits: Tensor, target: Tensor) -> _Found:

@@ -68,6 +68,32 @@ def test_the_loss_falls_at_first_as_the_slope_says(options: dict[str, Any]) -> N
     torch.testing.assert_close(measured, slope, rtol=1e-4, atol=0)
 
 
+def test_the_margin_leads_the_target_away_from_its_strongest_rival() -> None:
+    explainer = lens(double=True, eight_bit=False, loss="margin")
+    image, target = pictures(dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    course, _ = explainer.course(image, target)
+
+    def margin(at: float) -> Tensor:
+        frames = explainer.frames(course, torch.full((4, 1), at, dtype=torch.float64))
+        logits = explainer.classifier(frames.image[:, 0])
+        return logits.scatter(1, target[:, None], -torch.inf).amax(dim=1) - logits[torch.arange(4), target]
+
+    slope = (course.gradient * course.line).flatten(1).sum(dim=1)
+    assert (slope < 0).all()
+    torch.testing.assert_close((margin(1e-6) - margin(-1e-6)) / 2e-6, slope, rtol=1e-4, atol=0)
+
+
+def test_the_margin_still_leads_where_the_classifier_is_certain() -> None:
+    image, target = blobs(22.0), torch.ones(1, dtype=torch.int64)
+    slopes = {}
+    for loss in ("nll", "margin"):
+        course, logits = SteerableLens(edge_classifier(gain=400.0), loss=loss).course(image, target)  # type: ignore[arg-type]
+        slopes[loss] = float(course.gradient.norm())
+        assert logits.softmax(dim=1)[0, 1] == 1
+    assert slopes["nll"] == 0
+    assert slopes["margin"] > 1
+
+
 @pytest.mark.parametrize("options", TRANSFORMS, ids=str)
 def test_alpha_zero_gives_the_image_back_bit_for_bit(options: dict[str, Any]) -> None:
     explainer = lens(eight_bit=False, **options)
@@ -185,6 +211,24 @@ def test_luminance_alone_changes_all_channels_alike() -> None:
     torch.testing.assert_close(change, change[:, :1].expand_as(change), rtol=0, atol=1e-6)
 
 
+def test_the_gradient_by_luminance_is_the_sum_over_channels() -> None:
+    """Adding to the luminance of YIQ adds to red, green and blue alike, 3.8."""
+    course, _ = lens(double=True, colour="y", transform="pixel", alpha_unit="raw").course(pictures(dtype=torch.float64))
+    torch.testing.assert_close(course.line, -course.gradient.sum(dim=1, keepdim=True).expand(-1, 3, -1, -1))
+
+
+def test_the_clipped_share_is_that_of_values_beyond_the_range() -> None:
+    explainer = lens(transform="pixel", eight_bit=False)
+    course, _ = explainer.course(pictures())
+    alpha = torch.tensor([[0.1, 0.5]]).expand(4, -1)
+    frames = explainer.frames(course, alpha)
+    moved = course.image[:, None] + 2 * alpha[:, :, None, None, None] * course.line[:, None]
+    torch.testing.assert_close(frames.image, moved.clamp(-1, 1))
+    expected = (moved.abs() > 1).float().mean(dim=(2, 3, 4))
+    torch.testing.assert_close(frames.clipped, expected, rtol=0, atol=1e-3)
+    assert ((expected > 0.001) & (expected < 0.9)).all()
+
+
 class Edge(nn.Module):
     """Whether a blob lies right or left of column 16, a linear function of the image: [B, 1, S, S] -> [B, 2]."""
 
@@ -272,6 +316,20 @@ def test_what_does_not_flip_is_not_called_a_counterfactual() -> None:
     assert holding == ["no strength of this direction changes the decision: shown is the frame that comes closest"]
 
 
+def test_a_frame_that_is_hardly_ahead_is_a_flip_but_not_what_is_looked_for() -> None:
+    def hardly(image: Tensor) -> FrozenClassifier:
+        """Ahead by less than two hundredths, where the image is its own best."""
+        best = SteerableLens(edge_classifier(bias=100.0)).explain(image).counterfactual_logits
+        assert best is not None
+        return edge_classifier(bias=100.0 + float(best[0, 1]) - 0.01)
+
+    explanation = SteerableLens(hardly(blobs())).explain(blobs())
+    assert explanation.flipped is not None
+    assert explanation.flipped.all()
+    assert explanation.scores["reached"].tolist() == [0.0]
+    assert not any(bool(holds.any()) for holds in explanation.caveats.values())
+
+
 def test_where_the_gradient_vanishes_it_says_so() -> None:
     explanation = SteerableLens(edge_classifier(gain=0.0)).explain(blobs())
     holding = [clause for clause, holds in explanation.caveats.items() if bool(holds)]
@@ -331,11 +389,31 @@ def test_steps_carry_their_numbers() -> None:
     straight = lens(num_steps=5, smallest_alpha=0.01, largest_alpha=10.0, transform="pixel").explain(image)
     assert (straight.step_scores["clipped"][:, -1] > 0.5).all()
     assert (straight.step_scores["clipped"].diff(dim=1) >= 0).all()
-    kept = explainer.classifier.along(explanation.steps).argmax(dim=2) == explanation.target[:, None]
-    for row in range(4):
-        strongest = [step for step in range(5) if kept[row, step]]
-        if strongest:
-            assert torch.equal(explanation.parts["magnified"][row], explanation.steps[row, strongest[-1]])
+
+
+def test_magnified_is_the_strongest_step_that_is_still_the_target() -> None:
+    explanation = SteerableLens(edge_classifier()).explain(blobs(14.0))
+    assert explanation.steps is not None
+    kept = torch.nonzero(edge_classifier()(explanation.steps[0]).argmax(dim=1) == 1).squeeze(1)
+    assert len(kept) > 1
+    assert torch.equal(explanation.parts["magnified"][0], explanation.steps[0, kept[-1]])
+
+
+class Between(Edge):
+    """Class 1 is a blob near column 16 only."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        margin = super().forward(image)[:, 1]
+        return torch.stack([torch.zeros_like(margin), 4 - margin.abs()], dim=1)
+
+
+def test_a_target_that_is_lost_again_is_marked() -> None:
+    spec = edge_classifier().spec
+    for network, lost in ((Between(), 1.0), (Edge(), 0.0)):
+        explanation = SteerableLens(FrozenClassifier(network, spec), transform="pixel").explain(blobs(14.0))
+        assert explanation.flipped is not None
+        assert explanation.flipped.all()
+        assert explanation.scores["nonmonotone"].tolist() == [lost]
 
 
 def test_what_is_reported_holds_for_the_saved_pictures() -> None:
