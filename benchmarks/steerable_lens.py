@@ -3,6 +3,7 @@
     python benchmarks/steerable_lens.py --toy
     python benchmarks/steerable_lens.py --classifier checkpoints/shapes.pt --cue lesion
     python benchmarks/steerable_lens.py --classifier checkpoints/mnist.pt --root FOLDER/mnist --grid out.png
+    python benchmarks/steerable_lens.py --classifier checkpoints/shapes.pt --picture out.png
     python benchmarks/steerable_lens.py --throughput
 
 ``--toy``: four shapes, a standard network, one trained against L2 attacks, and a judge that gives no gradients; the
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -26,7 +28,7 @@ from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, load_clas
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
-from cfe_lightning.images import grid, signed_difference, to_pil
+from cfe_lightning.images import draw_motion, grid, signed_difference, to_pil
 from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import wilson
@@ -141,15 +143,17 @@ def toy_classifier(network: nn.Module) -> FrozenClassifier:
     return FrozenClassifier(network, spec)
 
 
-def toy(seeds: list[int], count: int, iterations: int) -> None:
+def toy(seeds: list[int], count: int, iterations: int, kinds: list[str], standard_iterations: int) -> None:
     """Prints the table, all seeds together, and the paired differences that say whether an order is one."""
-    columns: dict[str, dict[str, dict[str, list[Tensor]]]] = {"standard": {}, "robust": {}}
+    columns: dict[str, dict[str, dict[str, list[Tensor]]]] = {kind: {} for kind in kinds}
     for seed in seeds:
         torch.manual_seed(seed)
-        drivers = {"standard": PooledCnn(4, 1, 8), "robust": PooledCnn(4, 1, 8)}
+        drivers = {kind: PooledCnn(4, 1, 8) for kind in kinds}
         other = Judge()
-        train(drivers["standard"], iterations, 100 * seed + 1)
-        train(drivers["robust"], iterations, 100 * seed + 2, norm=0.8)
+        if "standard" in drivers:
+            train(drivers["standard"], standard_iterations, 100 * seed + 1)
+        if "robust" in drivers:
+            train(drivers["robust"], iterations, 100 * seed + 2, norm=0.8)
         train(other, iterations, 100 * seed + 3)
         judge = toy_classifier(other)
         image, label = draw_shapes(2 * count, torch.Generator().manual_seed(100 * seed + 4))
@@ -279,6 +283,37 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
         to_pil(grid(pictures)).save(path)
 
 
+def draw(classifier: FrozenClassifier, cue: str, path: Path) -> None:
+    """The picture of the card: phases alone, with their motion, and amplitudes too, on images of both classes."""
+    data = SyntheticShapes(cue=cue, image_size=classifier.spec.image_size)  # type: ignore[arg-type]
+    dataset = data.dataset("test")
+    image = torch.stack([dataset[index]["image"] for index in (1, 3, 5, 0, 2, 4)])
+    phase, joint = (SteerableLens(classifier, beta=beta).explain(image) for beta in (0.0, 1.0))
+    assert phase.motion is not None
+    columns = {"image": image}
+    for name, found in (("phase", phase), ("joint", joint)):
+        assert found.counterfactual is not None
+        columns[f"{name}: nearest"] = found.counterfactual
+        columns[f"{name}: change"] = signed_difference((found.counterfactual - image) / 2)
+        columns[f"{name}: magnified"] = found.parts["magnified"]
+    columns["phase: motion"] = draw_motion(image, phase.motion)
+    order = ["image", *(name for name in columns if name.startswith("phase")), *(n for n in columns if "joint" in n)]
+    side = 160
+    factor = side // image.shape[3]
+    enlarged = [
+        c if c.shape[3] == side else c.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        for c in (columns[name] for name in order)
+    ]
+    block = to_pil(grid(enlarged))
+    picture = Image.new("RGB", (block.width, block.height + 24), "white")
+    picture.paste(block, (0, 24))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    for index, name in enumerate(order):
+        pen.text((4 + index * (side + 4), 5), name, fill="black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, optimize=True)
+
+
 # --- how fast ---
 
 
@@ -358,19 +393,26 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=1200)
+    parser.add_argument("--standard-iterations", type=int, help="of the standard network (default: as many)")
+    parser.add_argument("--drivers", nargs="+", choices=("standard", "robust"), default=["standard", "robust"])
     parser.add_argument("--images", type=int, default=400, help="explained images, of each seed of the toy")
     parser.add_argument("--classifier", type=Path)
     parser.add_argument("--cue", choices=("lesion", "colour", "texture"), help="the built-in shapes")
     parser.add_argument("--root", help="or a folder of images, split as for the training")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="compare settings on val")
     parser.add_argument("--grid", type=Path, help="also draw examples into this file")
+    parser.add_argument("--picture", type=Path, help="draw the card's picture from the built-in shapes, nothing else")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
     if options.toy:
-        toy(options.seeds, options.images, options.iterations)
+        standard = options.standard_iterations or options.iterations
+        toy(options.seeds, options.images, options.iterations, options.drivers, standard)
     if options.classifier:
         classifier = load_classifier(str(options.classifier))
+        if options.picture:
+            draw(classifier, options.cue or "lesion", options.picture)
+            return
         size, channels = classifier.spec.image_size, classifier.spec.channels
         if options.root:
             names = list(classifier.class_names)

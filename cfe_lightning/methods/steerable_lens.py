@@ -39,6 +39,8 @@ from cfe_lightning.networks.steerable_pyramid import Synthesis
 
 #: Pixels that the classifier is shown at a time.
 _SHOWN = 2**20
+#: Share of values above which a frame shows the limits of the range rather than the direction.
+_HARDLY = 0.01
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,7 +221,8 @@ class SteerableLens(ExplainerModule):
             An explanation with the strengths that were looked at as steps, each with ``l2_norm`` of its change and the
             share ``clipped`` of its values; the counterfactual is the weakest frame that meets the goal, or, where none
             does, the one with the highest probability of the target (which then is no flip). Part ``magnified`` is
-            the strongest step that the classifier still takes for the target. Scores: ``reached`` (1 where the goal is
+            the strongest step that the classifier still takes for the target and in which the image is still seen
+            (changed by at most half its contrast, hardly a value clipped). Scores: ``reached`` (1 where the goal is
             met), ``alpha``, ``l2_norm`` and ``clipped`` of the counterfactual, ``slope`` (derivative of the loss by
             alpha at 0), ``cosine`` (of the first-order change and steepest descent in pixels), the shares of the
             gradient's energy that the bands do not hold, ``fine`` (share of the change's energy above half the Nyquist
@@ -243,7 +246,7 @@ class SteerableLens(ExplainerModule):
             steps=found.steps.image,
             strengths=found.strengths,
             step_scores={"l2_norm": found.steps.l2_norm, "clipped": found.steps.clipped},
-            parts={"magnified": _magnified(found.steps.image, found.logits, target)},
+            parts={"magnified": _magnified(found, image, target)},
             # Of several steps each has its own.
             motion=self.extrapolator.motion(course, found.alpha) if self.live_steps == 1 else None,
             scores={
@@ -378,12 +381,18 @@ def _likeliest(logits: Tensor, target: Tensor) -> Tensor:
     return _probability(logits, target).argmax(dim=1, keepdim=True)
 
 
-def _magnified(steps: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """The strongest step that is decided for the target, else the one that comes closest, [B, T, C, H, W]."""
-    kept = logits.argmax(dim=2) == target[:, None]
+def _magnified(found: _Found, image: Tensor, target: Tensor) -> Tensor:
+    """The strongest step that is decided for the target and in which the image is still seen, [B, C, H, W].
+
+    It changes the image by no more than half its contrast, and hardly a value is clipped. The answer where none is.
+    """
+    contrast = images.to_unit(image).flatten(1).std(dim=1)
+    change = found.steps.l2_norm / math.sqrt(image[0].numel())
+    kept = (found.logits.argmax(dim=2) == target[:, None]) & (found.steps.clipped <= _HARDLY)
+    kept = kept & (change <= contrast[:, None] / 2) & (found.strengths > found.alpha[:, None])
     last = kept.shape[1] - 1 - kept.flip(1).to(torch.int8).argmax(dim=1)
-    chosen = torch.where(kept.any(dim=1), last, _likeliest(logits, target).squeeze(1))
-    return steps[torch.arange(len(steps), device=steps.device), chosen]
+    strongest = found.steps.image[torch.arange(len(kept), device=kept.device), last]
+    return torch.where(kept.any(dim=1).view(-1, 1, 1, 1), strongest, found.answer)
 
 
 def _share_of_fine(change: Tensor) -> Tensor:

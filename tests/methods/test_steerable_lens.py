@@ -391,12 +391,29 @@ def test_steps_carry_their_numbers() -> None:
     assert (straight.step_scores["clipped"].diff(dim=1) >= 0).all()
 
 
-def test_magnified_is_the_strongest_step_that_is_still_the_target() -> None:
-    explanation = SteerableLens(edge_classifier()).explain(blobs(14.0))
+def test_magnified_is_the_strongest_step_in_which_the_image_is_still_seen() -> None:
+    explanation = SteerableLens(edge_classifier(), num_steps=24).explain(blobs(15.6))
     assert explanation.steps is not None
-    kept = torch.nonzero(edge_classifier()(explanation.steps[0]).argmax(dim=1) == 1).squeeze(1)
-    assert len(kept) > 1
+    assert explanation.strengths is not None
+    decided = edge_classifier()(explanation.steps[0]).argmax(dim=1) == 1
+    change = (explanation.steps - explanation.image[:, None])[0].flatten(1).square().mean(dim=1).sqrt()
+    small = change <= explanation.image.std() / 2
+    assert decided.sum() > (decided & small).sum() > 1
+    kept = torch.nonzero(decided & small).squeeze(1)
     assert torch.equal(explanation.parts["magnified"][0], explanation.steps[0, kept[-1]])
+    # A step that is cut off at the ends of the range would show these.
+    straight = SteerableLens(edge_classifier(), transform="pixel", num_steps=40).explain(blobs(15.6) - 0.19)
+    assert straight.steps is not None
+    clipped = straight.step_scores["clipped"][0]
+    change = (straight.steps - straight.image[:, None])[0].flatten(1).square().mean(dim=1).sqrt()
+    small = change <= straight.image.std() / 2
+    last = int(torch.nonzero((clipped <= 0.01) & small).amax())
+    assert bool(small[last + 1])
+    assert torch.equal(straight.parts["magnified"][0], straight.steps[0, last])
+    # Where no step is good enough, the answer.
+    never = SteerableLens(edge_classifier(bias=100.0)).explain(blobs())
+    assert never.counterfactual is not None
+    assert torch.equal(never.parts["magnified"], never.counterfactual)
 
 
 class Between(Edge):
