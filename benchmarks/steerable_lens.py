@@ -241,7 +241,7 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
     right = logits.argmax(dim=1) == label
     print(f"accuracy {right.float().mean():.3f} on {len(right)} images; n = {min(count, int(right.sum()))} explained\n")
     image, source = image[right][:count], label[right][:count]
-    heads = ("flip", "flip, saved", "robust flip (least of 4)", "L2", "alpha", "E warp", "+ gain", "fine", "falls")
+    heads = ("flip", "saved", "robust", "robust, magnified", "L2", "alpha", "E warp", "+ gain", "fine", "falls", "s")
     print(f"| method | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
     pictures = [image[:12]]
     for name, options in REAL.items():
@@ -253,34 +253,40 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
         target = torch.cat([one.target for one in answers])
         flipped = torch.cat([one.flipped for one in answers if one.flipped is not None])
         scores = {key: torch.cat([one.scores[key] for one in answers]) for key in answers[0].scores}
-        outcomes = [
-            survives(classifier, *parts)
-            for parts in zip(image.split(64), changed.split(64), source.split(64), target.split(64), strict=True)
-        ]
-        robust = {
-            key: float(sum(o[key][1].sum() for o in outcomes) / sum(o[key][0].sum() for o in outcomes))
-            for key in outcomes[0]
-        }
-        weakest = min(robust, key=lambda key: robust[key])
+        magnified = torch.cat([one.parts["magnified"] for one in answers])
+        robust, weakest = robust_flip(classifier, image, changed, source, target)
+        _, magnified_weakest = robust_flip(classifier, image, magnified, source, target)
         where = flipped if bool(flipped.any()) else ~flipped
         told = [
             share(flipped),
             f"{robust['quant8']:.2f}",
-            f"{robust[weakest]:.2f} ({weakest})",
+            weakest,
+            magnified_weakest,
             f"{scores['l2_norm'][where].median():.2f}",
             f"{scores['alpha'][where].median():.3f}",
             *(f"{warp_energy(image[where], changed[where], gain=gain).nanmean():.2f}" for gain in (False, True)),
             f"{scores['fine'][where].mean():.2f}",
             f"{scores['nonmonotone'].mean():.2f}",
         ]
-        print(f"| {name} | {' | '.join(told)} |  {seconds:.3f} s/image", flush=True)
-        pictures += [changed[:12], signed_difference((changed - image)[:12] / 2)]
-        pictures += [torch.cat([one.parts["magnified"] for one in answers])[:12]]
+        print(f"| {name} | {' | '.join(told)} | {seconds:.3f} |", flush=True)
+        pictures += [changed[:12], signed_difference((changed - image)[:12] / 2), magnified[:12]]
     if path is not None:
         enlarge = max(1, 96 // image.shape[3])
         pictures = [one.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for one in pictures]
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil(grid(pictures)).save(path)
+
+
+def robust_flip(
+    classifier: FrozenClassifier, image: Tensor, changed: Tensor, source: Tensor, target: Tensor
+) -> tuple[dict[str, float], str]:
+    """The share of flips that survive each transformation, and the least of them in words, with its denominator."""
+    parts = zip(image.split(64), changed.split(64), source.split(64), target.split(64), strict=True)
+    outcomes = [survives(classifier, *part) for part in parts]
+    counts = {key: [int(sum(o[key][i].sum() for o in outcomes)) for i in (0, 1)] for key in outcomes[0]}
+    rates = {key: flipped / max(kept, 1) for key, (kept, flipped) in counts.items()}
+    weakest = min(rates, key=lambda key: rates[key])
+    return rates, f"{rates[weakest]:.2f} ({weakest}, {counts[weakest][0]})"
 
 
 def draw(classifier: FrozenClassifier, cue: str, path: Path) -> None:

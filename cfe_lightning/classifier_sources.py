@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ from cfe_lightning.networks.exported import ExportedNetwork
 _log = logging.getLogger(__name__)
 #: torchvision's networks with further outputs for training, and the names of those outputs' weights.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+def is_torchvision_network(name: str) -> bool:
+    """Whether ``torchvision_classifier`` knows a network of this name."""
+    return name in models.list_models(module=models)
 
 
 def torchvision_classifier(
@@ -60,7 +66,7 @@ def torchvision_classifier(
         FileNotFoundError: If ``weights`` looks like a file and there is none.
         ValueError: If there is no such network or weights, or classes, weights and network do not fit.
     """
-    if name not in models.list_models(module=models):
+    if not is_torchvision_network(name):
         raise ValueError(
             f"torchvision has no classification network {name!r}; it has resnet18, densenet121 and others."
         )
@@ -81,7 +87,13 @@ def torchvision_classifier(
     arguments = {"num_classes": len(class_names), **_own_arguments(name, built_for), **(init_args or {})}
     if named is not None:
         # Sets by itself what our arguments say when the network is built anew without the download.
-        network = _build(class_path, {"weights": named, **(init_args or {})})
+        try:
+            network = _build(class_path, {"weights": named, **(init_args or {})})
+        except URLError as error:
+            raise ValueError(
+                f"The weights {weights} of {name} could not be downloaded ({error.reason}): fetch them where a "
+                "network is, or give a file of your own as weights."
+            ) from error
     else:
         network = _build(class_path, arguments)
     if file is not None:

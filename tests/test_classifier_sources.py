@@ -1,5 +1,6 @@
 import logging
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -405,3 +406,12 @@ def test_every_source_is_a_class_path_in_yaml(toy_weights, tmp_path):
         assert isinstance(classifier, FrozenClassifier)
         if name != "torchvision_classifier":
             assert torch.allclose(classifier(image), network(image), atol=1e-5)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match=r"The weights DEFAULT of resnet18 could not be downloaded \(no network\)"):
+        torchvision_classifier("resnet18", "DEFAULT")

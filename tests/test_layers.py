@@ -58,9 +58,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation_table": {"evaluation", "tally", "metrics"},
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
-        "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "cli", "csv_log", "data",
-        "environment", "evaluation", "evaluation_table", "explainer", "explanation", "explanation_writer", "images",
-        "manifest", "medical_files", "report", "survey_file", "tally", "untrained",
+        "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "classifier_sources",
+        "cli", "csv_log", "data", "environment", "evaluation", "evaluation_table", "explainer", "explanation",
+        "explanation_writer", "images", "manifest", "medical_files", "report", "survey_file", "tally", "untrained",
     },
 }  # fmt: skip
 

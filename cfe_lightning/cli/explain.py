@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
         "--classifier",
     )
     parser.add_argument(
-        "--classifier", metavar="FILE", type=Path, help="with --method: the classifier that train.py or save() wrote"
+        "--classifier",
+        metavar="FILE|NAME",
+        help="with --method: the classifier that train.py or save() wrote, or a network of torchvision, as resnet50, "
+        "with its own weights",
     )
     parser.add_argument(
         "--input",
@@ -175,12 +178,17 @@ def _explain(options: argparse.Namespace) -> int:
 def _explainer(options: argparse.Namespace) -> ExplainerModule:
     """What explains: a trained method out of its checkpoint, or one without training around a classifier."""
     from cfe_lightning.classifier import load_classifier
+    from cfe_lightning.classifier_sources import is_torchvision_network, torchvision_classifier
     from cfe_lightning.explainer import load_explainer
     from cfe_lightning.untrained import build_untrained
 
     if options.checkpoint is not None:
         return load_explainer(options.checkpoint, options.trusted, dict(options.changes))
-    classifier = load_classifier(str(options.classifier), options.trusted)
+    # A file of that name comes first.
+    if is_torchvision_network(options.classifier) and not Path(options.classifier).exists():
+        classifier = torchvision_classifier(options.classifier, weights="DEFAULT")
+    else:
+        classifier = load_classifier(options.classifier, options.trusted)
     return build_untrained(options.method, classifier, dict(options.changes))
 
 
@@ -298,7 +306,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
     if options.checkpoint is not None:
         made_from = {"checkpoint_sha256": sha256_of(options.checkpoint)}
     else:
-        made_from = {"classifier_sha256": sha256_of(options.classifier), "untrained": options.method}
+        made_from = {"classifier_sha256": explainer.classifier.fingerprint(), "untrained": options.method}
     return {
         **made_from,
         "method": f"{kind.__module__}.{kind.__qualname__}",

@@ -26,6 +26,8 @@ AmplitudeMode = Literal["linear", "log"]
 _LARGEST_EXPONENT = 3.0
 #: Energy of a coefficient that no picture shows, on [0, 1].
 _INVISIBLE = (0.1 / 255) ** 2
+#: Energy far below the rounding errors of single precision.
+_NOTHING = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +104,8 @@ def descent(
     """
     energy = band.real.square() + band.imag.square()
     guard = eps**2 * energy.mean(dim=(-2, -1), keepdim=True)
-    # A |tiny| number keeps 0 / 0 away: where nothing is, nothing moves.
-    guarded = (energy + guard).clamp_min(torch.finfo(energy.dtype).tiny)
+    # Keeps 0 / 0 and overflow away: where nothing is, nothing moves.
+    guarded = (energy + guard).clamp_min(_NOTHING)
     turn = band.imag * gradient.real - band.real * gradient.imag
     growth = -(band.real * gradient.real + band.imag * gradient.imag) if amplitudes else None
     if rule == "coordinate":

@@ -290,6 +290,26 @@ def test_a_method_without_training_needs_a_classifier_only(
     assert "classifier_sha256 was" in sentence(capsys)
 
 
+def test_a_network_of_torchvision_is_known_by_its_name(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked: list[tuple[str, str]] = []
+
+    def with_weights(name: str, weights: str) -> FrozenClassifier:
+        asked.append((name, weights))
+        return toy.toy_classifier(3)
+
+    monkeypatch.setattr("cfe_lightning.classifier_sources.torchvision_classifier", with_weights)
+    assert untrained("random", Path("resnet18"), photos, tmp_path / "out", "--limit", "1") == 0
+    assert asked == [("resnet18", "DEFAULT")]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["classifier"] == "resnet18"
+    assert summary["classifier_sha256"] == toy.toy_classifier(3).fingerprint()
+    capsys.readouterr()
+    assert untrained("random", Path("resnet17"), photos, tmp_path / "new") == 2
+    assert sentence(capsys).startswith("There is no classifier file resnet17")
+
+
 def test_a_baseline_explains_a_folder(classifier: Path, photos: Path, tmp_path: Path):
     assert untrained("integrated_gradients", classifier, photos, tmp_path / "out") == 0
     for row in table(tmp_path / "out").values():
