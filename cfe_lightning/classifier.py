@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -404,6 +405,13 @@ def _match_channels(image: Tensor, channels: int) -> Tensor:
     return (image * weights).sum(dim=1, keepdim=True)
 
 
+def why_unreadable(error: Exception) -> str:
+    """What ``torch.load`` said of a file, in few words; without its advice to load pickles unsafely."""
+    if isinstance(error, UnpicklingError):
+        return "it is no file of PyTorch, or holds more than plain data and tensors"
+    return " ".join(str(error).split())[:200]
+
+
 def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:
     """Builds the spec's network without weights.
 
@@ -440,7 +448,7 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
         spec = ClassifierSpec.from_dict(content["classifier"])
         weights = content["state_dict"]
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = why_unreadable(error)
         raise ValueError(
             f"{file} is not a classifier file of cfe_lightning ({reason}): for a plain state dict use "
             "cfe_lightning.classifier_sources.wrap_classifier or torchvision_classifier."

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.atlas import Atlas
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, resolve_class_path
+from cfe_lightning.classifier import (
+    ClassifierSpec,
+    FrozenClassifier,
+    build_network,
+    resolve_class_path,
+    why_unreadable,
+)
 from cfe_lightning.explanation import Explanation, runner_up
 
 #: Keys of a checkpoint that only a resumed training needs.
@@ -206,7 +212,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = why_unreadable(error)
         raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or not plain data): {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint written by train.py.")

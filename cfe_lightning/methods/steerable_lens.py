@@ -39,8 +39,6 @@ from cfe_lightning.networks.steerable_pyramid import Synthesis
 
 #: Pixels that the classifier is shown at a time.
 _SHOWN = 2**20
-#: Share of values above which a frame shows the limits of the range rather than the direction.
-_HARDLY = 0.01
 
 
 @dataclass(kw_only=True, slots=True)
@@ -222,7 +220,7 @@ class SteerableLens(ExplainerModule):
             share ``clipped`` of its values; the counterfactual is the weakest frame that meets the goal, or, where none
             does, the one with the highest probability of the target (which then is no flip). Part ``magnified`` is
             the strongest step that the classifier still takes for the target and in which the image is still seen
-            (changed by at most half its contrast, hardly a value clipped). Scores: ``reached`` (1 where the goal is
+            (changed by at most half its contrast). Scores: ``reached`` (1 where the goal is
             met), ``alpha``, ``l2_norm`` and ``clipped`` of the counterfactual, ``slope`` (derivative of the loss by
             alpha at 0), ``cosine`` (of the first-order change and steepest descent in pixels), the shares of the
             gradient's energy that the bands do not hold, ``fine`` (share of the change's energy above half the Nyquist
@@ -384,12 +382,15 @@ def _likeliest(logits: Tensor, target: Tensor) -> Tensor:
 def _magnified(found: _Found, image: Tensor, target: Tensor) -> Tensor:
     """The strongest step that is decided for the target and in which the image is still seen, [B, C, H, W].
 
-    It changes the image by no more than half its contrast, and hardly a value is clipped. The answer where none is.
+    It changes the image by no more than half its contrast. The answer where none is.
     """
     contrast = images.to_unit(image).flatten(1).std(dim=1)
     change = found.steps.l2_norm / math.sqrt(image[0].numel())
-    kept = (found.logits.argmax(dim=2) == target[:, None]) & (found.steps.clipped <= _HARDLY)
-    kept = kept & (change <= contrast[:, None] / 2) & (found.strengths > found.alpha[:, None])
+    kept = (
+        (found.logits.argmax(dim=2) == target[:, None])
+        & (change <= contrast[:, None] / 2)
+        & (found.strengths > found.alpha[:, None])
+    )
     last = kept.shape[1] - 1 - kept.flip(1).to(torch.int8).argmax(dim=1)
     strongest = found.steps.image[torch.arange(len(kept), device=kept.device), last]
     return torch.where(kept.any(dim=1).view(-1, 1, 1, 1), strongest, found.answer)
