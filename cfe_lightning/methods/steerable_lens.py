@@ -313,13 +313,15 @@ class SteerableLens(ExplainerModule):
         reached = self._meets_goal(zero[:, None], logits[:, None], target)[:, 0]
         alpha, answer = zero, Frames(image.clone(), zero.clone(), zero.clone())
         path: list[Frames] = []
+        judged: list[Tensor] = []
         for index in range(self.live_steps):
             if index:
                 # From where the last step ended, not from its rounded picture: small steps would be lost.
                 moved = self.extrapolator.frames(course, step).image[:, 0]
                 course, _ = self.course(moved, target, image)
             path.append(self.frames(course, step))
-            met = self._meets_goal(path[-1].l2_norm, self._judge(path[-1].image), target)[:, 0] & ~reached
+            judged.append(self._judge(path[-1].image))
+            met = self._meets_goal(path[-1].l2_norm, judged[-1], target)[:, 0] & ~reached
             rows = torch.nonzero(met).squeeze(1)
             high = step[:, 0].clone()
             self._refine(course, target, torch.zeros_like(high), high, rows)
@@ -328,7 +330,7 @@ class SteerableLens(ExplainerModule):
             alpha = torch.where(met, index * size + high, alpha)
             reached = reached | met
         steps = Frames(*(torch.cat(values, dim=1) for values in zip(*path, strict=True)))
-        said = self._judge(steps.image)
+        said = torch.cat(judged, dim=1)
         strengths = size * torch.arange(1, self.live_steps + 1, device=image.device, dtype=image.dtype)
         closest = _likeliest(said, target).squeeze(1)
         # Where nothing was found, the step that comes closest stands for it.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from cfe_lightning import images
+from cfe_lightning.explanation import decides_for
 
 
 def quant8(image: Tensor) -> Tensor:
@@ -72,6 +73,6 @@ def survives(
     """
     found = {}
     for name, transformed in TRANSFORMATIONS.items():
-        kept = judge(transformed(image)).argmax(dim=1) == source
-        found[name] = (kept, kept & (judge(transformed(counterfactual)).argmax(dim=1) == target))
+        kept = decides_for(judge(transformed(image)), source)
+        found[name] = (kept, kept & decides_for(judge(transformed(counterfactual)), target))
     return found
