@@ -41,6 +41,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     *,
     judge: FrozenClassifier | None = None,
+    second: FrozenClassifier | None = None,
     device: torch.device | str = "cpu",
     curve_steps: int = 50,
     max_batch: int = 256,
@@ -53,6 +54,7 @@ def evaluate(
         explainers: Name to explainer, on ``device`` and in eval mode.
         batches: Batches of the batch contract (see ``data.image_data``), read once.
         judge: Classifier that decides everywhere; None lets every explainer be judged by its own (DXAI, table 3).
+        second: A classifier trained by itself for the same classes, for ``transfer_flip``; None skips it.
         device: Where images go.
         curve_steps: Blocks of COUT, insertion and deletion; 0 skips them (each costs that many classifier passes).
         max_batch: Largest batch of the judge along a curve.
@@ -65,7 +67,7 @@ def evaluate(
     if not explainers:
         raise ValueError("There is nothing to evaluate: give at least one explainer.")
     tallies = {
-        name: Tally(explainer, judge or explainer.classifier, curve_steps, max_batch)
+        name: Tally(explainer, judge or explainer.classifier, curve_steps, max_batch, second)
         for name, explainer in explainers.items()
     }
     class_names = next(iter(tallies.values())).judge.class_names

@@ -127,8 +127,11 @@ class ExplanationWriter(BasePredictionWriter):
             # What an interrupted run was just writing here.
             for unfinished in (self.output.path / folder).glob(".*.part"):
                 unfinished.unlink()
-            for file, picture in pictures.items():
-                images.save_image(picture[index], self.output.path / folder / file)
+            digests = {
+                file: images.save_image(picture[index], self.output.path / folder / file)
+                for file, picture in pictures.items()
+            }
+            files = {key: file for key, file in _keys(explanation).items() if file in pictures}
             if self.animation and explanation.steps is not None:
                 steps = explanation.steps[index].float().cpu()
                 images.save_animation(steps, self.output.path / folder / f"steps.{self.animation}")
@@ -138,7 +141,8 @@ class ExplanationWriter(BasePredictionWriter):
             row |= {
                 "seconds": _number(seconds),
                 "folder": folder,
-                "files": {key: key_file for key, key_file in _keys(explanation).items() if key_file in pictures},
+                "files": files,
+                "digests": {key: digests[file] for key, file in files.items()},
                 "gains": {name: _number(gain[index]) for name, gain in gains.items()},
                 "scores": {name: _number(score[index]) for name, score in explanation.scores.items()},
             }
@@ -161,6 +165,7 @@ class _Judged:
     before: Tensor  # probabilities, [B, K]
     after: Tensor | None  # [B, K]
     flipped: Tensor | None  # [B] bool
+    saved: Tensor | None  # probabilities of the counterfactual as saved, [B, K]
     flipped_saved: Tensor | None  # [B] bool
     distance: Tensor | None  # [B], mean absolute change on [0, 1]
     scale: Tensor | None  # [B], the change in full colour on the difference picture, on [0, 1]
@@ -182,6 +187,8 @@ class _Judged:
             "target": class_names[target],
             "p_target_before": _number(self.before[index, target]),
             "p_target_after": None if after is None else _number(after[target]),
+            "p_predicted_saved": None if self.saved is None else _number(self.saved[index, predicted]),
+            "p_target_saved": None if self.saved is None else _number(self.saved[index, target]),
             "flipped": None if self.flipped is None or same else bool(self.flipped[index]),
             "flipped_saved": None if self.flipped_saved is None or same else bool(self.flipped_saved[index]),
             "l1": None if self.distance is None else _number(self.distance[index]),
@@ -214,10 +221,12 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         explanation.counterfactual_logits,
         explanation.steps,
     )
-    flipped_saved = distance = scale = path = None
+    saved = flipped_saved = distance = scale = path = None
     if counterfactual is not None:
         # The image that is judged is the image that is saved (evaluation, rule R4).
-        flipped_saved = decides_for(classifier(images.saved(counterfactual.float())), explanation.target).cpu()
+        judged_saved = classifier(images.saved(counterfactual.float())).float()
+        saved = judged_saved.softmax(dim=1).cpu()
+        flipped_saved = decides_for(judged_saved, explanation.target).cpu()
         change = _change(explanation.image, counterfactual)
         distance = change.abs().mean(dim=(1, 2, 3)).cpu()
         scale = change.abs().amax(dim=(1, 2, 3)).cpu()
@@ -231,6 +240,7 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         before=explanation.logits.float().softmax(dim=1).cpu(),
         after=None if logits_after is None else logits_after.float().softmax(dim=1).cpu(),
         flipped=None if explanation.flipped is None else explanation.flipped.cpu(),
+        saved=saved,
         flipped_saved=flipped_saved,
         distance=distance,
         scale=scale,

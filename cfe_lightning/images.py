@@ -323,12 +323,25 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
 
 
-def save_image(image: Tensor, path: Path) -> None:
-    """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all."""
+def save_image(image: Tensor, path: Path) -> str:
+    """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all.
+
+    Returns:
+        Its ``pixel_digest``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
-    to_pil(image).save(temporary, format="PNG", compress_level=1)
+    picture = to_pil(image)
+    picture.save(temporary, format="PNG", compress_level=1)
     temporary.replace(path)
+    return pixel_digest(picture)
+
+
+def pixel_digest(picture: Image.Image) -> str:
+    """What tells the pixels of a picture from all others, however the file is compressed; 32 hexadecimal digits."""
+    digest = hashlib.sha256(f"{picture.mode} {picture.width} {picture.height}".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> None:

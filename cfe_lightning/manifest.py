@@ -7,6 +7,7 @@ The folder holds::
     manifest.csv            the same rows as a table
     summary.json            counts and means
     report.html             see ``cfe_lightning.report``
+    verification.json       what ``explain.py --verify`` found
     images/<name>/...       pictures of one image, see ``image_folder``
     atlas.json, atlas/      directions of the whole data set, of methods that have some: see ``cfe_lightning.atlas``
 
@@ -33,7 +34,19 @@ ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 #: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
 COLUMNS = (
     *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
-    *("target", "p_target_before", "p_target_after", "flipped", "flipped_saved", "l1", "seconds", "note", "error"),
+    *(
+        "target",
+        "p_target_before",
+        "p_target_after",
+        "p_predicted_saved",
+        "p_target_saved",
+        "flipped",
+        "flipped_saved",
+        "l1",
+        "seconds",
+        "note",
+        "error",
+    ),
     *("image", "counterfactual", "difference", "attribution", "steps", "motion"),
 )
 #: Flip rates of floats and of the saved pixels that differ by more than this hint at changes below one grey level.
@@ -42,7 +55,16 @@ QUANTISATION_GAP = 0.005
 Row = dict[str, Any]
 Source = list[int]
 
-_OURS = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "images", "atlas.json", "atlas")
+_OURS = (
+    "manifest.jsonl",
+    "manifest.csv",
+    "summary.json",
+    "report.html",
+    "verification.json",
+    "images",
+    "atlas.json",
+    "atlas",
+)
 _PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|motion|part_.+)\.png|\..+\.part")
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
@@ -173,6 +195,18 @@ class OutputFolder:
         self._replace(self.path / "summary.json", lambda file: file.write(json.dumps(summary, indent=2) + "\n"))
         return summary
 
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says; nothing where there is none."""
+        try:
+            content = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def write_verification(self, content: dict[str, Any]) -> None:
+        """Writes verification.json."""
+        self._replace(self.path / "verification.json", lambda file: file.write(json.dumps(content, indent=2) + "\n"))
+
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
         for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE)):
@@ -182,7 +216,10 @@ class OutputFolder:
                         os.unlink(os.path.join(directory, name))
                 if not os.listdir(directory):
                     os.rmdir(directory)
-        written = [self.path / name for name in ("manifest.csv", "summary.json", "report.html", "atlas.json")]
+        written = [
+            self.path / name
+            for name in ("manifest.csv", "summary.json", "report.html", "verification.json", "atlas.json")
+        ]
         unfinished = [self.path / f".{name}.part" for name in _OURS]
         # The header goes last: without it the folder could no longer be recognised as ours.
         for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:

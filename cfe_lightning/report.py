@@ -136,7 +136,8 @@ def _rows(folder: OutputFolder, files: dict[str, str], embedded_bytes: int) -> I
     """The rows as elements of a JSON list, one after the other."""
     separator = ""
     for row in folder.rows():
-        del row["source"]
+        for key in ("source", "digests"):
+            row.pop(key, None)
         if row.get("files") == files:
             del row["files"]
         if row["status"] == "ok" and embedded_bytes > 0:

@@ -21,8 +21,9 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, runner_up
 from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import counterfactual as change
-from cfe_lightning.metrics import faithfulness, localisation, reconstruction
+from cfe_lightning.metrics import faithfulness, localisation, path, perceptual, realism, reconstruction
 from cfe_lightning.metrics.catalogue import METRICS, MISSING, Need
+from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 #: Flip rates before and after saving that differ by more than this earn a warning (evaluation, R4).
 SAVED_GAP = 0.005
 _WARM_UP = 2
+#: Layers of the judge that are watched for the perceptual distance, from the finest on.
+_STAGES = 5
 _NO_CLEAN_HIT = "the classifier is right on none of these images"
 
 
@@ -57,15 +60,25 @@ class Row:
 class Tally:
     """Measures one explainer batch by batch and keeps a few numbers per image."""
 
-    def __init__(self, explainer: Explainer, judge: FrozenClassifier, curve_steps: int, max_batch: int) -> None:
+    def __init__(
+        self,
+        explainer: Explainer,
+        judge: FrozenClassifier,
+        curve_steps: int,
+        max_batch: int,
+        second: FrozenClassifier | None = None,
+    ) -> None:
         self.explainer = explainer
         self.judge = judge
+        self.second = second
+        self.stages = judge.shallow_maps(_STAGES) if judge.spec.head is not None else []
         self.curve_steps = curve_steps
         self.max_batch = max_batch
         self.failure: str | None = None
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.curves: dict[str, list[Tensor]] = defaultdict(list)
         self.available: set[Need] = {"explanation"}
+        self.features: dict[str, list[Tensor]] = defaultdict(list)
         self.seconds: list[float] = []
         self.num_images = 0
         strengths = len(faithfulness.STRENGTHS)
@@ -132,6 +145,18 @@ class Tally:
             area90=change.area90(change.change_map(image, shown)),
             gini=change.gini(change.change_map(image, shown)),
         )
+        found = survives(self.judge, image, shown, source, target)
+        self._keep(
+            **{f"robust_flip_{name}": torch.where(kept, hit.float(), torch.nan) for name, (kept, hit) in found.items()}
+        )
+        self._seen(image, shown)
+        if self.second is not None:
+            self.available.add("second")
+            agreed = change.flipped(self.second(image), source)
+            told = change.flipped(self.second(shown), target)
+            self._keep(transfer_flip=torch.where(agreed, told.float(), torch.nan))
+        if not is_decomposer(self.explainer):
+            self._path(explanation, target)
         if self.curve_steps:
             score, source_curve, target_curve = faithfulness.cout(
                 self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
@@ -144,6 +169,40 @@ class Tally:
         if "counterfactual" in batch:
             right = (explanation.predicted == label) & (target == _true_target(label, logits.shape[1]))
             self._keep(l1_truth=torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan))
+
+    def _seen(self, image: Tensor, shown: Tensor) -> None:
+        """What the judge's layers make of the images and their edits."""
+        if self.judge.spec.head is None:
+            return
+        self.available.add("features")
+        before, after = self.judge.features(image), self.judge.features(shown)
+        self.features["before"].append(before.float().cpu())
+        self.features["after"].append(after.float().cpu())
+        self._keep(sim_f=realism.cosine(before, after))
+        if self.stages:
+            self.available.add("stages")
+            maps = [self.judge.maps(one, self.stages)[0] for one in (image, shown)]
+            self._keep(lpips_f=perceptual.feature_distance(*maps))
+
+    def _path(self, explanation: Explanation, target: Tensor) -> None:
+        """The way to the counterfactual; of decompositions the steps lead elsewhere."""
+        if explanation.steps is None or explanation.strengths is None:
+            return
+        self.available.add("path")
+        asked = target[:, None, None].expand(-1, explanation.steps.shape[1], 1)
+        said = self.judge.along(explanation.steps, self.max_batch).softmax(dim=2).gather(2, asked).squeeze(2)
+        k = path.positions(explanation.strengths)
+        self._keep(
+            mono=path.monotone(said),
+            rho=path.rank_correlation(k, said),
+            regress=path.regress(said),
+            crossing=path.crossing(k, said),
+            smooth=path.roughness(explanation.steps),
+        )
+        if explanation.intended is not None:
+            self.available.add("intended")
+            meant = explanation.intended.to(said).softmax(dim=2).gather(2, asked).squeeze(2)
+            self._keep(schedule=path.schedule_error(said, meant))
 
     def _attribution(self, explanation: Explanation, logits: Tensor, batch: dict[str, Any]) -> None:
         if "mask" in batch:
@@ -254,6 +313,8 @@ class Tally:
         measured = summarise(per_image, {"l1_truth": "correct"}, resamples=resamples, seed=seed)
         curves = {key: torch.cat(values) for key, values in self.curves.items()}
         measured |= _areas(curves, resamples, seed)
+        measured |= _robust(measured)
+        measured |= _distances({key: torch.cat(values) for key, values in self.features.items()}, seed)
         row = Row(
             name=name,
             measurements={metric.key: measured.get(metric.key) or self._absent(metric.needs) for metric in METRICS},
@@ -306,6 +367,38 @@ def _areas(curves: dict[str, Tensor], resamples: int, seed: int) -> dict[str, Me
         seed=seed,
     )
     return measured
+
+
+def _robust(measured: dict[str, Measurement]) -> dict[str, Measurement]:
+    """The headline: the least of all transformations (3.4)."""
+    found = [one for key, one in measured.items() if key.startswith("robust_flip_") and one.value is not None]
+    return {"robust_flip": min(found, key=lambda one: one.value or 0.0)} if found else {}
+
+
+def _distances(features: dict[str, Tensor], seed: int) -> dict[str, Measurement]:
+    """Distances of the sets of originals and edits (5.1 to 5.3), of at most so many images."""
+    if not features:
+        return {}
+    total = len(features["before"])
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: realism.LARGEST_SAMPLE]
+    before, after = features["before"][order], features["after"][order]
+    keys = ("fid_f", "fid_f_floor", "sfid_f", "kid_f")
+    if total < 4:
+        return {key: undefined("fewer than 4 counterfactuals", total) for key in keys}
+
+    def measured(value: float, low: float | None = None, high: float | None = None) -> Measurement:
+        return Measurement(
+            status="ok", value=value, low=low, high=high, n_used=len(before), n_total=total, population="all"
+        )
+
+    splits = realism.split_fid(before, after, seed=seed)
+    mean, deviation = realism.kid(before, after, seed)
+    return {
+        "fid_f": measured(realism.fid(before, after)),
+        "fid_f_floor": measured(realism.fid_floor(before, seed)),
+        "sfid_f": measured(float(splits.mean()), float(splits.min()), float(splits.max())),
+        "kid_f": measured(mean, mean - deviation, mean + deviation) if deviation else measured(mean),
+    }
 
 
 def _notes(row: Row) -> list[str]:

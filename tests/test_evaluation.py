@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.evaluation import Evaluation, evaluate, sample_indices, unavailable
 from cfe_lightning.explanation import Explainer, Explanation
+from cfe_lightning.metrics import path, realism
 from cfe_lightning.metrics.catalogue import METRICS
 from cfe_lightning.networks.classifiers import SimpleCnn
 from cfe_lightning.tally import Row
 
 KEYS = {metric.key for metric in METRICS}
+PATH = {"mono", "rho", "regress", "crossing", "schedule", "smooth"}
 
 
 def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> list[dict[str, Any]]:
@@ -112,9 +115,10 @@ def simple() -> FrozenClassifier:
 def test_every_metric_of_the_catalogue_is_measured_and_the_truth_scores_perfectly(
     shapes: list[dict[str, Any]], simple: FrozenClassifier
 ) -> None:
-    row = only(evaluate({"truth": Truth(simple, shapes)}, shapes, curve_steps=4).rows)
+    row = only(evaluate({"truth": Truth(simple, shapes)}, shapes, second=simple, curve_steps=4).rows)
     assert set(row.measurements) == KEYS
-    assert {key for key, measured in row.measurements.items() if measured.status != "ok"} == set()
+    # The parts of a decomposition are no path.
+    assert {key for key, measured in row.measurements.items() if measured.status != "ok"} == PATH
     for key in ("correlation", "signed_cosine", "mask_mass_cf"):
         assert value(row, key) == pytest.approx(1, abs=2e-2), key
     # The mask holds what is visible, so a little of the difference lies outside.
@@ -299,7 +303,129 @@ def test_a_flip_below_the_resolution_of_a_file_is_told() -> None:
     assert any("some flips live below the resolution of a file" in note for note in row.notes)
 
 
+def test_a_flip_of_a_pixel_pattern_is_not_robust_and_the_least_counts() -> None:
+    classifier = toy_classifier()
+
+    class Brittle(FixedToyExplainer):
+        """Flips by half a grey level more than the boundary, which JPEG and 8 bits round away or not."""
+
+        def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+            explanation = super().explain(image, target)
+            grey = torch.full_like(image, -0.2)
+            grey[..., :8] += torch.where(classifier(image).argmax(1) == 1, 1e-4, -1e-4).view(-1, 1, 1, 1)
+            explanation.counterfactual = grey
+            return explanation
+
+    row = only(evaluate({"brittle": Brittle(classifier)}, toy_batches(), curve_steps=0).rows)
+    assert value(row, "flip_rate") == 1.0
+    assert value(row, "robust_flip_quant8") == 0.0
+    assert value(row, "robust_flip") == 0.0
+    sturdy = only(evaluate({"toy": FixedToyExplainer(classifier)}, toy_batches(), curve_steps=0).rows)
+    names = ("quant8", "jpeg90", "blur1", "down_up")
+    assert value(sturdy, "robust_flip") == min(value(sturdy, f"robust_flip_{name}") for name in names)
+    assert value(sturdy, "robust_flip_quant8") == 1.0
+
+
+def test_a_second_classifier_counts_where_it_agreed_before() -> None:
+    classifier = toy_classifier()
+    batches, explainer = toy_batches(), {"toy": FixedToyExplainer(classifier)}
+    row = only(evaluate(explainer, batches, second=toy_classifier(), curve_steps=0).rows)
+    assert value(row, "transfer_flip") == 1.0
+    assert row.measurements["transfer_flip"].n_used == 12
+    # One that sees the opposite agrees on no image.
+    other = only(evaluate(explainer, batches, second=Mirrored(classifier.network, classifier.spec), curve_steps=0).rows)
+    assert other.measurements["transfer_flip"].status == "undefined"
+    without = only(evaluate(explainer, batches, curve_steps=0).rows)
+    assert without.measurements["transfer_flip"].reason == "no second classifier: give a file of one with --second"
+
+
+def test_distances_of_features_equal_their_definitions() -> None:
+    classifier = toy_classifier()
+    explainer = FixedToyExplainer(classifier)
+    batches = toy_batches()
+    row = only(evaluate({"toy": explainer}, batches, curve_steps=0, seed=3).rows)
+    image = torch.cat([b["image"] for b in batches])
+    edited = explainer.explain(image).counterfactual
+    assert edited is not None
+    before, after = classifier.features(image), classifier.features(edited)
+    assert value(row, "fid_f") == pytest.approx(realism.fid(before, after), rel=1e-4)
+    assert value(row, "sim_f") == pytest.approx(float(realism.cosine(before, after).mean()), abs=1e-5)
+    found = row.measurements["sfid_f"]
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= value(row, "sfid_f") <= found.high
+    assert value(row, "fid_f_floor") < value(row, "fid_f")
+    # Its only maps are as large as the image: nothing that would see more than pixels.
+    assert row.measurements["lpips_f"].reason == "the classifier has no layers that can be watched"
+    still = only(evaluate({"still": Still(classifier)}, batches, curve_steps=0).rows)
+    assert value(still, "fid_f") == pytest.approx(0, abs=1e-6)
+    few = only(evaluate({"toy": explainer}, toy_batches(3)[:1], curve_steps=0).rows)
+    assert few.measurements["fid_f"].reason == "fewer than 4 counterfactuals"
+
+
+def test_the_classifiers_maps_tell_how_far_an_edit_is(shapes: list[dict[str, Any]], simple: FrozenClassifier) -> None:
+    rows = evaluate({"truth": Truth(simple, shapes), "still": Still(simple)}, shapes, curve_steps=0).rows
+    found = {row.name: value(row, "lpips_f") for row in rows}
+    assert found["truth"] > 0
+    assert found["still"] == 0
+
+
+def test_a_classifier_without_readable_layers_skips_what_needs_them() -> None:
+    classifier = toy_classifier()
+    closed = FrozenClassifier(classifier.network, replace(classifier.spec, head=None, feature_map=None))
+    row = only(evaluate({"toy": FixedToyExplainer(closed)}, toy_batches(), curve_steps=0).rows)
+    for key in ("fid_f", "kid_f", "sim_f"):
+        assert row.measurements[key].reason == "the classifier's features cannot be read"
+    assert value(row, "flip_rate") == 1.0
+
+
+def test_the_path_is_judged_frame_by_frame() -> None:
+    classifier = toy_classifier()
+    row = only(evaluate({"walker": Walker(classifier)}, toy_batches(), curve_steps=0).rows)
+    image = torch.cat([b["image"] for b in toy_batches()])
+    explanation = Walker(classifier).explain(image)
+    assert explanation.steps is not None
+    said = torch.stack(
+        [classifier(step).softmax(1)[torch.arange(12), explanation.target] for step in explanation.steps.unbind(1)], 1
+    )
+    k = torch.tensor([0.0, 0.25, 0.5, 1.0]).expand(12, -1)
+    expected = {
+        "mono": path.monotone(said),
+        "rho": path.rank_correlation(k, said),
+        "regress": path.regress(said),
+        "crossing": path.crossing(k, said),
+        "smooth": path.roughness(explanation.steps),
+        "schedule": (said - 0.5).abs().mean(dim=1),
+    }
+    assert set(expected) == PATH
+    for key, values in expected.items():
+        assert value(row, key) == pytest.approx(float(values.nanmean()), abs=1e-5), key
+
+
 # --- what cannot be measured ---
+
+
+class Walker(FixedToyExplainer):
+    """Walks from the image to the toy's counterfactual in uneven steps, and means to be undecided all the way."""
+
+    distinct = None  # type: ignore[assignment]
+
+    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        toy = FixedToyExplainer(self.classifier).explain(image, target)
+        assert toy.counterfactual is not None
+        strengths = torch.tensor([2.0, 3.0, 4.0, 6.0]).expand(len(image), -1)
+        share = ((strengths - 2) / 4).view(len(image), 4, 1, 1, 1)
+        return Explanation(
+            image=image,
+            logits=toy.logits,
+            target=toy.target,
+            attribution=toy.attribution,
+            counterfactual=toy.counterfactual,
+            counterfactual_logits=toy.counterfactual_logits,
+            steps=image[:, None] + share * (toy.counterfactual - image)[:, None],
+            strengths=strengths,
+            intended=torch.zeros(len(image), 4, 2),
+        )
 
 
 class HeatMapOnly:

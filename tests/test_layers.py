@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"metrics"},
     "explanation_writer": {"explanation", "classifier", "images", "manifest"},
     "survey_file": {"atlas", "explainer"},
+    "verification": {"explanation", "classifier", "images", "manifest"},
     "report": {"manifest", "report_atlas"},
     "report_atlas": {"manifest"},
     "neutral_descent": {"explanation", "classifier", "losses", "metrics"},
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "classifier_sources",
         "cli", "csv_log", "data", "environment", "evaluation", "evaluation_table", "explainer", "explanation",
         "explanation_writer", "images", "manifest", "medical_files", "report", "survey_file", "tally", "untrained",
+        "verification",
     },
 }  # fmt: skip
 

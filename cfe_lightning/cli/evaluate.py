@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classifier", metavar="FILE", help="classifier that judges all (default: each explainer's own)"
     )
+    parser.add_argument(
+        "--second", metavar="FILE", help="classifier trained by itself for the same classes, for transfer_flip"
+    )
     parser.add_argument("--limit", metavar="N", type=positive, help="measure N images drawn from the split")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="images at a time (default: 32)")
     parser.add_argument(
@@ -108,9 +111,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     device = _device(options.device)
     checkpoints = _load(options.checkpoint, options.trusted, device)
     judge = load_classifier(options.classifier, options.trusted).to(device) if options.classifier else None
+    second = load_classifier(options.second, options.trusted).to(device) if options.second else None
     first = next(iter(checkpoints.values()))
     data, section = _data(options.data, first)
-    for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge):
+    for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge, second):
         if classifier is not None:
             check_class_names(data.class_names, classifier.class_names)
     _check_images(data, checkpoints)
@@ -121,6 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             explainers,
             _batches(data, options),
             judge=judge,
+            second=second,
             device=device,
             curve_steps=options.curve_steps,
             seed=options.seed,
@@ -130,7 +135,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
         ) from error
     result.rows += rows
-    evaluation_table.save(result, folder, _settings(options, checkpoints, judge, section))
+    evaluation_table.save(result, folder, _settings(options, checkpoints, judge, second, section))
     sys.stdout.write(f"{evaluation_table.short_table(result)}\nwritten to {folder}\n")
     return 0
 
@@ -281,6 +286,7 @@ def _settings(
     options: argparse.Namespace,
     checkpoints: dict[str, ExplainerModule],
     judge: FrozenClassifier | None,
+    second: FrozenClassifier | None,
     section: dict[str, Any],
 ) -> dict[str, Any]:
     """How the numbers came about; equal hashes mean equal settings."""
@@ -291,6 +297,7 @@ def _settings(
         "protocol": "population all unless a metric says otherwise; intervals 95 %",
         "checkpoints": {name: sha256_of(path) for name, path in zip(checkpoints, options.checkpoint, strict=True)},
         "judged_by": judges,
+        "second": None if second is None else second.fingerprint(),
         "data": section,
         "split": options.split,
         "limit": options.limit,

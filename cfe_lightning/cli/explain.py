@@ -20,11 +20,13 @@ from cfe_lightning.environment import check_torchvision
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.manifest import OutputFolder
 
 FAILED_ROWS = 3
 INTERRUPTED = 130
+_SHOWN_PROBLEMS = 20
 #: Of the libraries about their own insides, nothing that a user of this command could act on.
 _UNHELPFUL_WARNINGS = (
     "does not have many workers",
@@ -41,10 +43,10 @@ def parser() -> argparse.ArgumentParser:
         prog="explain.py",
         description="Explains every image below a folder: what would have to change for it to be another class? "
         "Writes manifest.csv, summary.json, report.html and images/. The same command again does what is missing.",
-        epilog="Exit code: 0 every image was explained, 3 some could not be read or explained (see the manifest), "
-        "2 nothing could be done, 130 interrupted.",
+        epilog="Exit code: 0 every image was explained (every row confirmed), 3 some could not be read or explained, "
+        "see the manifest (some rows not confirmed), 2 nothing could be done, 130 interrupted.",
     )
-    explainer = parser.add_mutually_exclusive_group(required=True)
+    explainer = parser.add_mutually_exclusive_group()
     explainer.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="best.ckpt or last.ckpt of a run of train.py"
     )
@@ -63,11 +65,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         type=Path,
-        required=True,
         help="folder of images, read with everything below it; for an explainer of several slices one folder or NIfTI "
         "volume for each patient",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results, apart from the input")
+    parser.add_argument("--output", type=Path, help="folder for the results, apart from the input")
+    parser.add_argument(
+        "--verify",
+        metavar="OUTPUT",
+        type=Path,
+        help="instead of explaining: open the pictures of an earlier run again and confirm its manifest with the "
+        "classifier, which is found by the paths noted there, or given with --checkpoint or --classifier",
+    )
     parser.add_argument(
         "--target", metavar="CLASS", help="class to ask for (default: the image's runner-up, or the other of a pair)"
     )
@@ -111,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parser().parse_args(arguments)
     try:
-        return _explain(options)
+        return _explain(options) if options.verify is None else _verify(options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
@@ -121,10 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    if (options.method is None) != (options.classifier is None):
-        raise ValueError(
-            "--method and --classifier go together: give both, or --checkpoint, which holds its own classifier."
-        )
+    _check_options(options)
     check_torchvision()
     _check_folders(options.input, options.output)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -175,21 +180,100 @@ def _explain(options: argparse.Namespace) -> int:
     return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    missing = [name for name in ("input", "output") if getattr(options, name) is None]
+    if missing:
+        raise ValueError(f"--{' and --'.join(missing)} must be given, the folder of images and one for the results.")
+    if options.checkpoint is None and options.method is None:
+        raise ValueError(
+            "Who is to explain? Give --checkpoint with a best.ckpt of train.py, or --method with --classifier."
+        )
+    if (options.method is None) != (options.classifier is None):
+        raise ValueError(
+            "--method and --classifier go together: give both, or --checkpoint, which holds its own classifier."
+        )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Confirms the manifest of an earlier run; what is not confirmed is listed and kept in verification.json."""
+    given = [name for name in ("input", "output", "target", "limit", "window") if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"--verify takes the folder of an earlier run alone: leave out --{' and --'.join(given)}.")
+    check_torchvision()
+    from tqdm import tqdm
+
+    from cfe_lightning.manifest import OutputFolder
+    from cfe_lightning.verification import verify
+
+    output = OutputFolder(options.verify)
+    if output.header() is None:
+        raise FileNotFoundError(f"{options.verify} holds no manifest.jsonl: give the --output of explain.py.")
+    output.merge()
+    classifier = _verifying_classifier(options, output)
+    verdicts = dict(tqdm(verify(options.verify, classifier), desc="verifying", unit="image", disable=None))
+    problems = {name: found for name, found in verdicts.items() if found}
+    output.write_verification(
+        {
+            "checked": len(verdicts),
+            "confirmed": len(verdicts) - len(problems),
+            "classifier_fingerprint": classifier.fingerprint(),
+            "problems": problems,
+        }
+    )
+    for name, found in islice(problems.items(), _SHOWN_PROBLEMS):
+        sys.stdout.write(f"{name}: {'; '.join(found)}\n")
+    if len(problems) > _SHOWN_PROBLEMS:
+        sys.stdout.write(f"... and {len(problems) - _SHOWN_PROBLEMS} more, see verification.json\n")
+    sys.stdout.write(f"{len(verdicts) - len(problems)} of {len(verdicts)} rows confirmed\n")
+    return FAILED_ROWS if problems else 0
+
+
+def _verifying_classifier(options: argparse.Namespace, output: OutputFolder) -> FrozenClassifier:
+    """The classifier that the folder names: where it was, or where the user says."""
+    from cfe_lightning.explainer import load_explainer, sha256_of
+
+    summary, header = output.summary(), output.header() or {}
+    checkpoint, classifier = options.checkpoint, options.classifier
+    if checkpoint is None and classifier is None:
+        checkpoint = Path(summary["checkpoint"]) if "checkpoint" in summary else None
+        classifier = summary.get("classifier")
+    if checkpoint is not None:
+        if "checkpoint_sha256" in header and sha256_of(checkpoint) != header["checkpoint_sha256"]:
+            raise ValueError(f"{checkpoint} is not the checkpoint that made {options.verify}: give that one.")
+        found = load_explainer(checkpoint, options.trusted).classifier
+    elif classifier is not None:
+        found = _classifier(classifier, options.trusted)
+    else:
+        raise ValueError(
+            f"{options.verify} does not say which classifier it is about: give --checkpoint or --classifier."
+        )
+    expected = summary.get("classifier_fingerprint", header.get("classifier_sha256"))
+    if expected is not None and found.fingerprint() != expected:
+        raise ValueError(
+            f"{checkpoint or classifier} holds another classifier than the one that {options.verify} is about: give "
+            "that one with --checkpoint or --classifier."
+        )
+    return found
+
+
 def _explainer(options: argparse.Namespace) -> ExplainerModule:
     """What explains: a trained method out of its checkpoint, or one without training around a classifier."""
-    from cfe_lightning.classifier import load_classifier
-    from cfe_lightning.classifier_sources import is_torchvision_network, torchvision_classifier
     from cfe_lightning.explainer import load_explainer
     from cfe_lightning.untrained import build_untrained
 
     if options.checkpoint is not None:
         return load_explainer(options.checkpoint, options.trusted, dict(options.changes))
-    # A file of that name comes first.
-    if is_torchvision_network(options.classifier) and not Path(options.classifier).exists():
-        classifier = torchvision_classifier(options.classifier, weights="DEFAULT")
-    else:
-        classifier = load_classifier(options.classifier, options.trusted)
-    return build_untrained(options.method, classifier, dict(options.changes))
+    return build_untrained(options.method, _classifier(options.classifier, options.trusted), dict(options.changes))
+
+
+def _classifier(given: str, trusted: Sequence[str]) -> FrozenClassifier:
+    """A classifier file, or a network of torchvision; a file of that name comes first."""
+    from cfe_lightning.classifier import load_classifier
+    from cfe_lightning.classifier_sources import is_torchvision_network, torchvision_classifier
+
+    if is_torchvision_network(given) and not Path(given).exists():
+        return torchvision_classifier(given, weights="DEFAULT")
+    return load_classifier(given, list(trusted))
 
 
 def _predict(
@@ -244,6 +328,7 @@ def _finish(
     summary = output.write_summary(
         n_planned=num_images,
         **{"checkpoint" if options.checkpoint else "classifier": str(options.checkpoint or options.classifier)},
+        classifier_fingerprint=explainer.classifier.fingerprint(),
         caution=explainer.caution,
         image_size=explainer.image_size,
         versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "lightning")},

@@ -10,7 +10,19 @@ from typing import Literal
 
 Better = Literal["higher", "lower", "neither"]
 Need = Literal[
-    "explanation", "counterfactual", "decomposition", "agnostic", "reconstruction", "curves", "mask", "truth"
+    "explanation",
+    "counterfactual",
+    "decomposition",
+    "agnostic",
+    "reconstruction",
+    "curves",
+    "mask",
+    "truth",
+    "path",
+    "intended",
+    "features",
+    "stages",
+    "second",
 ]
 
 
@@ -45,6 +57,11 @@ MISSING: dict[Need, str] = {
     "curves": "switched off: evaluate with curve steps of at least 1",
     "mask": "the data has no known mask: only synthetic data has",
     "truth": "the data has no known counterfactual: only synthetic data has",
+    "path": "this explainer shows no path to a counterfactual",
+    "intended": "this explainer does not say what its steps are meant to be",
+    "features": "the classifier's features cannot be read",
+    "stages": "the classifier has no layers that can be watched",
+    "second": "no second classifier: give a file of one with --second",
 }
 
 _EDIT: tuple[Need, ...] = ("counterfactual",)
@@ -111,6 +128,78 @@ METRICS: tuple[Metric, ...] = (
     Metric("delta_p", "higher", "[-1, 1]", "signed change of the target's probability", _EDIT),
     Metric("mad", "higher", "[0, 1]", "absolute change of the target's probability; blind to the wrong way", _EDIT),
     Metric("bkl", "lower", "[0, 1]", "1 - probability of the target on the counterfactual", _EDIT),
+    Metric(
+        "robust_flip",
+        "higher",
+        "[0, 1]",
+        "the least of the four below: share of flips that survive, where the image's own decision does",
+        _EDIT,
+        "robust",
+    ),
+    Metric("robust_flip_quant8", "higher", "[0, 1]", "flips that survive 8 bits", _EDIT),
+    Metric("robust_flip_jpeg90", "higher", "[0, 1]", "flips that survive JPEG of quality 90", _EDIT),
+    Metric("robust_flip_blur1", "higher", "[0, 1]", "flips that survive a blur of 1 pixel at 128 pixels height", _EDIT),
+    Metric("robust_flip_down_up", "higher", "[0, 1]", "flips that survive half the size and back", _EDIT),
+    Metric(
+        "transfer_flip",
+        "higher",
+        "[0, 1]",
+        "share decided as the target by a second classifier that agreed on the image",
+        ("counterfactual", "second"),
+        "transfer",
+    ),
+    # --- counterfactual: realism and similarity, in features of the classifier ---
+    Metric(
+        "fid_f",
+        "lower",
+        "[0, inf)",
+        "Frechet distance of originals and edits in the classifier's features; which edits may fool",
+        ("counterfactual", "features"),
+    ),
+    Metric(
+        "fid_f_floor",
+        "neither",
+        "[0, inf)",
+        "fid_f between two halves of the originals: no honest method is below it at this n",
+        ("counterfactual", "features"),
+    ),
+    Metric(
+        "sfid_f",
+        "lower",
+        "[0, inf)",
+        "fid_f of edits and other originals, mean and range of ten random halves",
+        ("counterfactual", "features"),
+    ),
+    Metric(
+        "kid_f", "lower", "(-e, inf)", "kernel distance in the classifier's features", ("counterfactual", "features")
+    ),
+    Metric(
+        "sim_f",
+        "neither",
+        "[-1, 1]",
+        "cosine of the classifier's features before and after, which are meant to move",
+        ("counterfactual", "features"),
+    ),
+    Metric(
+        "lpips_f",
+        "lower",
+        "[0, 4]",
+        "distance of the classifier's maps; not comparable with published LPIPS",
+        ("counterfactual", "stages"),
+    ),
+    # --- the way there ---
+    Metric("mono", "higher", "[0, 1]", "share of steps on which the target's probability does not fall", ("path",)),
+    Metric("rho", "higher", "[-1, 1]", "rank correlation of position and the target's probability", ("path",)),
+    Metric("regress", "lower", "[0, 1]", "deepest fall of the target's probability along the path", ("path",)),
+    Metric("crossing", "neither", "[0, 1]", "position at which the target's probability reaches one half", ("path",)),
+    Metric(
+        "schedule",
+        "lower",
+        "[0, 1]",
+        "mean difference of the target's probability from what the method meant it to be",
+        ("path", "intended"),
+    ),
+    Metric("smooth", "lower", "[1, inf)", "longest step over the mean one", ("path",)),
     # --- counterfactual: closeness, on [0, 1] images ---
     Metric("l1", "lower", "[0, 1]", "mean absolute change of a pixel", _EDIT, "l1"),
     Metric("l2", "lower", "[0, 1]", "root of the mean squared change", _EDIT),

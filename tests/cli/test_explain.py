@@ -349,10 +349,13 @@ def test_mistakes_about_untrained_methods(
 
 
 def test_a_checkpoint_or_a_method_is_needed(capsys: pytest.CaptureFixture[str]):
-    for arguments in ([], ["--checkpoint", "x", "--method", "steerable_lens"]):
-        with pytest.raises(SystemExit):
-            explain.main([*arguments, "--input", "a", "--output", "b"])
-        assert "--method" in capsys.readouterr().err
+    assert explain.main(["--input", "a", "--output", "b"]) == 2
+    assert sentence(capsys).startswith("Who is to explain? Give --checkpoint")
+    with pytest.raises(SystemExit):
+        explain.main(["--checkpoint", "x", "--method", "steerable_lens", "--input", "a", "--output", "b"])
+    assert "--method" in capsys.readouterr().err
+    assert explain.main(["--checkpoint", "x", "--input", "a"]) == 2
+    assert sentence(capsys).startswith("--output must be given")
 
 
 def test_dicom_files_are_images(
