@@ -1,4 +1,4 @@
-"""An evaluation as files: a short table with its legend, a full table, JSON, curves and one line per image."""
+"""An evaluation as files: tables with their legends, differences, groups, JSON, curves and one line per image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cfe_lightning.evaluation import Evaluation
+from cfe_lightning.evaluation_comparison import Difference, GroupMean, group_means, paired_differences, worst_pair
 from cfe_lightning.metrics.catalogue import METRICS, Metric
 from cfe_lightning.metrics.statistics import Measurement
 from cfe_lightning.tally import Row
@@ -58,7 +59,7 @@ def full_table(evaluation: Evaluation) -> str:
 
 
 def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes ``table.csv``, ``table.md``, ``metrics.json``, ``per_image.csv`` and ``curves.npz``.
+    """Writes table, differences and groups as CSV, ``table.md``, ``metrics.json``, ``per_image.csv``, ``curves.npz``.
 
     Args:
         evaluation: What was measured.
@@ -66,8 +67,22 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> N
         settings: Plain data that say how it was measured; kept in ``metrics.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(
-        f"# Evaluation\n\n{short_table(evaluation)}\n## All metrics\n\n{full_table(evaluation)}", encoding="utf-8"
+    differences, groups = paired_differences(evaluation), group_means(evaluation)
+    parts = [f"# Evaluation\n\n{short_table(evaluation)}", f"## All metrics\n\n{full_table(evaluation)}"]
+    parts += [difference_table(evaluation, differences), worst_table(evaluation, groups)]
+    (folder / "table.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    (folder / "differences.csv").write_text(
+        _lines_csv(
+            ["first", "second", "metric"], [([one.first, one.second, one.key], one.measured) for one in differences]
+        ),
+        encoding="utf-8",
+    )
+    (folder / "groups.csv").write_text(
+        _lines_csv(
+            ["explainer", "class", "target", "metric"],
+            [([one.explainer, one.source, one.target or "", one.key], one.measured) for one in groups],
+        ),
+        encoding="utf-8",
     )
     (folder / "table.csv").write_text(_csv(evaluation), encoding="utf-8")
     (folder / "per_image.csv").write_text(_per_image_csv(evaluation), encoding="utf-8")
@@ -85,6 +100,60 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> N
     (folder / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
     np.savez(folder / "curves.npz", allow_pickle=False, **curves)
+
+
+def difference_table(evaluation: Evaluation, differences: Sequence[Difference]) -> str:
+    """The short table's per-image metrics of the first explainer minus each other one; empty for a single row."""
+    if len(evaluation.rows) < 2:
+        return ""
+    first = evaluation.rows[0].name
+    found = {(one.second, one.key): one.measured for one in differences if one.first == first}
+    columns = [
+        metric
+        for metric in METRICS
+        if metric.title and any((row.name, metric.key) in found for row in evaluation.rows[1:])
+    ]
+    lines = [
+        [row.name, *(_with_interval(found[row.name, m.key]) if (row.name, m.key) in found else "" for m in columns)]
+        for row in evaluation.rows[1:]
+        if any(name == row.name for name, _ in found)
+    ]
+    if not lines:
+        return ""
+    heading = [f"{first} minus", *(metric.title for metric in columns)]
+    return (
+        f"## Paired differences\n\n{_markdown(heading, lines)}\nOn the images on which both are defined, with "
+        "bootstrap intervals; all pairs are in differences.csv.\n"
+    )
+
+
+def worst_table(evaluation: Evaluation, groups: list[GroupMean]) -> str:
+    """The pair of classes on which each explainer does worst; empty where there is but one pair."""
+    if len({(group.source, group.target) for group in groups if group.target is not None}) < 2:
+        return ""
+    columns = [metric for metric in METRICS if metric.title and any(group.key == metric.key for group in groups)]
+    lines = []
+    for row in evaluation.rows:
+        worst = [worst_pair(groups, row.name, metric.key) for metric in columns]
+        cells = ["" if one is None else f"{_number(one.measured)} {one.source} > {one.target}" for one in worst]
+        if any(cells):
+            lines.append([row.name, *cells])
+    if not lines:
+        return ""
+    return (
+        f"## Worst pair of classes\n\n{_markdown(['explainer', *(metric.title for metric in columns)], lines)}\n"
+        "All pairs and true classes are in groups.csv.\n"
+    )
+
+
+def _lines_csv(heading: Sequence[str], lines: Sequence[tuple[list[str], Measurement]]) -> str:
+    """One line per measurement; an empty cell is a number that does not exist."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*heading, "value", "low", "high", "n"])
+    for names, one in lines:
+        writer.writerow([*names, one.value, one.low, one.high, one.n_used if one.status == "ok" else None])
+    return buffer.getvalue()
 
 
 def _has_value(evaluation: Evaluation, metric: Metric) -> bool:

@@ -45,6 +45,8 @@ class Row:
         measurements: One per key of ``METRICS``.
         curves: Mean curves by name, and ``class_probability`` [A, K, K]: strength, true class, class.
         per_image: Values per image by metric key, [N] each; NaN where undefined.
+        predicted: What the judge decides on the images, [N]; None where nothing ran.
+        target: The classes asked for, [N].
         seconds_per_image: Median over batches, of ``explain`` alone; None where nothing ran.
         notes: What a reader must know.
     """
@@ -53,6 +55,8 @@ class Row:
     measurements: dict[str, Measurement]
     curves: dict[str, Tensor] = field(default_factory=dict)
     per_image: dict[str, Tensor] = field(default_factory=dict)
+    predicted: Tensor | None = None
+    target: Tensor | None = None
     seconds_per_image: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -79,6 +83,7 @@ class Tally:
         self.curves: dict[str, list[Tensor]] = defaultdict(list)
         self.available: set[Need] = {"explanation"}
         self.features: dict[str, list[Tensor]] = defaultdict(list)
+        self.decisions: dict[str, list[Tensor]] = defaultdict(list)
         self.seconds: list[float] = []
         self.num_images = 0
         strengths = len(faithfulness.STRENGTHS)
@@ -106,6 +111,8 @@ class Tally:
         if self.failure is not None:
             _log.warning("%s %s: it is left out of the table.", name, self.failure)
             return
+        self.decisions["predicted"].append(logits.argmax(dim=1).cpu())
+        self.decisions["target"].append(explanation.target.cpu())
         self._decision(explanation, logits, label, batch)
         self._attribution(explanation, logits, batch)
         self._rendering(explanation, logits, label)
@@ -320,6 +327,8 @@ class Tally:
             measurements={metric.key: measured.get(metric.key) or self._absent(metric.needs) for metric in METRICS},
             curves={key: values.float().mean(dim=0) for key, values in curves.items()},
             per_image=per_image,
+            predicted=torch.cat(self.decisions["predicted"]),
+            target=torch.cat(self.decisions["target"]),
             seconds_per_image=stdlib_statistics.median(self.seconds[_WARM_UP:] or self.seconds),
         )
         if "decomposition" in self.available:

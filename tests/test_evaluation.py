@@ -574,11 +574,8 @@ def test_short_table_explains_its_columns(measured: Evaluation) -> None:
 def test_files_hold_the_numbers(measured: Evaluation, tmp_path: Path) -> None:
     evaluation_table.save(measured, tmp_path / "out", {"seed": 0})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "curves.npz",
-        "metrics.json",
-        "per_image.csv",
-        "table.csv",
-        "table.md",
+        *("curves.npz", "differences.csv", "groups.csv"),
+        *("metrics.json", "per_image.csv", "table.csv", "table.md"),
     ]
     toy = measured.rows[0]
     with (tmp_path / "out/table.csv").open(newline="") as stream:

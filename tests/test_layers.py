@@ -37,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"explainer", "explanation", "classifier", "images", "networks", "losses", "methods", "atlas"},
     "data": {"images", "medical_files", "data"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
-    # output, report_atlas of report, tally and evaluation_table of evaluation, drawing and checkpointing of callbacks,
-    # neutral_descent of baselines; untrained finds methods and baselines by name.
+    # output, report_atlas of report, tally, evaluation_comparison and evaluation_table of evaluation, drawing and
+    # checkpointing of callbacks, neutral_descent of baselines; untrained finds methods and baselines by name.
     "metrics": {"explanation", "classifier", "images", "metrics"},
     "drawing": {"explanation", "images"},
     "callbacks": {"explanation", "classifier", "images", "drawing"},
@@ -56,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "untrained": {"baselines", "classifier", "explainer", "methods"},
     "tally": {"explanation", "classifier", "images", "losses", "metrics"},
     "evaluation": {"explanation", "classifier", "images", "metrics", "tally"},
-    "evaluation_table": {"evaluation", "tally", "metrics"},
+    "evaluation_comparison": {"evaluation", "metrics"},
+    "evaluation_table": {"evaluation", "evaluation_comparison", "tally", "metrics"},
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
         "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "classifier_sources",

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cfe-evaluate",
         description="Measures explainers on the same labelled images: prints one table and writes table.md, table.csv, "
-        "metrics.json, per_image.csv and curves.npz.",
+        "differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
         epilog="Baselines: integrated_gradients, gradient_shap, internal_influence, guided_grad_cam, grad_cam, lrp, "
         "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 2 nothing could be done, "
         "130 interrupted.",

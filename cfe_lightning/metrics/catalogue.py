@@ -132,7 +132,7 @@ METRICS: tuple[Metric, ...] = (
         "robust_flip",
         "higher",
         "[0, 1]",
-        "the least of the four below: share of flips that survive, where the image's own decision does",
+        "share of flips that survive the worst of 8 bits, JPEG, blur and half the size, where the image's own does",
         _EDIT,
         "robust",
     ),

@@ -14,7 +14,9 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import evaluate
 from cfe_lightning.images import save_image
 
-FILES = ["curves.npz", "metrics.json", "per_image.csv", "table.csv", "table.md"]
+FILES = [
+    *("curves.npz", "differences.csv", "groups.csv", "metrics.json", "per_image.csv", "table.csv", "table.md"),
+]
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""What lies behind a table of means: paired differences between explainers, and every pair of classes by itself.
+
+Source: evaluation, section 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from cfe_lightning.evaluation import Evaluation
+from cfe_lightning.metrics.catalogue import METRICS
+from cfe_lightning.metrics.statistics import Measurement, summarise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One metric of two explainers on the same images.
+
+    Attributes:
+        first: Name of one.
+        second: Name of the other.
+        key: Of the metric.
+        measured: First minus second, with a bootstrap interval over images on which both are defined.
+    """
+
+    first: str
+    second: str
+    key: str
+    measured: Measurement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupMean:
+    """One metric of one explainer on the images of one pair of classes, or of one true class.
+
+    Attributes:
+        explainer: Its name.
+        source: The class before, or the true class.
+        target: The class asked for; None for a true class.
+        key: Of the metric.
+        measured: With its interval.
+    """
+
+    explainer: str
+    source: str
+    target: str | None
+    key: str
+    measured: Measurement
+
+
+def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
+    """Every metric that two explainers have of the same images, for every two of them."""
+    wanted = [metric.key for metric in METRICS]
+    found: list[Difference] = []
+    for one, other in combinations(evaluation.rows, 2):
+        keys = [key for key in wanted if key in one.per_image and key in other.per_image]
+        values = {key: one.per_image[key].double() - other.per_image[key].double() for key in keys}
+        measured = summarise(values, resamples=resamples, seed=seed)
+        found += [Difference(first=one.name, second=other.name, key=key, measured=measured[key]) for key in keys]
+    return found
+
+
+def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[GroupMean]:
+    """Every metric per pair of classes before and asked for, and per true class: a mean hides its worst part."""
+    names = evaluation.class_names
+    found: list[GroupMean] = []
+    for row in evaluation.rows:
+        values = {metric.key: row.per_image[metric.key] for metric in METRICS if metric.key in row.per_image}
+        for source, target, members in _groups(row.predicted, row.target, evaluation.labels):
+            part = {key: value[members] for key, value in values.items()}
+            measured = summarise(part, resamples=resamples, seed=seed)
+            found += [
+                GroupMean(
+                    explainer=row.name,
+                    source=names[source],
+                    target=None if target is None else names[target],
+                    key=key,
+                    measured=measured[key],
+                )
+                for key in part
+            ]
+    return found
+
+
+def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean | None:
+    """The pair of classes on which an explainer does worst in a metric, by the metric's own direction."""
+    better = next(metric.better for metric in METRICS if metric.key == key)
+    found = [
+        group
+        for group in groups
+        if (group.explainer, group.key) == (explainer, key)
+        and group.target is not None
+        and group.measured.value is not None
+    ]
+    if not found or better == "neither":
+        return None
+    sign = 1 if better == "higher" else -1
+    return min(found, key=lambda group: sign * (group.measured.value or 0.0))
+
+
+def _groups(
+    predicted: Tensor | None, target: Tensor | None, labels: Tensor
+) -> Iterator[tuple[int, int | None, Tensor]]:
+    """Class before, class asked for (None for true classes), and which images."""
+    if predicted is not None and target is not None:
+        for source, asked in torch.unique(torch.stack([predicted, target], dim=1), dim=0).tolist():
+            yield source, asked, (predicted == source) & (target == asked)
+    for label in labels.unique().tolist():
+        yield label, None, labels == label
