@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explainer
-from cfe_lightning.metrics.catalogue import METRICS
+from cfe_lightning.metrics.catalogue import METRICS, Metric, iso_metrics
 from cfe_lightning.metrics.statistics import skipped
 from cfe_lightning.tally import Row, Tally
 
@@ -28,12 +28,16 @@ class Evaluation:
         image_names: The images, N.
         labels: Their true classes, [N].
         class_names: K names.
+        metrics: What was asked for, in the order of tables.
+        iso: Probabilities at which explainers were compared at equal strength.
     """
 
     rows: list[Row]
     image_names: list[str]
     labels: Tensor
     class_names: tuple[str, ...]
+    metrics: tuple[Metric, ...] = METRICS
+    iso: tuple[float, ...] = ()
 
 
 def evaluate(
@@ -42,6 +46,7 @@ def evaluate(
     *,
     judge: FrozenClassifier | None = None,
     second: FrozenClassifier | None = None,
+    iso: Sequence[float] = (),
     device: torch.device | str = "cpu",
     curve_steps: int = 50,
     max_batch: int = 256,
@@ -55,6 +60,8 @@ def evaluate(
         batches: Batches of the batch contract (see ``data.image_data``), read once.
         judge: Classifier that decides everywhere; None lets every explainer be judged by its own (DXAI, table 3).
         second: A classifier trained by itself for the same classes, for ``transfer_flip``; None skips it.
+        iso: Probabilities of the target at which explainers are also compared at equal strength (each costs some
+            twenty classifier passes per image).
         device: Where images go.
         curve_steps: Blocks of COUT, insertion and deletion; 0 skips them (each costs that many classifier passes).
         max_batch: Largest batch of the judge along a curve.
@@ -67,7 +74,7 @@ def evaluate(
     if not explainers:
         raise ValueError("There is nothing to evaluate: give at least one explainer.")
     tallies = {
-        name: Tally(explainer, judge or explainer.classifier, curve_steps, max_batch, second)
+        name: Tally(explainer, judge or explainer.classifier, curve_steps, max_batch, second, iso)
         for name, explainer in explainers.items()
     }
     class_names = next(iter(tallies.values())).judge.class_names
@@ -83,12 +90,20 @@ def evaluate(
     if not image_names:
         raise ValueError("There is no image to evaluate: the split is empty.")
     rows = [tally.row(name, resamples, seed) for name, tally in tallies.items()]
-    return Evaluation(rows=rows, image_names=image_names, labels=torch.cat(labels), class_names=class_names)
+    return Evaluation(
+        rows=rows,
+        image_names=image_names,
+        labels=torch.cat(labels),
+        class_names=class_names,
+        metrics=(*METRICS, *iso_metrics(iso)),
+        iso=tuple(iso),
+    )
 
 
-def unavailable(name: str, reason: str) -> Row:
+def unavailable(name: str, reason: str, iso: Sequence[float] = ()) -> Row:
     """The row of an explainer that cannot run here: every metric is skipped for the same reason."""
-    return Row(name=name, measurements={metric.key: skipped(reason) for metric in METRICS}, notes=[reason])
+    metrics = (*METRICS, *iso_metrics(iso))
+    return Row(name=name, measurements={metric.key: skipped(reason) for metric in metrics}, notes=[reason])
 
 
 def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.evaluation import Evaluation
-from cfe_lightning.metrics.catalogue import METRICS
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, iso_key
 from cfe_lightning.metrics.statistics import Measurement, summarise
 
 
@@ -55,7 +55,7 @@ class GroupMean:
 
 def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
     """Every metric that two explainers have of the same images, for every two of them."""
-    wanted = [metric.key for metric in METRICS]
+    wanted = [metric.key for metric in evaluation.metrics]
     found: list[Difference] = []
     for one, other in combinations(evaluation.rows, 2):
         keys = [key for key in wanted if key in one.per_image and key in other.per_image]
@@ -70,7 +70,7 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
     names = evaluation.class_names
     found: list[GroupMean] = []
     for row in evaluation.rows:
-        values = {metric.key: row.per_image[metric.key] for metric in METRICS if metric.key in row.per_image}
+        values = {m.key: row.per_image[m.key] for m in evaluation.metrics if m.key in row.per_image}
         for source, target, members in _groups(row.predicted, row.target, evaluation.labels):
             part = {key: value[members] for key, value in values.items()}
             measured = summarise(part, resamples=resamples, seed=seed)
@@ -85,6 +85,30 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
                 for key in part
             ]
     return found
+
+
+def at_equal_strength(
+    evaluation: Evaluation, level: float, *, resamples: int = 1000, seed: int = 0
+) -> tuple[int, dict[str, dict[str, Measurement]]]:
+    """Closeness at equal confidence on the images for which every explainer with edits has one that is sure enough.
+
+    Returns:
+        How many images these are, and by explainer and metric key what is measured on them.
+    """
+    reached = iso_key(level, "reached")
+    rows = [row for row in evaluation.rows if reached in row.per_image]
+    if not rows:
+        return 0, {}
+    common = torch.stack([row.per_image[reached] for row in rows]).all(dim=0)
+    found = {}
+    for row in rows:
+        values = {
+            key: row.per_image[iso_key(level, key)] for key in ISO_CLOSENESS if iso_key(level, key) in row.per_image
+        }
+        found[row.name] = summarise(
+            {key: value[common] for key, value in values.items()}, resamples=resamples, seed=seed
+        )
+    return int(common.sum()), found
 
 
 def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean | None:

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 
 from cfe_lightning.evaluation import Evaluation
-from cfe_lightning.evaluation_comparison import Difference, GroupMean, group_means, paired_differences, worst_pair
-from cfe_lightning.metrics.catalogue import METRICS, Metric
+from cfe_lightning.evaluation_comparison import (
+    Difference,
+    GroupMean,
+    at_equal_strength,
+    group_means,
+    paired_differences,
+    worst_pair,
+)
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, Metric, iso_key
 from cfe_lightning.metrics.statistics import Measurement
 from cfe_lightning.tally import Row
 
@@ -44,7 +51,7 @@ def full_table(evaluation: Evaluation) -> str:
             metric.value_range,
             *(_with_interval(row.measurements[metric.key]) for row in evaluation.rows),
         ]
-        for metric in METRICS
+        for metric in evaluation.metrics
         if _has_value(evaluation, metric)
     ]
     reasons = {
@@ -54,7 +61,7 @@ def full_table(evaluation: Evaluation) -> str:
         if measurement.status != "ok"
     }
     missing = "".join(f"- {name}: {reason}\n" for name, reason in reasons)
-    meanings = "".join(f"- `{metric.key}`: {metric.meaning}\n" for metric in METRICS)
+    meanings = "".join(f"- `{metric.key}`: {metric.meaning}\n" for metric in evaluation.metrics)
     return f"{_markdown(heading, lines)}\n{meanings}" + (f"\nNot computed:\n\n{missing}" if missing else "")
 
 
@@ -69,6 +76,7 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     differences, groups = paired_differences(evaluation), group_means(evaluation)
     parts = [f"# Evaluation\n\n{short_table(evaluation)}", f"## All metrics\n\n{full_table(evaluation)}"]
+    parts += [iso_table(evaluation, level) for level in evaluation.iso]
     parts += [difference_table(evaluation, differences), worst_table(evaluation, groups)]
     (folder / "table.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
     (folder / "differences.csv").write_text(
@@ -124,6 +132,25 @@ def difference_table(evaluation: Evaluation, differences: Sequence[Difference]) 
     return (
         f"## Paired differences\n\n{_markdown(heading, lines)}\nOn the images on which both are defined, with "
         "bootstrap intervals; all pairs are in differences.csv.\n"
+    )
+
+
+def iso_table(evaluation: Evaluation, level: float) -> str:
+    """Closeness of the smallest edits that are as sure as ``level``; empty where no explainer makes edits."""
+    count, found = at_equal_strength(evaluation, level)
+    if not found:
+        return ""
+    keys = [key for key in ISO_CLOSENESS if any(key in one for one in found.values())]
+    lines = []
+    for row in evaluation.rows:
+        if row.name in found:
+            own = found[row.name]
+            reached = _number(row.measurements[iso_key(level, "reached")])
+            lines.append([row.name, reached, *(_with_interval(own[key]) if key in own else "" for key in keys)])
+    return (
+        f"## At equal confidence ({level:g})\n\n{_markdown(['explainer', 'reached', *keys], lines)}\n"
+        f"The smallest edit on each explainer's way with that probability of the target. `reached` is of all "
+        f"{len(evaluation.image_names)} images, the rest of the {count} for which every explainer here has one.\n"
     )
 
 
@@ -213,7 +240,7 @@ def _csv(evaluation: Evaluation) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     suffixes = ("", "_low", "_high", "_n")
-    keys = [metric.key for metric in METRICS]
+    keys = [metric.key for metric in evaluation.metrics]
     writer.writerow(["explainer", "seconds_per_image", *(key + suffix for key in keys for suffix in suffixes)])
     for row in evaluation.rows:
         cells: list[object] = [row.name, row.seconds_per_image]
@@ -227,7 +254,7 @@ def _csv(evaluation: Evaluation) -> str:
 def _per_image_csv(evaluation: Evaluation) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    keys = [metric.key for metric in METRICS if any(metric.key in row.per_image for row in evaluation.rows)]
+    keys = [metric.key for metric in evaluation.metrics if any(metric.key in row.per_image for row in evaluation.rows)]
     writer.writerow(["explainer", "image", "label", *keys])
     labels = [evaluation.class_names[index] for index in evaluation.labels.tolist()]
     for row in evaluation.rows:

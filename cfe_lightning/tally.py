@@ -22,7 +22,8 @@ from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanati
 from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import faithfulness, localisation, path, perceptual, realism, reconstruction
-from cfe_lightning.metrics.catalogue import METRICS, MISSING, Need
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, MISSING, Metric, Need, iso_key, iso_metrics
+from cfe_lightning.metrics.equal_strength import smallest_edit
 from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
 
@@ -42,7 +43,7 @@ class Row:
 
     Attributes:
         name: The explainer's name in the table.
-        measurements: One per key of ``METRICS``.
+        measurements: One per metric that was asked for.
         curves: Mean curves by name, and ``class_probability`` [A, K, K]: strength, true class, class.
         per_image: Values per image by metric key, [N] each; NaN where undefined.
         predicted: What the judge decides on the images, [N]; None where nothing ran.
@@ -71,8 +72,11 @@ class Tally:
         curve_steps: int,
         max_batch: int,
         second: FrozenClassifier | None = None,
+        iso: Sequence[float] = (),
     ) -> None:
         self.explainer = explainer
+        self.iso = iso
+        self.metrics: tuple[Metric, ...] = (*METRICS, *iso_metrics(iso))
         self.judge = judge
         self.second = second
         self.stages = judge.shallow_maps(_STAGES) if judge.spec.head is not None else []
@@ -145,12 +149,8 @@ class Tally:
             delta_p=gain,
             mad=gain.abs(),
             bkl=change.bkl(after, target),
-            l1=change.l1(image, shown),
-            l2=change.l2(image, shown),
             linf=change.linf(image, shown),
-            changed_area=change.changed_area(image, shown),
-            area90=change.area90(change.change_map(image, shown)),
-            gini=change.gini(change.change_map(image, shown)),
+            **_closeness(image, shown),
         )
         found = survives(self.judge, image, shown, source, target)
         self._keep(
@@ -164,6 +164,7 @@ class Tally:
             self._keep(transfer_flip=torch.where(agreed, told.float(), torch.nan))
         if not is_decomposer(self.explainer):
             self._path(explanation, target)
+        self._equal_strength(explanation, target)
         if self.curve_steps:
             score, source_curve, target_curve = faithfulness.cout(
                 self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
@@ -188,8 +189,34 @@ class Tally:
         self._keep(sim_f=realism.cosine(before, after))
         if self.stages:
             self.available.add("stages")
-            maps = [self.judge.maps(one, self.stages)[0] for one in (image, shown)]
-            self._keep(lpips_f=perceptual.feature_distance(*maps))
+            self._keep(lpips_f=self._perceived(image, shown))
+
+    def _perceived(self, image: Tensor, other: Tensor) -> Tensor:
+        """Distance in the judge's maps, [B]."""
+        return perceptual.feature_distance(*(self.judge.maps(one, self.stages)[0] for one in (image, other)))
+
+    def _equal_strength(self, explanation: Explanation, target: Tensor) -> None:
+        """The smallest edits on the explainer's way that are as sure as asked; judged where there is one."""
+        image, ends = explanation.image, explanation.counterfactual
+        assert ends is not None, "only counterfactuals are compared"
+        has_path = explanation.steps is not None and not is_decomposer(self.explainer)
+        way = torch.stack([image, ends], dim=1) if not has_path else explanation.steps
+        assert way is not None, "has_path says so"
+        for level in self.iso:
+            found = smallest_edit(self.judge, way.clamp(-1, 1), target, level, max_batch=self.max_batch)
+            values = _closeness(image, found.edit)
+            if self.stages:
+                values["lpips_f"] = self._perceived(image, found.edit)
+            if bool(found.reached.any()):
+                self.available.add("iso")
+            self._keep(**{iso_key(level, "reached"): found.reached})
+            self._keep(
+                **{
+                    iso_key(level, key): torch.where(found.reached, value, torch.nan)
+                    for key, value in values.items()
+                    if key in ISO_CLOSENESS
+                }
+            )
 
     def _path(self, explanation: Explanation, target: Tensor) -> None:
         """The way to the counterfactual; of decompositions the steps lead elsewhere."""
@@ -314,7 +341,7 @@ class Tally:
     def row(self, name: str, resamples: int, seed: int) -> Row:
         """All measurements of this explainer."""
         if self.failure is not None:
-            broken = {metric.key: undefined(self.failure, self.num_images) for metric in METRICS}
+            broken = {metric.key: undefined(self.failure, self.num_images) for metric in self.metrics}
             return Row(name=name, measurements=broken, notes=[f"{name} {self.failure}"])
         per_image = {key: torch.cat(values) for key, values in self.values.items()}
         measured = summarise(per_image, {"l1_truth": "correct"}, resamples=resamples, seed=seed)
@@ -324,7 +351,7 @@ class Tally:
         measured |= _distances({key: torch.cat(values) for key, values in self.features.items()}, seed)
         row = Row(
             name=name,
-            measurements={metric.key: measured.get(metric.key) or self._absent(metric.needs) for metric in METRICS},
+            measurements={m.key: measured.get(m.key) or self._absent(m.needs) for m in self.metrics},
             curves={key: values.float().mean(dim=0) for key, values in curves.items()},
             per_image=per_image,
             predicted=torch.cat(self.decisions["predicted"]),
@@ -342,6 +369,18 @@ class Tally:
         if missing:
             return skipped(MISSING[missing[0]])
         return skipped(f"images of less than {reconstruction.SSIM_MIN_SIZE} pixels a side are too small for it")
+
+
+def _closeness(image: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    """How little of the image has changed, by metric key."""
+    changed = change.change_map(image, edited)
+    return {
+        "l1": change.l1(image, edited),
+        "l2": change.l2(image, edited),
+        "changed_area": change.changed_area(image, edited),
+        "area90": change.area90(changed),
+        "gini": change.gini(changed),
+    }
 
 
 def _areas(curves: dict[str, Tensor], resamples: int, seed: int) -> dict[str, Measurement]:

@@ -19,6 +19,7 @@ from cfe_lightning.baselines import build_baseline
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.evaluation import Evaluation, evaluate, sample_indices, unavailable
+from cfe_lightning.evaluation_comparison import at_equal_strength
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.metrics import path, realism
 from cfe_lightning.metrics.catalogue import METRICS
@@ -400,6 +401,77 @@ def test_the_path_is_judged_frame_by_frame() -> None:
     assert set(expected) == PATH
     for key, values in expected.items():
         assert value(row, key) == pytest.approx(float(values.nanmean()), abs=1e-5), key
+
+
+def test_at_equal_strength_everyone_stops_at_the_same_confidence(tmp_path: Path) -> None:
+    classifier = toy_classifier()
+
+    class Bold(Walker):
+        """Goes on beyond the toy's counterfactual, in the same direction."""
+
+        def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+            made = super().explain(image, target)
+            assert made.steps is not None
+            made.steps = (image[:, None] + 1.5 * (made.steps - image[:, None])).clamp(-1, 1)
+            made.counterfactual = made.steps[:, -1]
+            return made
+
+    explainers: dict[str, Explainer] = {
+        "walker": Walker(classifier),
+        "bold": Bold(classifier),
+        "toy": FixedToyExplainer(classifier),
+        "heat": HeatMapOnly(classifier),
+    }
+    result = evaluate(explainers, toy_batches(), curve_steps=0, iso=(0.5, 0.9))
+    rows = {row.name: row for row in result.rows}
+    assert result.iso == (0.5, 0.9)
+    # As they are, the bold one looks farther; at the same confidence it is no farther than the other.
+    assert value(rows["bold"], "l1") > 1.2 * value(rows["walker"], "l1")
+    for level in ("0.5", "0.9"):
+        assert value(rows["walker"], f"iso_{level}_reached") == value(rows["bold"], f"iso_{level}_reached") == 1.0
+        ratio = value(rows["bold"], f"iso_{level}_l1") / value(rows["walker"], f"iso_{level}_l1")
+        assert ratio == pytest.approx(1, abs=0.1)
+        # Of a decomposition, whose steps lead elsewhere, the way is straight; here it is the walker's.
+        straight = value(rows["toy"], f"iso_{level}_l1") / value(rows["walker"], f"iso_{level}_l1")
+        assert straight == pytest.approx(1, abs=0.05)
+    assert value(rows["walker"], "iso_0.9_l1") > value(rows["walker"], "iso_0.5_l1")
+    assert rows["heat"].measurements["iso_0.5_l1"].reason == "this explainer makes no counterfactual image"
+    evaluation_table.save(result, tmp_path, {})
+    text = (tmp_path / "table.md").read_text()
+    assert "## At equal confidence (0.9)" in text
+    assert "the rest of the 12 for which every explainer here has one" in text
+    assert "`iso_0.5_l1`: l1 of the smallest edit with a probability of the target of at least 0.5" in text
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["iso_0.5_reached"]) == 1.0
+
+
+def test_equal_strength_is_compared_on_what_all_can_reach() -> None:
+    classifier = toy_classifier()
+
+    class Timid(Walker):
+        """Makes edits of every other image only."""
+
+        def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+            made = super().explain(image, target)
+            assert made.steps is not None
+            assert made.counterfactual is not None
+            still = torch.arange(len(image)) % 2 == 0
+            made.steps[still] = image[still, None]
+            made.counterfactual = torch.where(still.view(-1, 1, 1, 1), image, made.counterfactual)
+            return made
+
+    explainers: dict[str, Explainer] = {"walker": Walker(classifier), "timid": Timid(classifier)}
+    result = evaluate(explainers, toy_batches(12), curve_steps=0, iso=(0.5,))
+    rows = {row.name: row for row in result.rows}
+    assert value(rows["timid"], "iso_0.5_reached") == 0.5
+    count, found = at_equal_strength(result, 0.5)
+    assert count == 6
+    assert found["walker"]["l1"].n_used == found["timid"]["l1"].n_used == 6
+    assert found["walker"]["l1"].value == pytest.approx(found["timid"]["l1"].value)
+    assert rows["walker"].measurements["iso_0.5_l1"].n_used == 12
+    none = evaluate({"still": Still(classifier)}, toy_batches(), curve_steps=0, iso=(0.5,))
+    assert only(none.rows).measurements["iso_0.5_l1"].status != "ok"
+    assert at_equal_strength(none, 0.5)[0] == 0
 
 
 # --- what cannot be measured ---

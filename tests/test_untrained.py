@@ -41,7 +41,7 @@ def test_a_baseline_explains_as_it_does_elsewhere() -> None:
     [
         ("stylex", {}, "StylEx has to be trained first: run `python train.py --config stylex_<data>.yaml`"),
         ("grad-cam", {}, "There is no method 'grad-cam' to use untrained: choose from steerable_lens, integrated_grad"),
-        ("step_search", {}, "There is no method 'step_search' to use untrained"),
+        ("lens_course", {}, "There is no method 'lens_course' to use untrained"),
         ("os", {}, "There is no method 'os' to use untrained"),
         ("../dxai", {}, "There is no method '../dxai' to use untrained"),
         ("steerable_lens", {"steps": 3}, "SteerableLens has no argument steps: choose from alpha_unit, "),

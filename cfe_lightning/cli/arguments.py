@@ -24,6 +24,17 @@ def positive(text: str) -> int:
     return value
 
 
+def probabilities(text: str) -> list[float]:
+    """Numbers between 0 and 1, separated by commas."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < 1 for value in found):
+        raise argparse.ArgumentTypeError(f"must be probabilities between 0 and 1, as 0.5,0.9, got {text!r}")
+    return list(dict.fromkeys(found))
+
+
 def assignment(text: str) -> tuple[str, Any]:
     """NAME=VALUE; the value is read as JSON (numbers, true, null, lists), and as text where it is none."""
     name, equals, value = text.partition("=")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import check_writable, count, positive
+from cfe_lightning.cli.arguments import check_writable, count, positive, probabilities
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
@@ -60,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--second", metavar="FILE", help="classifier trained by itself for the same classes, for transfer_flip"
+    )
+    parser.add_argument(
+        "--iso",
+        metavar="P,...",
+        type=probabilities,
+        default=[],
+        help="also compare the smallest edits that reach these probabilities of the target, as 0.5,0.9",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="measure N images drawn from the split")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="images at a time (default: 32)")
@@ -118,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if classifier is not None:
             check_class_names(data.class_names, classifier.class_names)
     _check_images(data, checkpoints)
-    baselines, rows = _baselines(wanted, checkpoints, options.seed)
+    baselines, rows = _baselines(wanted, checkpoints, options)
     explainers: dict[str, Explainer] = {**checkpoints, **baselines}
     try:
         result = evaluation.evaluate(
@@ -126,6 +133,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             _batches(data, options),
             judge=judge,
             second=second,
+            iso=options.iso,
             device=device,
             curve_steps=options.curve_steps,
             seed=options.seed,
@@ -177,7 +185,7 @@ def _baseline_names(listed: str) -> list[str]:
 
 
 def _baselines(
-    names: Sequence[str], checkpoints: dict[str, ExplainerModule], seed: int
+    names: Sequence[str], checkpoints: dict[str, ExplainerModule], options: argparse.Namespace
 ) -> tuple[dict[str, Explainer], list[Row]]:
     """Every baseline on every distinct classifier; one that cannot explain a classifier becomes an empty row."""
     from cfe_lightning.baselines import build_baseline
@@ -194,10 +202,10 @@ def _baselines(
             if title in checkpoints:
                 title = f"{title} (baseline)"
             try:
-                built[title] = build_baseline(name, classifier, seed)
+                built[title] = build_baseline(name, classifier, options.seed)
             except ValueError as error:
                 log.warning("%s is left out: %s", title, error)
-                empty.append(unavailable(title, str(error)))
+                empty.append(unavailable(title, str(error), options.iso))
     return built, empty
 
 
@@ -302,6 +310,7 @@ def _settings(
         "split": options.split,
         "limit": options.limit,
         "curve_steps": options.curve_steps,
+        "iso": options.iso,
         "seed": options.seed,
         "baselines": options.baselines,
     }

@@ -41,8 +41,8 @@ from cfe_lightning.methods.semantic_agent import (
     travelled,
     unit_step,
 )
-from cfe_lightning.methods.step_search import leads, smallest_step
 from cfe_lightning.networks.diffusion_process import Sampler, check_steps
+from cfe_lightning.step_search import leads, smallest_step
 
 _log = logging.getLogger(__name__)
 

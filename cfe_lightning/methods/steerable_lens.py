@@ -34,8 +34,8 @@ from cfe_lightning.methods.lens_course import (
     TransformName,
 )
 from cfe_lightning.methods.phase_extrapolation import AmplitudeMode, PhaseRule
-from cfe_lightning.methods.step_search import first_interval, leads, refine
 from cfe_lightning.networks.steerable_pyramid import Synthesis
+from cfe_lightning.step_search import first_interval, leads, refine
 
 #: Pixels that the classifier is shown at a time.
 _SHOWN = 2**20

@@ -28,7 +28,6 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
 from cfe_lightning.losses import Lpips, kl_between_logits, path_length_penalty, relative_distance
-from cfe_lightning.methods.step_search import leads, smallest_step
 from cfe_lightning.methods.style_atlas import draw_atlas
 from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table, target_margin
 from cfe_lightning.methods.style_reference import Reference, first_of_each_class
@@ -57,6 +56,7 @@ from cfe_lightning.methods.style_training import (
 from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
 from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
+from cfe_lightning.step_search import leads, smallest_step
 
 _log = logging.getLogger(__name__)
 

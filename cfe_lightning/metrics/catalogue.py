@@ -5,6 +5,7 @@ Keys follow evaluation, section 2; adding one is allowed, renaming is a breaking
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ Need = Literal[
     "features",
     "stages",
     "second",
+    "iso",
 ]
 
 
@@ -62,8 +64,11 @@ MISSING: dict[Need, str] = {
     "features": "the classifier's features cannot be read",
     "stages": "the classifier has no layers that can be watched",
     "second": "no second classifier: give a file of one with --second",
+    "iso": "none of its edits makes the classifier as sure as asked",
 }
 
+#: What is compared at equal confidence.
+ISO_CLOSENESS = ("l1", "l2", "changed_area", "area90", "gini", "lpips_f")
 _EDIT: tuple[Need, ...] = ("counterfactual",)
 _SPLIT: tuple[Need, ...] = ("decomposition",)
 _TRUE_SPLIT: tuple[Need, ...] = ("decomposition", "truth")
@@ -282,3 +287,21 @@ METRICS: tuple[Metric, ...] = (
         "l1 truth",
     ),
 )
+
+
+def iso_key(level: float, name: str) -> str:
+    """The key of a metric at equal confidence, such as ``iso_0.9_l1``."""
+    return f"iso_{level:g}_{name}"
+
+
+def iso_metrics(levels: Sequence[float]) -> tuple[Metric, ...]:
+    """The metrics of the smallest edits that make the classifier as sure as ``levels`` ask, see ``equal_strength``."""
+    closeness = {metric.key: metric for metric in METRICS if metric.key in ISO_CLOSENESS}
+    found: list[Metric] = []
+    for level in levels:
+        sure = f"the smallest edit with a probability of the target of at least {level:g}"
+        found.append(Metric(iso_key(level, "reached"), "higher", "[0, 1]", f"share of images that have {sure}", _EDIT))
+        for key, metric in closeness.items():
+            needs: tuple[Need, ...] = (*metric.needs, "iso")
+            found.append(Metric(iso_key(level, key), metric.better, metric.value_range, f"{key} of {sure}", needs))
+    return tuple(found)

@@ -94,6 +94,8 @@ def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> Ten
         [R, M] float64; NaN where a draw holds no defined value of a column.
     """
     num_images = values.shape[0]
+    if num_images == 0:
+        return values.new_full((resamples, values.shape[1]), torch.nan, dtype=torch.float64, device="cpu")
     defined = ~values.isnan()
     filled = torch.where(defined, values, 0).to("cpu", torch.float64)
     weights = defined.to("cpu", torch.float64)

@@ -215,6 +215,20 @@ def test_a_checkpoint_may_not_name_any_class(checkpoint: Path, config: Path, tmp
     assert evaluate.main([*map(str, arguments)]) == 2
 
 
+def test_equal_strength_and_a_second_classifier(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    toy_classifier().save(tmp_path / "second.pt")
+    extra = ["--iso", "0.5,0.9", "--second", tmp_path / "second.pt", "--baselines", "random,lrp"]
+    assert run("--checkpoint", checkpoint, "--data", config, "--output", out, *extra) == 0
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["iso"] == [0.5, 0.9]
+    assert content["second"] == toy_classifier().fingerprint()
+    keys = {key for one in content["rows"] for key in one["metrics"]}
+    assert {"iso_0.5_reached", "iso_0.9_l1", "transfer_flip"} <= keys
+    assert len({tuple(sorted(one["metrics"])) for one in content["rows"]}) == 1
+    assert "## At equal confidence (0.5)" in (out / "table.md").read_text()
+
+
 def test_interrupt_says_so(
     checkpoint: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +240,13 @@ def test_interrupt_says_so(
     assert "interrupted: nothing was written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--limit", "0"], ["--batch-size", "many"], ["--curve-steps", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--limit", "0"], ["--batch-size", "many"], ["--curve-steps", "-1"]),
+        *(["--iso", "1"], ["--iso", "0.5,"], ["--iso", "half"]),
+    ],
+)
 def test_numbers_are_checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["--checkpoint", "a", "--data", "b", "--output", "c", *arguments])

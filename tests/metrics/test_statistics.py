@@ -112,3 +112,8 @@ def test_statistic_of_a_curve_has_an_interval_over_images() -> None:
 
 def test_interval_of_nothing_is_none() -> None:
     assert interval(torch.tensor([math.nan])) == (None, None)
+
+
+def test_of_no_image_nothing_is_defined() -> None:
+    found = summarise({"l1": torch.zeros(0), "flip_rate": torch.zeros(0, dtype=torch.bool)})
+    assert [(one.status, one.value) for one in found.values()] == [("undefined", None)] * 2

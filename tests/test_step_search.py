@@ -1,11 +1,11 @@
-"""Tests of ``cfe_lightning.methods.step_search`` on goals whose first crossing is known."""
+"""Tests of ``cfe_lightning.step_search`` on goals whose first crossing is known."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cfe_lightning.methods.step_search import leads, smallest_step
+from cfe_lightning.step_search import leads, smallest_step
 
 
 def beyond(threshold: Tensor) -> object:
