@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cfe_lightning.evaluation_comparison import (
     paired_differences,
     worst_pair,
 )
-from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, Metric, iso_key
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, Metric, iso_key
 from cfe_lightning.metrics.statistics import Measurement
 from cfe_lightning.tally import Row
 
@@ -30,19 +30,41 @@ _ARROWS = {"higher": "higher is better", "lower": "lower is better", "neither": 
 _SECONDS = "s/image"
 
 
-def short_table(evaluation: Evaluation) -> str:
-    """The headline numbers as a Markdown table, one row per explainer, and under it what every column means."""
-    columns = [metric for metric in METRICS if metric.title and _has_value(evaluation, metric)]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table before it becomes Markdown or HTML.
+
+    Attributes:
+        title: Its heading, or empty.
+        heading: Of the columns.
+        lines: Cells as text, of as many columns.
+        note: What stands under it, in paragraphs or as a Markdown list.
+    """
+
+    title: str
+    heading: list[str]
+    lines: list[list[str]]
+    note: str
+
+    def markdown(self) -> str:
+        """Heading, aligned table and note."""
+        title = f"## {self.title}\n\n" if self.title else ""
+        return f"{title}{_markdown(self.heading, self.lines)}\n{self.note}\n"
+
+
+def short_table(evaluation: Evaluation) -> Table:
+    """The headline numbers, one row per explainer, and under it what every column means."""
+    columns = [metric for metric in evaluation.metrics if metric.title and _has_value(evaluation, metric)]
     heading = ["explainer", *(metric.title for metric in columns), _SECONDS]
     lines = [
         [row.name, *(_number(row.measurements[metric.key]) for metric in columns), _seconds(row)]
         for row in evaluation.rows
     ]
-    return f"{_markdown(heading, lines)}\n{_legend(columns, evaluation)}"
+    return Table(title="", heading=heading, lines=lines, note=_legend(columns, evaluation))
 
 
-def full_table(evaluation: Evaluation) -> str:
-    """Every number with interval and n as Markdown, one row per metric, and the reasons for what is missing."""
+def full_table(evaluation: Evaluation) -> Table:
+    """Every number with interval and n, one row per metric, and the reasons for what is missing."""
     heading = ["metric", "better", "range", *(row.name for row in evaluation.rows)]
     lines = [
         [
@@ -60,25 +82,28 @@ def full_table(evaluation: Evaluation) -> str:
         for measurement in row.measurements.values()
         if measurement.status != "ok"
     }
-    missing = "".join(f"- {name}: {reason}\n" for name, reason in reasons)
-    meanings = "".join(f"- `{metric.key}`: {metric.meaning}\n" for metric in evaluation.metrics)
-    return f"{_markdown(heading, lines)}\n{meanings}" + (f"\nNot computed:\n\n{missing}" if missing else "")
+    missing = "\n".join(f"- {name}: {reason}" for name, reason in reasons)
+    meanings = "\n".join(f"- `{metric.key}`: {metric.meaning}" for metric in evaluation.metrics)
+    note = meanings + (f"\n\nNot computed:\n\n{missing}" if missing else "")
+    return Table(title="All metrics", heading=heading, lines=lines, note=note)
 
 
-def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> None:
+def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> list[Table]:
     """Writes table, differences and groups as CSV, ``table.md``, ``metrics.json``, ``per_image.csv``, ``curves.npz``.
 
     Args:
         evaluation: What was measured.
         folder: Created if missing; files of an earlier evaluation are replaced.
         settings: Plain data that say how it was measured; kept in ``metrics.json``.
+
+    Returns:
+        What ``table.md`` shows, the short table first and the full one last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     differences, groups = paired_differences(evaluation), group_means(evaluation)
-    parts = [f"# Evaluation\n\n{short_table(evaluation)}", f"## All metrics\n\n{full_table(evaluation)}"]
-    parts += [iso_table(evaluation, level) for level in evaluation.iso]
-    parts += [difference_table(evaluation, differences), worst_table(evaluation, groups)]
-    (folder / "table.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    shown = [short_table(evaluation), *tables(evaluation, differences, groups), full_table(evaluation)]
+    text = "\n".join(table.markdown() for table in shown)
+    (folder / "table.md").write_text(f"# Evaluation\n\n{text}", encoding="utf-8")
     (folder / "differences.csv").write_text(
         _lines_csv(
             ["first", "second", "metric"], [([one.first, one.second, one.key], one.measured) for one in differences]
@@ -108,38 +133,41 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> N
     (folder / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
     np.savez(folder / "curves.npz", allow_pickle=False, **curves)
+    return shown
 
 
-def difference_table(evaluation: Evaluation, differences: Sequence[Difference]) -> str:
-    """The short table's per-image metrics of the first explainer minus each other one; empty for a single row."""
-    if len(evaluation.rows) < 2:
-        return ""
+def tables(evaluation: Evaluation, differences: Sequence[Difference], groups: list[GroupMean]) -> list[Table]:
+    """What there is to compare: at equal confidence, in pairs, and on the worst pair of classes."""
+    found = [_iso_table(evaluation, level) for level in evaluation.iso]
+    found += [_difference_table(evaluation, differences), _worst_table(evaluation, groups)]
+    return [table for table in found if table is not None]
+
+
+def _difference_table(evaluation: Evaluation, differences: Sequence[Difference]) -> Table | None:
+    """The short table's per-image metrics of the first explainer minus each other one; None for a single row."""
     first = evaluation.rows[0].name
     found = {(one.second, one.key): one.measured for one in differences if one.first == first}
-    columns = [
-        metric
-        for metric in METRICS
-        if metric.title and any((row.name, metric.key) in found for row in evaluation.rows[1:])
-    ]
+    columns = [m for m in evaluation.metrics if m.title and any(key == m.key for _, key in found)]
     lines = [
         [row.name, *(_with_interval(found[row.name, m.key]) if (row.name, m.key) in found else "" for m in columns)]
         for row in evaluation.rows[1:]
         if any(name == row.name for name, _ in found)
     ]
     if not lines:
-        return ""
-    heading = [f"{first} minus", *(metric.title for metric in columns)]
-    return (
-        f"## Paired differences\n\n{_markdown(heading, lines)}\nOn the images on which both are defined, with "
-        "bootstrap intervals; all pairs are in differences.csv.\n"
+        return None
+    return Table(
+        title="Paired differences",
+        heading=[f"{first} minus", *(metric.title for metric in columns)],
+        lines=lines,
+        note="On the images on which both are defined, with bootstrap intervals; all pairs are in differences.csv.",
     )
 
 
-def iso_table(evaluation: Evaluation, level: float) -> str:
-    """Closeness of the smallest edits that are as sure as ``level``; empty where no explainer makes edits."""
+def _iso_table(evaluation: Evaluation, level: float) -> Table | None:
+    """Closeness of the smallest edits that are as sure as ``level``; None where no explainer makes edits."""
     count, found = at_equal_strength(evaluation, level)
     if not found:
-        return ""
+        return None
     keys = [key for key in ISO_CLOSENESS if any(key in one for one in found.values())]
     lines = []
     for row in evaluation.rows:
@@ -147,29 +175,31 @@ def iso_table(evaluation: Evaluation, level: float) -> str:
             own = found[row.name]
             reached = _number(row.measurements[iso_key(level, "reached")])
             lines.append([row.name, reached, *(_with_interval(own[key]) if key in own else "" for key in keys)])
-    return (
-        f"## At equal confidence ({level:g})\n\n{_markdown(['explainer', 'reached', *keys], lines)}\n"
-        f"The smallest edit on each explainer's way with that probability of the target. `reached` is of all "
-        f"{len(evaluation.image_names)} images, the rest of the {count} for which every explainer here has one.\n"
+    return Table(
+        title=f"At equal confidence ({level:g})",
+        heading=["explainer", "reached", *keys],
+        lines=lines,
+        note="The smallest edit on each explainer's way with that probability of the target. `reached` is of all "
+        f"{len(evaluation.image_names)} images, the rest of the {count} for which every explainer here has one.",
     )
 
 
-def worst_table(evaluation: Evaluation, groups: list[GroupMean]) -> str:
-    """The pair of classes on which each explainer does worst; empty where there is but one pair."""
+def _worst_table(evaluation: Evaluation, groups: list[GroupMean]) -> Table | None:
+    """The pair of classes on which each explainer does worst; None where there is but one pair."""
     if len({(group.source, group.target) for group in groups if group.target is not None}) < 2:
-        return ""
-    columns = [metric for metric in METRICS if metric.title and any(group.key == metric.key for group in groups)]
+        return None
+    columns = [m for m in evaluation.metrics if m.title and any(group.key == m.key for group in groups)]
     lines = []
     for row in evaluation.rows:
         worst = [worst_pair(groups, row.name, metric.key) for metric in columns]
         cells = ["" if one is None else f"{_number(one.measured)} {one.source} > {one.target}" for one in worst]
         if any(cells):
             lines.append([row.name, *cells])
-    if not lines:
-        return ""
-    return (
-        f"## Worst pair of classes\n\n{_markdown(['explainer', *(metric.title for metric in columns)], lines)}\n"
-        "All pairs and true classes are in groups.csv.\n"
+    return Table(
+        title="Worst pair of classes",
+        heading=["explainer", *(metric.title for metric in columns)],
+        lines=lines,
+        note="All pairs and true classes are in groups.csv.",
     )
 
 
@@ -194,7 +224,7 @@ def _legend(columns: Sequence[Metric], evaluation: Evaluation) -> str:
     ]
     lines.append(f"- {_SECONDS}: median time of one explanation, without reading and measuring")
     lines += [f"- note: {note}" for row in evaluation.rows for note in row.notes]
-    return f"{len(evaluation.image_names)} images; images count as [0, 1].\n\n" + "\n".join(lines) + "\n"
+    return f"{len(evaluation.image_names)} images; images count as [0, 1].\n\n" + "\n".join(lines)
 
 
 def _markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -57,14 +57,14 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         embedded_bytes -= _embed(atlas, output, embedded_bytes // 2)
     package = resources.files("cfe_lightning")
     style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    parts = _template((package / "report.html.j2").read_text(encoding="utf-8")).generate(
+    parts = html_template((package / "report.html.j2").read_text(encoding="utf-8")).generate(
         summary=summary,
         atlas=atlas,
         tiles=_tiles(summary),
         method=_method(summary),
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=content_policy(style, script),
         page=_json({"classes": summary["classes"], "files": files, "size": summary["image_size"]}),
         rows=_rows(folder, files, embedded_bytes),
     )
@@ -82,20 +82,20 @@ def _method(summary: dict[str, Any]) -> str:
     return str(summary["untrained"]) if kind == "Baseline" else kind
 
 
-def _template(text: str) -> Template:
+def html_template(text: str) -> Template:
+    """A template that escapes whatever comes from files."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text)
 
 
-def _policy(style: str, script: str) -> str:
+def content_policy(style: str, script: str | None = None) -> str:
     """A content security policy: our own style and script, pictures from here, and nothing else at all."""
-    style_hash, script_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
+    allowed = {"style-src": style} | ({} if script is None else {"script-src": script})
+    hashes = "; ".join(
+        f"{kind} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for kind, text in sorted(allowed.items())
     )
-    return (
-        f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
-        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
-    )
+    return f"default-src 'none'; {hashes}; img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
 
 
 def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:

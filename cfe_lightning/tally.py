@@ -44,7 +44,8 @@ class Row:
     Attributes:
         name: The explainer's name in the table.
         measurements: One per metric that was asked for.
-        curves: Mean curves by name, and ``class_probability`` [A, K, K]: strength, true class, class.
+        curves: Mean curves by name, ``replaced``: the share of pixels exchanged along those of pixels, and
+            ``class_probability`` [A, K, K]: strength, true class, class.
         per_image: Values per image by metric key, [N] each; NaN where undefined.
         predicted: What the judge decides on the images, [N]; None where nothing ran.
         target: The classes asked for, [N].
@@ -88,6 +89,7 @@ class Tally:
         self.available: set[Need] = {"explanation"}
         self.features: dict[str, list[Tensor]] = defaultdict(list)
         self.decisions: dict[str, list[Tensor]] = defaultdict(list)
+        self.positions: dict[str, Tensor] = {}
         self.seconds: list[float] = []
         self.num_images = 0
         strengths = len(faithfulness.STRENGTHS)
@@ -226,6 +228,7 @@ class Tally:
         asked = target[:, None, None].expand(-1, explanation.steps.shape[1], 1)
         said = self.judge.along(explanation.steps, self.max_batch).softmax(dim=2).gather(2, asked).squeeze(2)
         k = path.positions(explanation.strengths)
+        self.curves["path"].append(path.resampled(k, said).cpu())
         self._keep(
             mono=path.monotone(said),
             rho=path.rank_correlation(k, said),
@@ -244,6 +247,9 @@ class Tally:
         if not self.curve_steps:
             return
         self.available.add("curves")
+        num_pixels = explanation.image[0, 0].numel()
+        cuts = faithfulness.cut_points(num_pixels, self.curve_steps)
+        self.positions["replaced"] = torch.tensor(cuts) / num_pixels
         image, source = explanation.image, logits.argmax(dim=1)
         baseline = faithfulness.blurred(image)
         for key, curve_of in (("ins_auc", faithfulness.insertion), ("del_auc", faithfulness.deletion)):
@@ -352,7 +358,7 @@ class Tally:
         row = Row(
             name=name,
             measurements={m.key: measured.get(m.key) or self._absent(m.needs) for m in self.metrics},
-            curves={key: values.float().mean(dim=0) for key, values in curves.items()},
+            curves={key: values.float().mean(dim=0) for key, values in curves.items()} | self.positions,
             per_image=per_image,
             predicted=torch.cat(self.decisions["predicted"]),
             target=torch.cat(self.decisions["target"]),

@@ -617,7 +617,7 @@ def test_undefined_is_no_number_anywhere(tmp_path: Path) -> None:
 
 
 def test_short_table_explains_its_columns(measured: Evaluation) -> None:
-    table = evaluation_table.short_table(measured)
+    table = evaluation_table.short_table(measured).markdown()
     heading, _, first, second, third, *_ = table.splitlines()
     titles = [cell.strip() for cell in heading.strip("|").split("|")]
     assert titles[0] == "explainer"
@@ -686,4 +686,4 @@ def test_numbers_are_readable(number: float, text: str) -> None:
     row = unavailable("a", "b")
     measured = Evaluation(rows=[row], image_names=["x"], labels=torch.zeros(1), class_names=("a", "b"))
     row.measurements["psnr"] = type(row.measurements["psnr"])(status="ok", value=number, n_used=1, n_total=1)
-    assert f" {text} |" in evaluation_table.short_table(measured)
+    assert f" {text} |" in evaluation_table.short_table(measured).markdown()

@@ -104,5 +104,4 @@ def test_one_explainer_and_one_pair_have_nothing_to_compare() -> None:
     given = evaluation()
     given.rows = given.rows[:1]
     given.rows[0].predicted, given.rows[0].target = torch.zeros(6).long(), torch.ones(6).long()
-    assert evaluation_table.difference_table(given, paired_differences(given)) == ""
-    assert evaluation_table.worst_table(given, group_means(given)) == ""
+    assert evaluation_table.tables(given, paired_differences(given), group_means(given)) == []

@@ -61,12 +61,13 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"explanation", "classifier", "images", "metrics", "tally"},
     "evaluation_comparison": {"evaluation", "metrics"},
     "evaluation_table": {"evaluation", "evaluation_comparison", "tally", "metrics"},
+    "evaluation_report": {"evaluation", "evaluation_table", "metrics", "report"},
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
         "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "classifier_sources",
-        "cli", "csv_log", "data", "environment", "evaluation", "evaluation_table", "explainer", "explanation",
-        "explanation_writer", "images", "manifest", "medical_files", "report", "survey_file", "tally", "untrained",
-        "verification",
+        "cli", "csv_log", "data", "environment", "evaluation", "evaluation_report", "evaluation_table", "explainer",
+        "explanation", "explanation_writer", "images", "manifest", "medical_files", "report", "survey_file", "tally",
+        "untrained", "verification",
     },
 }  # fmt: skip
 

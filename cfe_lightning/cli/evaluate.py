@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy, so that ``--help`` is immediate."""
     parser = argparse.ArgumentParser(
         prog="cfe-evaluate",
-        description="Measures explainers on the same labelled images: prints one table and writes table.md, table.csv, "
-        "differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
+        description="Measures explainers on the same labelled images: prints one table and writes report.html, "
+        "table.md, table.csv, differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
         epilog="Baselines: integrated_gradients, gradient_shap, internal_influence, guided_grad_cam, grad_cam, lrp, "
         "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 2 nothing could be done, "
         "130 interrupted.",
@@ -113,6 +113,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from cfe_lightning import evaluation, evaluation_table
     from cfe_lightning.classifier import load_classifier
     from cfe_lightning.classifier_check import check_class_names
+    from cfe_lightning.evaluation_report import write_evaluation_html
 
     wanted = _baseline_names(options.baselines)
     device = _device(options.device)
@@ -143,8 +144,11 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
         ) from error
     result.rows += rows
-    evaluation_table.save(result, folder, _settings(options, checkpoints, judge, second, section))
-    sys.stdout.write(f"{evaluation_table.short_table(result)}\nwritten to {folder}\n")
+    settings = _settings(options, checkpoints, judge, second, section)
+    tables = evaluation_table.save(result, folder, settings)
+    facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    write_evaluation_html(result, tables, folder, facts)
+    sys.stdout.write(f"{evaluation_table.short_table(result).markdown()}\nwritten to {folder}\n")
     return 0
 
 

@@ -75,6 +75,19 @@ _TRUE_SPLIT: tuple[Need, ...] = ("decomposition", "truth")
 _MASKED_SPLIT: tuple[Need, ...] = ("decomposition", "mask")
 
 METRICS: tuple[Metric, ...] = (
+    # --- reconstruction, before everything else: where it alone changes the decision, the autoencoder is explained ---
+    Metric(
+        "recon_flip",
+        "lower",
+        "[0, 1]",
+        "share of images decided otherwise after rendering alone",
+        ("reconstruction",),
+        "recon flip",
+    ),
+    Metric(
+        "psnr", "higher", "dB", "of the method's own rendering of the image, at most 100", ("reconstruction",), "PSNR"
+    ),
+    Metric("ssim", "higher", "[-1, 1]", "of the method's own rendering of the image", ("reconstruction",), "SSIM"),
     # --- removing the class-distinct part (DXAI, section 5; evaluation, section 7.4) ---
     Metric(
         "dxai_auc_label",
@@ -233,14 +246,6 @@ METRICS: tuple[Metric, ...] = (
         "[0, 1]",
         "probability while pixels are blurred, attribution first",
         ("explanation", "curves"),
-    ),
-    # --- reconstruction ---
-    Metric(
-        "psnr", "higher", "dB", "of the method's own rendering of the image, at most 100", ("reconstruction",), "PSNR"
-    ),
-    Metric("ssim", "higher", "[-1, 1]", "of the method's own rendering of the image", ("reconstruction",), "SSIM"),
-    Metric(
-        "recon_flip", "lower", "[0, 1]", "share of images decided otherwise after rendering alone", ("reconstruction",)
     ),
     # --- known truth, in [0, 1] units ---
     Metric("mask_mass", "higher", "[0, 1]", "share of |distinct| inside the true mask", _MASKED_SPLIT, "mask"),

@@ -58,6 +58,17 @@ def roughness(steps: Tensor) -> Tensor:
     return torch.where(mean > 0, lengths.amax(dim=1) / mean.clamp_min(1e-12), torch.nan)
 
 
+def resampled(k: Tensor, q: Tensor, points: int = 21) -> Tensor:
+    """Probabilities at evenly spaced positions, interpolated linearly, [B, ``points``]."""
+    wanted = torch.linspace(0, 1, points, device=q.device, dtype=q.dtype).expand(len(q), -1).contiguous()
+    above = torch.searchsorted(k.to(q.dtype).contiguous(), wanted).clamp(1, max(1, k.shape[1] - 1))
+    above = above.clamp_max(k.shape[1] - 1)
+    below = (above - 1).clamp_min(0)
+    start, end = k.gather(1, below).to(q.dtype), k.gather(1, above).to(q.dtype)
+    share = ((wanted - start) / (end - start).clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(q.gather(1, below), q.gather(1, above), share)
+
+
 def _ranks(values: Tensor) -> Tensor:
     """Ranks within every row [B, T], equal values share their mean."""
     below = (values[:, :, None] > values[:, None]).sum(dim=2)

@@ -15,7 +15,8 @@ from cfe_lightning.cli import evaluate
 from cfe_lightning.images import save_image
 
 FILES = [
-    *("curves.npz", "differences.csv", "groups.csv", "metrics.json", "per_image.csv", "table.csv", "table.md"),
+    *("curves.npz", "differences.csv", "groups.csv", "metrics.json", "per_image.csv"),
+    *("report.html", "table.csv", "table.md"),
 ]
 
 

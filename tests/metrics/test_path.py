@@ -57,3 +57,12 @@ def test_what_was_meant_and_how_even_the_steps_are() -> None:
     found = path.roughness(steps)
     assert found[0].item() == pytest.approx(2.0)
     assert found[1].isnan()
+
+
+def test_a_path_is_resampled_between_its_frames() -> None:
+    k = torch.tensor([[0.0, 0.1, 1.0], [0.0, 0.5, 1.0]])
+    q = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.4, 1.0]])
+    found = path.resampled(k, q, points=5)
+    assert found[0].tolist() == pytest.approx([0.0, 0.5, 0.5, 0.5, 0.5])
+    assert found[1].tolist() == pytest.approx([0.2, 0.3, 0.4, 0.7, 1.0])
+    assert path.resampled(torch.zeros(1, 1), torch.full((1, 1), 0.3)).eq(0.3).all()
