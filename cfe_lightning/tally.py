@@ -63,6 +63,33 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
+class _Column:
+    """Rows that arrive batch by batch, kept in one piece.
+
+    Thousands of small tensors between large ones that come and go would keep the memory of those from being used again.
+    """
+
+    def __init__(self) -> None:
+        self._rows: Tensor | None = None
+        self._length = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Appends rows [B, ...]."""
+        end = self._length + len(rows)
+        if self._rows is None or end > len(self._rows):
+            grown = torch.empty((max(1024, 2 * end), *rows.shape[1:]), dtype=rows.dtype)
+            if self._rows is not None:
+                grown[: self._length] = self.joined()
+            self._rows = grown
+        self._rows[self._length : end] = rows.detach()
+        self._length = end
+
+    def joined(self) -> Tensor:
+        """All rows so far, [N, ...]."""
+        assert self._rows is not None, "a column begins with its first rows"
+        return self._rows[: self._length]
+
+
 class Tally:
     """Measures one explainer batch by batch and keeps a few numbers per image."""
 
@@ -84,11 +111,11 @@ class Tally:
         self.curve_steps = curve_steps
         self.max_batch = max_batch
         self.failure: str | None = None
-        self.values: dict[str, list[Tensor]] = defaultdict(list)
-        self.curves: dict[str, list[Tensor]] = defaultdict(list)
+        self.values: dict[str, _Column] = defaultdict(_Column)
+        self.curves: dict[str, _Column] = defaultdict(_Column)
         self.available: set[Need] = {"explanation"}
-        self.features: dict[str, list[Tensor]] = defaultdict(list)
-        self.decisions: dict[str, list[Tensor]] = defaultdict(list)
+        self.features: dict[str, _Column] = defaultdict(_Column)
+        self.decisions: dict[str, _Column] = defaultdict(_Column)
         self.positions: dict[str, Tensor] = {}
         self.seconds: list[float] = []
         self.num_images = 0
@@ -117,8 +144,8 @@ class Tally:
         if self.failure is not None:
             _log.warning("%s %s: it is left out of the table.", name, self.failure)
             return
-        self.decisions["predicted"].append(logits.argmax(dim=1).cpu())
-        self.decisions["target"].append(explanation.target.cpu())
+        self.decisions["predicted"].add(logits.argmax(dim=1))
+        self.decisions["target"].add(explanation.target)
         self._decision(explanation, logits, label, batch)
         self._attribution(explanation, logits, batch)
         self._rendering(explanation, logits, label)
@@ -127,7 +154,7 @@ class Tally:
 
     def _keep(self, **values: Tensor) -> None:
         for key, value in values.items():
-            self.values[key].append(value.cpu())
+            self.values[key].add(value)
 
     def _decision(self, explanation: Explanation, logits: Tensor, label: Tensor, batch: dict[str, Any]) -> None:
         if "counterfactual" in batch:
@@ -172,8 +199,8 @@ class Tally:
                 self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
             )
             self._keep(cout=score)
-            self.curves["cout_source"].append(source_curve.cpu())
-            self.curves["cout_target"].append(target_curve.cpu())
+            self.curves["cout_source"].add(source_curve)
+            self.curves["cout_target"].add(target_curve)
         if "mask" in batch:
             self._keep(mask_mass_cf=localisation.mask_mass(change.change_map(image, shown), batch["mask"]))
         if "counterfactual" in batch:
@@ -186,8 +213,8 @@ class Tally:
             return
         self.available.add("features")
         before, after = self.judge.features(image), self.judge.features(shown)
-        self.features["before"].append(before.float().cpu())
-        self.features["after"].append(after.float().cpu())
+        self.features["before"].add(before.float())
+        self.features["after"].add(after.float())
         self._keep(sim_f=realism.cosine(before, after))
         if self.stages:
             self.available.add("stages")
@@ -228,7 +255,7 @@ class Tally:
         asked = target[:, None, None].expand(-1, explanation.steps.shape[1], 1)
         said = self.judge.along(explanation.steps, self.max_batch).softmax(dim=2).gather(2, asked).squeeze(2)
         k = path.positions(explanation.strengths)
-        self.curves["path"].append(path.resampled(k, said).cpu())
+        self.curves["path"].add(path.resampled(k, said))
         self._keep(
             mono=path.monotone(said),
             rho=path.rank_correlation(k, said),
@@ -263,7 +290,7 @@ class Tally:
                 max_batch=self.max_batch,
             )
             self._keep(**{key: value})
-            self.curves[key].append(curve.cpu())
+            self.curves[key].add(curve)
 
     def _rendering(self, explanation: Explanation, logits: Tensor, label: Tensor) -> None:
         image, parts = explanation.image, explanation.parts
@@ -318,7 +345,7 @@ class Tally:
             ("dxai_fidelity", along_predicted, logits.argmax(dim=1)),
             ("removal", removed, label),
         ):
-            self.curves[key].append((along.argmax(dim=2) == wanted[:, None]).cpu())
+            self.curves[key].add(along.argmax(dim=2) == wanted[:, None])
         self._count_classes(along_label.softmax(dim=2), label)
         self._keep(
             amplitude=localisation.amplitude(distinct),
@@ -349,19 +376,19 @@ class Tally:
         if self.failure is not None:
             broken = {metric.key: undefined(self.failure, self.num_images) for metric in self.metrics}
             return Row(name=name, measurements=broken, notes=[f"{name} {self.failure}"])
-        per_image = {key: torch.cat(values) for key, values in self.values.items()}
+        per_image = {key: column.joined() for key, column in self.values.items()}
         measured = summarise(per_image, {"l1_truth": "correct"}, resamples=resamples, seed=seed)
-        curves = {key: torch.cat(values) for key, values in self.curves.items()}
+        curves = {key: column.joined() for key, column in self.curves.items()}
         measured |= _areas(curves, resamples, seed)
         measured |= _robust(measured)
-        measured |= _distances({key: torch.cat(values) for key, values in self.features.items()}, seed)
+        measured |= _distances({key: column.joined() for key, column in self.features.items()}, seed)
         row = Row(
             name=name,
             measurements={m.key: measured.get(m.key) or self._absent(m.needs) for m in self.metrics},
             curves={key: values.float().mean(dim=0) for key, values in curves.items()} | self.positions,
             per_image=per_image,
-            predicted=torch.cat(self.decisions["predicted"]),
-            target=torch.cat(self.decisions["target"]),
+            predicted=self.decisions["predicted"].joined(),
+            target=self.decisions["target"].joined(),
             seconds_per_image=stdlib_statistics.median(self.seconds[_WARM_UP:] or self.seconds),
         )
         if "decomposition" in self.available:

@@ -14,7 +14,7 @@ from toy import ToyData, save_checkpoint, toy_images, toy_trainer
 from cfe_lightning.callbacks import EMA
 from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
 from cfe_lightning.classifier import load_classifier
-from cfe_lightning.explainer import ExplainerModule, load_explainer
+from cfe_lightning.explainer import ExplainerModule, check_arguments, load_explainer
 from cfe_lightning.explanation import Explanation
 
 TRUSTED = ["toy"]
@@ -166,6 +166,8 @@ def test_hyper_parameters_are_plain_data(case: Case, tmp_path: Path) -> None:
     for name, value in checkpoint["hyper_parameters"].items():
         assert isinstance(value, plain), name
     assert "classifier" not in checkpoint["hyper_parameters"]
+    # What a method was built with, its defaults included, is what the command line may give it.
+    check_arguments(case.kind, checkpoint["hyper_parameters"])
     assert case.arguments.items() <= checkpoint["hyper_parameters"].items()
 
 
