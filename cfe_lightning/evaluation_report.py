@@ -15,6 +15,7 @@ from torch import Tensor
 from cfe_lightning.evaluation import Evaluation
 from cfe_lightning.evaluation_table import Table
 from cfe_lightning.metrics.faithfulness import STRENGTHS
+from cfe_lightning.metrics.path import RESAMPLED
 from cfe_lightning.report import content_policy, html_template
 
 #: Of the drawing area, in units of the SVG.
@@ -94,7 +95,7 @@ def charts(evaluation: Evaluation) -> list[Chart]:
         _lines(
             evaluation,
             "path",
-            None,
+            torch.linspace(0, 1, RESAMPLED),
             "Along the path",
             "Probability of the target on the method's own way.",
             "position on the path",
@@ -134,9 +135,8 @@ def _lines(evaluation: Evaluation, key: str, positions: Tensor | None, title: st
         curve = row.curves.get(key)
         if curve is None:
             continue
-        x = torch.linspace(0, 1, len(curve)) if positions is None else positions
-        if key not in ("path", "dxai_label") and "replaced" in row.curves:
-            x = row.curves["replaced"]
+        # Pixels are exchanged in blocks, of which the last may be shorter.
+        x = row.curves["replaced"] if positions is None else positions
         points = " ".join(f"{_x(a):.1f},{_y(b):.1f}" for a, b in zip(x.tolist(), curve.tolist(), strict=True))
         lines.append({"name": row.name, "colour": colour % 10, "dashed": colour >= 10, "points": points})
     ticks = [(_x(value), f"{value:g}") for value in (0, 0.5, 1)]

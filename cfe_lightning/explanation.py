@@ -214,9 +214,13 @@ def decides_for(logits: Tensor, target: Tensor) -> Tensor:
 
 def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
-    asked = target[:, None, None].expand(-1, logits.shape[1], 1)
-    difference = intended.softmax(dim=2) - logits.double().softmax(dim=2)
-    return difference.gather(2, asked).abs().mean(dim=(1, 2)).to(logits.dtype)
+    difference = probability_along(intended, target) - probability_along(logits.double(), target)
+    return difference.abs().mean(dim=1).to(logits.dtype)
+
+
+def probability_along(logits: Tensor, target: Tensor) -> Tensor:
+    """Probability of the targets [B] at every step of a path, logits [B, T, K] -> [B, T]."""
+    return logits.softmax(dim=2).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
 
 
 def runner_up(logits: Tensor) -> Tensor:

@@ -308,13 +308,17 @@ def to_unit(image: Tensor) -> Tensor:
 
 def to_uint8(image: Tensor) -> Tensor:
     """[-1, 1] to bytes, clamped and rounded to the nearest level (truncation can undo a flip)."""
-    return to_unit(image).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return _levels(image).to(torch.uint8)
 
 
 def saved(image: Tensor) -> Tensor:
     """The image as a reader of the saved 8-bit PNG sees it, still in [-1, 1]."""
-    # As to_uint8, without the detour over bytes.
-    return to_unit(image.detach()).clamp_(0, 1).mul_(255).round_().div_(255).mul_(2).sub_(1)
+    return _levels(image).div_(255).mul_(2).sub_(1)
+
+
+def _levels(image: Tensor) -> Tensor:
+    """[-1, 1] to the levels 0 to 255 of an 8-bit file, as floats."""
+    return to_unit(image.detach()).clamp_(0, 1).mul_(255).round_()
 
 
 def to_pil(image: Tensor) -> Image.Image:

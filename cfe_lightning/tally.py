@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, runner_up
+from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, probability_along, runner_up
 from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import faithfulness, localisation, path, perceptual, realism, reconstruction
-from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, MISSING, Metric, Need, iso_key, iso_metrics
+from cfe_lightning.metrics.catalogue import METRICS, MISSING, Metric, Need, iso_key, iso_metrics
 from cfe_lightning.metrics.equal_strength import smallest_edit
 from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
@@ -185,15 +185,19 @@ class Tally:
         self._keep(
             **{f"robust_flip_{name}": torch.where(kept, hit.float(), torch.nan) for name, (kept, hit) in found.items()}
         )
-        self._seen(image, shown)
+        maps = self.judge.maps(image, self.stages)[0] if self.stages else []
+        self._seen(image, shown, maps)
         if self.second is not None:
             self.available.add("second")
             agreed = change.flipped(self.second(image), source)
             told = change.flipped(self.second(shown), target)
             self._keep(transfer_flip=torch.where(agreed, told.float(), torch.nan))
-        if not is_decomposer(self.explainer):
-            self._path(explanation, target)
-        self._equal_strength(explanation, target)
+        # Of decompositions the steps lead elsewhere.
+        steps = None if is_decomposer(self.explainer) else explanation.steps
+        if steps is not None and explanation.strengths is not None:
+            self._path(steps, explanation.strengths, explanation.intended, target)
+        way = torch.stack([image, explanation.counterfactual], dim=1) if steps is None else steps
+        self._equal_strength(image, way.clamp(-1, 1), target, maps)
         if self.curve_steps:
             score, source_curve, target_curve = faithfulness.cout(
                 self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
@@ -207,8 +211,8 @@ class Tally:
             right = (explanation.predicted == label) & (target == _true_target(label, logits.shape[1]))
             self._keep(l1_truth=torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan))
 
-    def _seen(self, image: Tensor, shown: Tensor) -> None:
-        """What the judge's layers make of the images and their edits."""
+    def _seen(self, image: Tensor, shown: Tensor, maps: list[Tensor]) -> None:
+        """What the judge's layers make of the images, of which ``maps`` are at hand, and of their edits."""
         if self.judge.spec.head is None:
             return
         self.available.add("features")
@@ -218,55 +222,41 @@ class Tally:
         self._keep(sim_f=realism.cosine(before, after))
         if self.stages:
             self.available.add("stages")
-            self._keep(lpips_f=self._perceived(image, shown))
+            self._keep(lpips_f=self._perceived(maps, shown))
 
-    def _perceived(self, image: Tensor, other: Tensor) -> Tensor:
-        """Distance in the judge's maps, [B]."""
-        return perceptual.feature_distance(*(self.judge.maps(one, self.stages)[0] for one in (image, other)))
+    def _perceived(self, maps: list[Tensor], edited: Tensor) -> Tensor:
+        """Distance in the judge's maps, of which those of the originals are at hand, [B]."""
+        return perceptual.feature_distance(maps, self.judge.maps(edited, self.stages)[0])
 
-    def _equal_strength(self, explanation: Explanation, target: Tensor) -> None:
+    def _equal_strength(self, image: Tensor, way: Tensor, target: Tensor, maps: list[Tensor]) -> None:
         """The smallest edits on the explainer's way that are as sure as asked; judged where there is one."""
-        image, ends = explanation.image, explanation.counterfactual
-        assert ends is not None, "only counterfactuals are compared"
-        has_path = explanation.steps is not None and not is_decomposer(self.explainer)
-        way = torch.stack([image, ends], dim=1) if not has_path else explanation.steps
-        assert way is not None, "has_path says so"
         for level in self.iso:
-            found = smallest_edit(self.judge, way.clamp(-1, 1), target, level, max_batch=self.max_batch)
+            found = smallest_edit(self.judge, way, target, level, max_batch=self.max_batch)
             values = _closeness(image, found.edit)
             if self.stages:
-                values["lpips_f"] = self._perceived(image, found.edit)
+                values["lpips_f"] = self._perceived(maps, found.edit)
             if bool(found.reached.any()):
                 self.available.add("iso")
             self._keep(**{iso_key(level, "reached"): found.reached})
-            self._keep(
-                **{
-                    iso_key(level, key): torch.where(found.reached, value, torch.nan)
-                    for key, value in values.items()
-                    if key in ISO_CLOSENESS
-                }
-            )
+            defined = {key: torch.where(found.reached, value, torch.nan) for key, value in values.items()}
+            self._keep(**{iso_key(level, key): value for key, value in defined.items()})
 
-    def _path(self, explanation: Explanation, target: Tensor) -> None:
-        """The way to the counterfactual; of decompositions the steps lead elsewhere."""
-        if explanation.steps is None or explanation.strengths is None:
-            return
+    def _path(self, steps: Tensor, strengths: Tensor, intended: Tensor | None, target: Tensor) -> None:
+        """The way to the counterfactual."""
         self.available.add("path")
-        asked = target[:, None, None].expand(-1, explanation.steps.shape[1], 1)
-        said = self.judge.along(explanation.steps, self.max_batch).softmax(dim=2).gather(2, asked).squeeze(2)
-        k = path.positions(explanation.strengths)
+        said = probability_along(self.judge.along(steps, self.max_batch), target)
+        k = path.positions(strengths)
         self.curves["path"].add(path.resampled(k, said))
         self._keep(
             mono=path.monotone(said),
             rho=path.rank_correlation(k, said),
             regress=path.regress(said),
             crossing=path.crossing(k, said),
-            smooth=path.roughness(explanation.steps),
+            smooth=path.roughness(steps),
         )
-        if explanation.intended is not None:
+        if intended is not None:
             self.available.add("intended")
-            meant = explanation.intended.to(said).softmax(dim=2).gather(2, asked).squeeze(2)
-            self._keep(schedule=path.schedule_error(said, meant))
+            self._keep(schedule=path.schedule_error(said, probability_along(intended.to(said), target)))
 
     def _attribution(self, explanation: Explanation, logits: Tensor, batch: dict[str, Any]) -> None:
         if "mask" in batch:

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": set(),
     "medical_files": {"images"},
     "losses": set(),
-    "step_search": set(),
+    "step_search": {"explanation"},
     "networks": {"networks"},
     "networks.classifiers": {"images"},
     # The frozen classifier; class_paths, tracing and weights are its parts, sources are what builds one.

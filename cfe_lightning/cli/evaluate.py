@@ -148,7 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     tables = evaluation_table.save(result, folder, settings)
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     write_evaluation_html(result, tables, folder, facts)
-    sys.stdout.write(f"{evaluation_table.short_table(result).markdown()}\nwritten to {folder}\n")
+    sys.stdout.write(f"{tables[0].markdown()}\nwritten to {folder}\n")
     return 0
 
 

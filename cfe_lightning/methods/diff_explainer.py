@@ -42,7 +42,7 @@ from cfe_lightning.methods.semantic_agent import (
     unit_step,
 )
 from cfe_lightning.networks.diffusion_process import Sampler, check_steps
-from cfe_lightning.step_search import leads, smallest_step
+from cfe_lightning.step_search import smallest_step, sure_enough
 
 _log = logging.getLogger(__name__)
 
@@ -319,9 +319,8 @@ class DiffExplainer(ExplainerModule):
 
         def reached(size: Tensor, rows: Tensor) -> Tensor:
             part = Located(*(value[rows] for value in located))
-            return self._meets_goal(
-                self.classifier.along(self.render(part, size[:, :, None] * step[rows, None])), target[rows]
-            )
+            said = self.classifier.along(self.render(part, size[:, :, None] * step[rows, None]))
+            return sure_enough(said, target[rows], self.confidence)
 
         size, found = smallest_step(reached, limit, points=self.search_points, rounds=self.search_rounds)
         share = torch.linspace(0, 1, self.num_steps, device=image.device, dtype=size.dtype)
@@ -362,13 +361,6 @@ class DiffExplainer(ExplainerModule):
                 "the longest edit does not reach the goal": ~found,
             },
         )
-
-    def _meets_goal(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Whether the classifier is as sure of the targets [B] as asked, logits [B, T, K] -> [B, T]."""
-        if self.confidence is None:
-            return leads(logits, target)
-        asked = target[:, None, None].expand(-1, logits.shape[1], 1)
-        return logits.softmax(dim=2).gather(2, asked).squeeze(2) >= self.confidence
 
     # Training
 

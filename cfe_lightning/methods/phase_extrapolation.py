@@ -55,6 +55,18 @@ class Motion:
         growth = torch.zeros_like(self.turn) if self.growth is None else beta * self.growth
         return self.band * torch.complex(growth, self.turn)
 
+    @property
+    def energy(self) -> Tensor:
+        """Of the coefficients."""
+        return _energy(self.band)
+
+    def phase(self, alpha: Tensor, cap: float | None) -> Tensor:
+        """By how much phases turn at alpha [B, T], in radians: in proportion, or approaching the cap, [B, T, ...]."""
+        alpha = alpha.view(*alpha.shape, *(1,) * (self.turn.ndim - 1))
+        if cap is None:
+            return alpha * self.turn[:, None]
+        return (alpha / cap * self.turn[:, None]).tanh_().mul_(cap)
+
     def extrapolated(self, alpha: Tensor, *, cap: float | None, beta: float, mode: AmplitudeMode) -> Tensor:
         """The change of the coefficients at alpha.
 
@@ -62,21 +74,18 @@ class Motion:
 
         Args:
             alpha: How far, [B, T].
-            cap: Largest turn in radians, approached smoothly; None turns strictly in proportion.
+            cap: As for ``phase``.
             beta: Weight of the amplitudes' growth.
             mode: How amplitudes grow: "linear" stops at zero, "log" is positive by construction.
 
         Returns:
             [B, T, ...].
         """
-        alpha = alpha.view(*alpha.shape, *(1,) * (self.turn.ndim - 1))
-        phase = (alpha if cap is None else alpha / cap) * self.turn[:, None]
-        if cap is not None:
-            phase = phase.tanh_().mul_(cap)
+        phase = self.phase(alpha, cap)
         if self.growth is None:
             factor = torch.complex(phase.cos().sub_(1), phase.sin())
         else:
-            grown = alpha * beta * self.growth[:, None]
+            grown = alpha.view(*alpha.shape, *(1,) * (self.growth.ndim - 1)) * beta * self.growth[:, None]
             if mode == "log":
                 gain = grown.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp()
             else:
@@ -102,7 +111,7 @@ def descent(
         smoothing: Standard deviation of a circular Gaussian over turns, in samples of the band; "cartesian" only.
         amplitudes: Also give the growth.
     """
-    energy = band.real.square() + band.imag.square()
+    energy = _energy(band)
     guard = eps**2 * energy.mean(dim=(-2, -1), keepdim=True)
     # Keeps 0 / 0 and overflow away: where nothing is, nothing moves.
     guarded = (energy + guard).clamp_min(_NOTHING)
@@ -120,7 +129,7 @@ def descent(
 
 def mean_turn(motions: Sequence[Motion]) -> Tensor:
     """Root mean square of the turns of all bands, weighted by the coefficients' energy, [B]."""
-    energies = [motion.band.real.square() + motion.band.imag.square() for motion in motions]
+    energies = [motion.energy for motion in motions]
     turned = torch.stack(
         [(e * m.turn.square()).flatten(1).sum(dim=1) for e, m in zip(energies, motions, strict=True)]
     ).sum(dim=0)
@@ -139,7 +148,7 @@ def motion_field(motions: Sequence[Motion], alpha: Tensor, pyramid: SteerablePyr
         motions: Of the pyramid's scales, finest first.
         alpha: How far, [B].
         pyramid: It.
-        cap: As for ``Motion.extrapolated``.
+        cap: As for ``Motion.phase``.
 
     Returns:
         Displacements in pixels, (row, column), [B, 2, H, W]; zero for a pyramid of one scale.
@@ -149,10 +158,7 @@ def motion_field(motions: Sequence[Motion], alpha: Tensor, pyramid: SteerablePyr
         if scale == 0 and len(motions) > 1:
             continue
         omega = pyramid.frequency(scale).to(motion.turn)
-        energy = motion.band.real.square() + motion.band.imag.square()
-        turn = alpha.view(-1, 1, 1, 1, 1) * motion.turn
-        if cap is not None:
-            turn = cap * torch.tanh(turn / cap)
+        energy, turn = motion.energy, motion.phase(alpha[:, None], cap)[:, 0]
         outer = torch.stack([omega[:, 0] ** 2, omega[:, 0] * omega[:, 1], omega[:, 1] ** 2], dim=1)
         left = torch.einsum("bpkhw,kn->bnhw", energy, outer)
         right = -torch.einsum("bpkhw,kn->bnhw", energy * turn, omega)
@@ -165,6 +171,10 @@ def motion_field(motions: Sequence[Motion], alpha: Tensor, pyramid: SteerablePyr
     yy, xx = yy.clamp_min(0) + ridge, xx.clamp_min(0) + ridge
     determinant = (yy * xx - yx.square()).clamp_min(ridge.square())
     return torch.stack([xx * y - yx * x, yy * x - yx * y], dim=1) / determinant[:, None]
+
+
+def _energy(band: Tensor) -> Tensor:
+    return band.real.square() + band.imag.square()
 
 
 def _blurred(values: Tensor, deviation: float) -> Tensor:

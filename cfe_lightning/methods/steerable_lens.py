@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, decides_for
+from cfe_lightning.explanation import Explanation, decides_for, probability_along
 from cfe_lightning.methods.lens_course import (
     AlphaUnit,
     Colour,
@@ -35,7 +35,7 @@ from cfe_lightning.methods.lens_course import (
 )
 from cfe_lightning.methods.phase_extrapolation import AmplitudeMode, PhaseRule
 from cfe_lightning.networks.steerable_pyramid import Synthesis
-from cfe_lightning.step_search import first_interval, leads, refine
+from cfe_lightning.step_search import first_interval, refine, sure_enough
 
 #: Pixels that the classifier is shown at a time.
 _SHOWN = 2**20
@@ -233,7 +233,7 @@ class SteerableLens(ExplainerModule):
         answer, course = found.answer, found.course
         answered = self.classifier(answer).float()
         change = images.to_unit(answer) - images.to_unit(image)
-        p_target = _probability(found.logits, target)
+        p_target = probability_along(found.logits, target)
         return Explanation(
             image=image,
             logits=logits,
@@ -366,19 +366,12 @@ class SteerableLens(ExplainerModule):
         """Whether frames with changes [B, T] and logits [B, T, K] are what is looked for, [B, T]."""
         if self.budget is not None:
             return l2_norm >= self.budget
-        if self.confidence is None:
-            return leads(logits, target)
-        return _probability(logits, target) >= self.confidence
-
-
-def _probability(logits: Tensor, target: Tensor) -> Tensor:
-    """Of the targets [B], logits [B, T, K] -> [B, T]."""
-    return logits.softmax(dim=2).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+        return sure_enough(logits, target, self.confidence)
 
 
 def _likeliest(logits: Tensor, target: Tensor) -> Tensor:
     """The step at which the target is most probable, [B, T, K] -> [B, 1]."""
-    return _probability(logits, target).argmax(dim=1, keepdim=True)
+    return probability_along(logits, target).argmax(dim=1, keepdim=True)
 
 
 def _magnified(found: _Found, image: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.step_search import first_interval, refine
+from cfe_lightning.metrics.faithfulness import path_logits
+from cfe_lightning.step_search import first_interval, refine, sure_enough
 
 #: Positions that are looked at first, at least.
 _GRID = 9
@@ -67,9 +68,8 @@ def smallest_edit(
 
     def reached(position: Tensor, rows: Tensor) -> Tensor:
         shown = pictures(position, rows)
-        logits = torch.cat([judge(part) for part in shown.flatten(0, 1).split(max_batch)]).unflatten(0, position.shape)
-        asked = target[rows][:, None, None].expand(-1, position.shape[1], 1)
-        return logits.float().softmax(dim=2).gather(2, asked).squeeze(2) >= confidence
+        logits = path_logits(judge, lambda index: shown[:, index], shown.shape[1], max_batch)
+        return sure_enough(logits.float(), target[rows], confidence)
 
     rows = torch.arange(len(path), device=path.device)
     grid = torch.linspace(0, 1, max(_GRID, last + 1), device=path.device, dtype=torch.float64).expand(len(path), -1)

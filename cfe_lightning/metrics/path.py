@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _ROUNDING = 1e-6
+#: Positions at which paths of different lengths are compared.
+RESAMPLED = 21
 
 
 def positions(strengths: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def roughness(steps: Tensor) -> Tensor:
     return torch.where(mean > 0, lengths.amax(dim=1) / mean.clamp_min(1e-12), torch.nan)
 
 
-def resampled(k: Tensor, q: Tensor, points: int = 21) -> Tensor:
+def resampled(k: Tensor, q: Tensor, points: int = RESAMPLED) -> Tensor:
     """Probabilities at evenly spaced positions, interpolated linearly, [B, ``points``]."""
     wanted = torch.linspace(0, 1, points, device=q.device, dtype=q.dtype).expand(len(q), -1).contiguous()
     above = torch.searchsorted(k.to(q.dtype).contiguous(), wanted).clamp(1, max(1, k.shape[1] - 1))
