@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfe_lightning import images
+from cfe_lightning import classifier_calls, images
 from cfe_lightning.class_paths import resolve_class_path
 from cfe_lightning.classifier_tracing import (
     FeatureMapTransform,
@@ -169,11 +169,36 @@ class FrozenClassifier(nn.Module):
 
     def prepare(self, image: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] to what the network takes: its channels, its size, its normalisation."""
-        return prepare(image, self.spec, self.mean, self.std)
+        prepared = prepare(image, self.spec, self.mean, self.std)
+        classifier_calls.count(prepared)
+        return prepared
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
         return self._exclusive(self.network(self.prepare(image)))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The L labels of a multi-label network, in the order of ``label_probabilities``.
+
+        Raises:
+            ValueError: If its classes exclude each other.
+        """
+        if self.spec.label is None:
+            raise ValueError(
+                f"The classes {list(self.spec.class_names[:5])} of this classifier exclude each other, but a "
+                "multi-label network is needed: if it is one, name one of its outputs as label when you wrap it."
+            )
+        return self.spec.class_names
+
+    def label_probabilities(self, image: Tensor) -> Tensor:
+        """The sigmoid of every logit of a multi-label network, [B, C, H, W] in [-1, 1] -> [B, L] in [0, 1].
+
+        Raises:
+            ValueError: If its classes exclude each other.
+        """
+        num_labels = len(self.label_names)
+        return self.network(self.prepare(image)).sigmoid().view(len(image), num_labels)
 
     def along(self, path: Tensor, at_once: int = 128) -> Tensor:
         """Logits of every picture of paths, [B, T, C, H, W] -> [B, T, K]; so many at a time, to bound the memory."""

@@ -29,7 +29,7 @@ def load_weights(network: nn.Module, path: str | Path, without: Sequence[str] = 
         ValueError: If the file holds anything but plain data, no state dictionary, or one that does not fit.
     """
     file = Path(path)
-    weights = {name: value for name, value in _read(file).items() if not name.startswith(tuple(without))}
+    weights = {name: value for name, value in read_weights(file).items() if not name.startswith(tuple(without))}
     expected = network.state_dict()
     candidates = [weights, *_without_prefixes(weights)]
     best = min(candidates, key=lambda candidate: len(_differences(candidate, expected)))
@@ -42,8 +42,13 @@ def load_weights(network: nn.Module, path: str | Path, without: Sequence[str] = 
     network.load_state_dict(best, strict=False)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The dictionary of tensors in a file, out of the dictionaries around it."""
+def read_weights(file: Path) -> dict[str, Any]:
+    """The dictionary of tensors in a file, out of the dictionaries around it; prefixes stay.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds anything but plain data, or no state dictionary.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"There is no file of weights {file}.")
     try:

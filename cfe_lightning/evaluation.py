@@ -1,22 +1,28 @@
 """Runs explainers over the same images and measures them all the same way, whoever made the explanations.
 
-Explanations are measured and thrown away batch by batch; what stays is a few numbers per image (see ``tally``).
+Explanations are measured and thrown away batch by batch; what stays is a few numbers per image (see ``tally``), which
+a store keeps, so that an evaluation that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explainer
-from cfe_lightning.metrics.catalogue import METRICS, Metric, iso_metrics
+from cfe_lightning.evaluation_gallery import Gallery
+from cfe_lightning.evaluation_store import EvaluationStore
+from cfe_lightning.explanation import Explainer, Explanation
+from cfe_lightning.metrics.agreement import rank_agreement
+from cfe_lightning.metrics.repetition import change_or_attribution
 from cfe_lightning.metrics.statistics import skipped
-from cfe_lightning.tally import Row, Tally
+from cfe_lightning.tally import Measures, Tally
+from cfe_lightning.tally_summary import Row, summarise_tally
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,16 +34,19 @@ class Evaluation:
         image_names: The images, N.
         labels: Their true classes, [N].
         class_names: K names.
-        metrics: What was asked for, in the order of tables.
-        iso: Probabilities at which explainers were compared at equal strength.
+        measures: What was asked for.
+        agreement: Rank correlation of where every two of ``agreeing`` point, mean over images, [P, P]; NaN where one of
+            them points nowhere.
+        agreeing: Names of the explainers that answered, P.
     """
 
     rows: list[Row]
     image_names: list[str]
     labels: Tensor
     class_names: tuple[str, ...]
-    metrics: tuple[Metric, ...] = METRICS
-    iso: tuple[float, ...] = ()
+    measures: Measures = field(default_factory=Measures)
+    agreement: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    agreeing: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -45,11 +54,12 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     *,
     judge: FrozenClassifier | None = None,
-    second: FrozenClassifier | None = None,
-    iso: Sequence[float] = (),
+    measures: Measures | None = None,
+    reference: Iterable[Tensor] = (),
+    store: EvaluationStore | None = None,
+    gallery: Gallery | None = None,
+    shown: Collection[int] = (),
     device: torch.device | str = "cpu",
-    curve_steps: int = 50,
-    max_batch: int = 256,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -57,14 +67,15 @@ def evaluate(
 
     Args:
         explainers: Name to explainer, on ``device`` and in eval mode.
-        batches: Batches of the batch contract (see ``data.image_data``), read once.
+        batches: Batches of the batch contract (see ``data.image_data``), read once; without those that ``store`` has.
         judge: Classifier that decides everywhere; None lets every explainer be judged by its own (DXAI, table 3).
-        second: A classifier trained by itself for the same classes, for ``transfer_flip``; None skips it.
-        iso: Probabilities of the target at which explainers are also compared at equal strength (each costs some
-            twenty classifier passes per image).
+        measures: What is measured, and with what.
+        reference: Held-out images, batches [B, C, H, W] in [-1, 1], read once: FID and KID compare edits with them
+            instead of with their own originals.
+        store: Where finished batches are kept and come back from; None keeps none.
+        gallery: Is given the images ``shown`` with everybody's answers; None keeps none.
+        shown: Numbers of images in the order of evaluation.
         device: Where images go.
-        curve_steps: Blocks of COUT, insertion and deletion; 0 skips them (each costs that many classifier passes).
-        max_batch: Largest batch of the judge along a curve.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
 
@@ -73,37 +84,90 @@ def evaluate(
     """
     if not explainers:
         raise ValueError("There is nothing to evaluate: give at least one explainer.")
+    measures = measures or Measures()
     tallies = {
-        name: Tally(explainer, judge or explainer.classifier, curve_steps, max_batch, second, iso)
-        for name, explainer in explainers.items()
+        name: Tally(explainer, judge or explainer.classifier, measures) for name, explainer in explainers.items()
     }
     class_names = next(iter(tallies.values())).judge.class_names
+    # First, because a folder that holds none must not cost hours.
+    for picture in reference:
+        for tally in tallies.values():
+            tally.read_reference(picture.to(device))
     image_names: list[str] = []
     labels: list[Tensor] = []
+    agreement = _Agreement(tuple(explainers))
+    for state in store.finished() if store is not None else ():
+        for name, tally in tallies.items():
+            tally.restore(state["tallies"][name])
+        if gallery is not None and state["gallery"] is not None:
+            gallery.load(state["gallery"])
+        agreement.sums, agreement.counts = state["agreement"]
+        image_names += state["names"]
+        labels.append(state["labels"])
     for batch in batches:
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         _check_labels(moved["label"], class_names)
+        places = [place for place in range(len(batch["name"])) if len(image_names) + place in shown]
+        maps: dict[str, Tensor] = {}
         for name, tally in tallies.items():
-            tally.add(name, moved)
+            explanation = tally.add(name, moved)
+            if gallery is not None and places:
+                _show(gallery, name, tally, moved, explanation, places)
+            if explanation is not None:
+                maps[name] = change_or_attribution(explanation)
+        agreement.add(maps)
         image_names += list(batch["name"])
         labels.append(batch["label"].cpu())
+        if store is not None:
+            store.add(
+                {
+                    "names": list(batch["name"]),
+                    "labels": labels[-1],
+                    "agreement": [agreement.sums.clone(), agreement.counts.clone()],
+                    "tallies": {name: tally.state() for name, tally in tallies.items()},
+                    "gallery": gallery.state() if gallery is not None and places else None,
+                }
+            )
     if not image_names:
         raise ValueError("There is no image to evaluate: the split is empty.")
-    rows = [tally.row(name, resamples, seed) for name, tally in tallies.items()]
+    agreeing, agreed = agreement.result([name for name, tally in tallies.items() if tally.failure is None])
     return Evaluation(
-        rows=rows,
+        rows=[summarise_tally(tally, name, resamples, seed) for name, tally in tallies.items()],
         image_names=image_names,
         labels=torch.cat(labels),
         class_names=class_names,
-        metrics=(*METRICS, *iso_metrics(iso)),
-        iso=tuple(iso),
+        measures=measures,
+        agreement=agreed,
+        agreeing=agreeing,
     )
 
 
-def unavailable(name: str, reason: str, iso: Sequence[float] = ()) -> Row:
+class _Agreement:
+    """Adds up how much explainers agree on where to look."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), len(names), dtype=torch.float64)
+        self.counts = torch.zeros(len(names), len(names), dtype=torch.float64)
+
+    def add(self, maps: Mapping[str, Tensor]) -> None:
+        """Takes the maps [B, 1, H, W] of those who answered."""
+        if not maps:
+            return
+        found = rank_agreement(torch.stack([one.float() for one in maps.values()])).double().cpu()
+        places = torch.tensor([self.names.index(name) for name in maps])
+        self.sums[places[:, None], places] += found.nansum(dim=0)
+        self.counts[places[:, None], places] += (~found.isnan()).sum(dim=0)
+
+    def result(self, wanted: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+        """Names and means [P, P] of the explainers ``wanted``."""
+        places = torch.tensor([self.names.index(name) for name in wanted], dtype=torch.int64)
+        return tuple(wanted), (self.sums / self.counts)[places[:, None], places].float()
+
+
+def unavailable(name: str, reason: str, measures: Measures) -> Row:
     """The row of an explainer that cannot run here: every metric is skipped for the same reason."""
-    metrics = (*METRICS, *iso_metrics(iso))
-    return Row(name=name, measurements={metric.key: skipped(reason) for metric in metrics}, notes=[reason])
+    return Row(name=name, measurements={m.key: skipped(reason) for m in measures.metrics}, notes=[reason])
 
 
 def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:
@@ -112,6 +176,33 @@ def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:
         return list(range(total))
     drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
     return sorted(drawn.tolist())
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """At most ``count`` numbers below ``total``, spread over them: files come class by class."""
+    return list(range(total)) if count >= total else [index * total // count for index in range(count)]
+
+
+@torch.no_grad()
+def _show(
+    gallery: Gallery,
+    name: str,
+    tally: Tally,
+    batch: dict[str, Any],
+    explanation: Explanation | None,
+    places: Sequence[int],
+) -> None:
+    """Hands some images of a batch over to the gallery, judged as saved."""
+    if explanation is None:
+        gallery.fail(name, tally.failure or "")
+        return
+    chosen = explanation.select(torch.tensor(places, device=explanation.image.device))
+    after = None
+    if chosen.counterfactual is not None:
+        after = tally.judge(images.saved(chosen.counterfactual.clamp(-1, 1))).softmax(dim=1)
+    names = [batch["name"][place] for place in places]
+    before = tally.judge(chosen.image).softmax(dim=1)
+    gallery.add(name, names, batch["label"][places], chosen, before, after)
 
 
 def _check_labels(label: Tensor, class_names: Sequence[str]) -> None:

@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.evaluation import Evaluation
-from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, METRICS, iso_key
-from cfe_lightning.metrics.statistics import Measurement, summarise
+from cfe_lightning.metrics import realism
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, METRICS, iso_key
+from cfe_lightning.metrics.statistics import Measurement, summarise, undefined
+from cfe_lightning.tally_summary import Row
+
+#: Images that a distance of sets needs at least.
+_FEWEST = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +60,7 @@ class GroupMean:
 
 def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
     """Every metric that two explainers have of the same images, for every two of them."""
-    wanted = [metric.key for metric in evaluation.metrics]
+    wanted = [metric.key for metric in evaluation.measures.metrics]
     found: list[Difference] = []
     for one, other in combinations(evaluation.rows, 2):
         keys = [key for key in wanted if key in one.per_image and key in other.per_image]
@@ -70,7 +75,7 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
     names = evaluation.class_names
     found: list[GroupMean] = []
     for row in evaluation.rows:
-        values = {m.key: row.per_image[m.key] for m in evaluation.metrics if m.key in row.per_image}
+        values = {m.key: row.per_image[m.key] for m in evaluation.measures.metrics if m.key in row.per_image}
         for source, target, members in _groups(row.predicted, row.target, evaluation.labels):
             part = {key: value[members] for key, value in values.items()}
             measured = summarise(part, resamples=resamples, seed=seed)
@@ -90,7 +95,7 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
 def at_equal_strength(
     evaluation: Evaluation, level: float, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[int, dict[str, dict[str, Measurement]]]:
-    """Closeness at equal confidence on the images for which every explainer with edits has one that is sure enough.
+    """Closeness and realism at equal confidence, on the images for which every explainer has an edit that is so sure.
 
     Returns:
         How many images these are, and by explainer and metric key what is measured on them.
@@ -108,7 +113,23 @@ def at_equal_strength(
         found[row.name] = summarise(
             {key: value[common] for key, value in values.items()}, resamples=resamples, seed=seed
         )
+        found[row.name] |= _realism(row, f"{level:g}", common, seed)
     return int(common.sum()), found
+
+
+def _realism(row: Row, level: str, common: Tensor, seed: int) -> dict[str, Measurement]:
+    """Distances of the sets of originals and edits in the classifier's features."""
+    total, used = len(common), int(common.sum())
+    if level not in row.features:
+        return {}
+    if used < _FEWEST:
+        return {key: undefined(f"fewer than {_FEWEST} images", total) for key in ISO_REALISM}
+    before, after = row.features["before"][common], row.features[level][common]
+    kernel, _ = realism.kid(before, after, seed)
+    return {
+        key: Measurement(status="ok", value=value, n_used=used, n_total=total)
+        for key, value in zip(ISO_REALISM, (realism.fid(before, after), kernel), strict=True)
+    }
 
 
 def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean | None:

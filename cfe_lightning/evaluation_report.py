@@ -44,7 +44,11 @@ class Chart:
 
 
 def write_evaluation_html(
-    evaluation: Evaluation, tables: Sequence[Table], folder: Path, facts: Mapping[str, str]
+    evaluation: Evaluation,
+    tables: Sequence[Table],
+    folder: Path,
+    facts: Mapping[str, str],
+    gallery: Path | None = None,
 ) -> Path:
     """Writes ``report.html`` beside the tables.
 
@@ -53,6 +57,7 @@ def write_evaluation_html(
         tables: What to show, the short one first and the full one last.
         folder: Exists.
         facts: Named facts of the run, shown at the end.
+        gallery: The page beside this one that shows explanations; None where there is none.
 
     Returns:
         The page.
@@ -69,6 +74,7 @@ def write_evaluation_html(
         full=tables[-1],
         charts=charts(evaluation),
         facts=facts,
+        gallery=None if gallery is None else gallery.name,
         style=Markup(style),
         policy=content_policy(style),
     )

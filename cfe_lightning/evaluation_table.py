@@ -22,12 +22,12 @@ from cfe_lightning.evaluation_comparison import (
     paired_differences,
     worst_pair,
 )
-from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, Metric, iso_key
+from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, Metric, iso_key
 from cfe_lightning.metrics.statistics import Measurement
-from cfe_lightning.tally import Row
 
+#: Probability of the decision on a wholly blurred image from which on deletion cannot tell maps apart.
+_BLURRED_AWAY = 0.8
 _ARROWS = {"higher": "higher is better", "lower": "lower is better", "neither": "for context"}
-_SECONDS = "s/image"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +54,9 @@ class Table:
 
 def short_table(evaluation: Evaluation) -> Table:
     """The headline numbers, one row per explainer, and under it what every column means."""
-    columns = [metric for metric in evaluation.metrics if metric.title and _has_value(evaluation, metric)]
-    heading = ["explainer", *(metric.title for metric in columns), _SECONDS]
-    lines = [
-        [row.name, *(_number(row.measurements[metric.key]) for metric in columns), _seconds(row)]
-        for row in evaluation.rows
-    ]
+    columns = [metric for metric in evaluation.measures.metrics if metric.title and _has_value(evaluation, metric)]
+    heading = ["explainer", *(metric.title for metric in columns)]
+    lines = [[row.name, *(_number(row.measurements[metric.key]) for metric in columns)] for row in evaluation.rows]
     return Table(title="", heading=heading, lines=lines, note=_legend(columns, evaluation))
 
 
@@ -73,7 +70,7 @@ def full_table(evaluation: Evaluation) -> Table:
             metric.value_range,
             *(_with_interval(row.measurements[metric.key]) for row in evaluation.rows),
         ]
-        for metric in evaluation.metrics
+        for metric in evaluation.measures.metrics
         if _has_value(evaluation, metric)
     ]
     reasons = {
@@ -83,7 +80,7 @@ def full_table(evaluation: Evaluation) -> Table:
         if measurement.status != "ok"
     }
     missing = "\n".join(f"- {name}: {reason}" for name, reason in reasons)
-    meanings = "\n".join(f"- `{metric.key}`: {metric.meaning}" for metric in evaluation.metrics)
+    meanings = "\n".join(f"- `{metric.key}`: {metric.meaning}" for metric in evaluation.measures.metrics)
     note = meanings + (f"\n\nNot computed:\n\n{missing}" if missing else "")
     return Table(title="All metrics", heading=heading, lines=lines, note=note)
 
@@ -123,12 +120,17 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
     content["rows"] = [
         {
             "name": row.name,
-            "seconds_per_image": row.seconds_per_image,
             "notes": row.notes,
             "metrics": {key: asdict(measurement) for key, measurement in row.measurements.items()},
         }
         for row in evaluation.rows
     ]
+    content["agreement"] = {
+        name: {
+            other: None if math.isnan(value) else value for other, value in zip(evaluation.agreeing, row, strict=True)
+        }
+        for name, row in zip(evaluation.agreeing, evaluation.agreement.tolist(), strict=True)
+    }
     # allow_nan=False: a NaN that got this far is our mistake and must not be written.
     (folder / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
@@ -138,16 +140,36 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
 
 def tables(evaluation: Evaluation, differences: Sequence[Difference], groups: list[GroupMean]) -> list[Table]:
     """What there is to compare: at equal confidence, in pairs, and on the worst pair of classes."""
-    found = [_iso_table(evaluation, level) for level in evaluation.iso]
-    found += [_difference_table(evaluation, differences), _worst_table(evaluation, groups)]
+    found = [_iso_table(evaluation, level) for level in evaluation.measures.iso]
+    found += [_agreement_table(evaluation), _difference_table(evaluation, differences)]
+    found += [_worst_table(evaluation, groups)]
     return [table for table in found if table is not None]
+
+
+def _agreement_table(evaluation: Evaluation) -> Table | None:
+    """Whether explainers point at the same places; None where there is but one."""
+    names = evaluation.agreeing
+    if len(names) < 2:
+        return None
+    lines = [
+        [name, *("" if math.isnan(value) else f"{value:.2f}" for value in row)]
+        for name, row in zip(names, evaluation.agreement.tolist(), strict=True)
+    ]
+    return Table(
+        title="Do they point at the same places?",
+        heading=["explainer", *names],
+        lines=lines,
+        note="Rank correlation of the changes (of the attribution, where nothing is changed), mean over images: 1 the "
+        "same places, 0 unrelated ones. Several seeds of one method should agree with each other, or its pictures say "
+        "more about the seed than about the classifier.",
+    )
 
 
 def _difference_table(evaluation: Evaluation, differences: Sequence[Difference]) -> Table | None:
     """The short table's per-image metrics of the first explainer minus each other one; None for a single row."""
     first = evaluation.rows[0].name
     found = {(one.second, one.key): one.measured for one in differences if one.first == first}
-    columns = [m for m in evaluation.metrics if m.title and any(key == m.key for _, key in found)]
+    columns = [m for m in evaluation.measures.metrics if m.title and any(key == m.key for _, key in found)]
     lines = [
         [row.name, *(_with_interval(found[row.name, m.key]) if (row.name, m.key) in found else "" for m in columns)]
         for row in evaluation.rows[1:]
@@ -168,7 +190,7 @@ def _iso_table(evaluation: Evaluation, level: float) -> Table | None:
     count, found = at_equal_strength(evaluation, level)
     if not found:
         return None
-    keys = [key for key in ISO_CLOSENESS if any(key in one for one in found.values())]
+    keys = [key for key in (*ISO_CLOSENESS, *ISO_REALISM) if any(key in one for one in found.values())]
     lines = []
     for row in evaluation.rows:
         if row.name in found:
@@ -188,7 +210,7 @@ def _worst_table(evaluation: Evaluation, groups: list[GroupMean]) -> Table | Non
     """The pair of classes on which each explainer does worst; None where there is but one pair."""
     if len({(group.source, group.target) for group in groups if group.target is not None}) < 2:
         return None
-    columns = [m for m in evaluation.metrics if m.title and any(group.key == m.key for group in groups)]
+    columns = [m for m in evaluation.measures.metrics if m.title and any(group.key == m.key for group in groups)]
     lines = []
     for row in evaluation.rows:
         worst = [worst_pair(groups, row.name, metric.key) for metric in columns]
@@ -222,9 +244,23 @@ def _legend(columns: Sequence[Metric], evaluation: Evaluation) -> str:
         f"- {metric.title} (`{metric.key}`, {metric.value_range}, {_ARROWS[metric.better]}): {metric.meaning}"
         for metric in columns
     ]
-    lines.append(f"- {_SECONDS}: median time of one explanation, without reading and measuring")
-    lines += [f"- note: {note}" for row in evaluation.rows for note in row.notes]
+    lines += [f"- note: {note}" for note in (*_blind_curves(evaluation), *_notes(evaluation))]
     return f"{len(evaluation.image_names)} images; images count as [0, 1].\n\n" + "\n".join(lines)
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    return [note for row in evaluation.rows for note in row.notes]
+
+
+def _blind_curves(evaluation: Evaluation) -> list[str]:
+    """A word of warning where blurring everything changes no decision."""
+    ends = [float(row.curves["del_auc"][-1]) for row in evaluation.rows if "del_auc" in row.curves]
+    if not ends or min(ends) < _BLURRED_AWAY:
+        return []
+    return [
+        f"of the whole image blurred the decision keeps a probability of {min(ends):.2f}, so insertion and deletion "
+        "tell little here"
+    ]
 
 
 def _markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -261,19 +297,15 @@ def _with_interval(measurement: Measurement) -> str:
     return f"{_number(measurement)}{ends}{some}"
 
 
-def _seconds(row: Row) -> str:
-    return "" if row.seconds_per_image is None else f"{row.seconds_per_image:.2g}"
-
-
 def _csv(evaluation: Evaluation) -> str:
     """One line per explainer; an empty cell is a number that does not exist."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     suffixes = ("", "_low", "_high", "_n")
-    keys = [metric.key for metric in evaluation.metrics]
-    writer.writerow(["explainer", "seconds_per_image", *(key + suffix for key in keys for suffix in suffixes)])
+    keys = [metric.key for metric in evaluation.measures.metrics]
+    writer.writerow(["explainer", *(key + suffix for key in keys for suffix in suffixes)])
     for row in evaluation.rows:
-        cells: list[object] = [row.name, row.seconds_per_image]
+        cells: list[object] = [row.name]
         for key in keys:
             found = row.measurements[key]
             cells += [found.value, found.low, found.high, found.n_used if found.status == "ok" else None]
@@ -284,7 +316,11 @@ def _csv(evaluation: Evaluation) -> str:
 def _per_image_csv(evaluation: Evaluation) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    keys = [metric.key for metric in evaluation.metrics if any(metric.key in row.per_image for row in evaluation.rows)]
+    keys = [
+        metric.key
+        for metric in evaluation.measures.metrics
+        if any(metric.key in row.per_image for row in evaluation.rows)
+    ]
     writer.writerow(["explainer", "image", "label", *keys])
     labels = [evaluation.class_names[index] for index in evaluation.labels.tolist()]
     for row in evaluation.rows:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,16 @@ class Explanation:
 
     def __len__(self) -> int:
         return self.image.shape[0]
+
+    def select(self, index: Tensor) -> Explanation:
+        """The explanations of some images of the batch, by their numbers [b]."""
+
+        def chosen(value: Tensor | dict[str, Tensor] | None) -> Any:
+            if isinstance(value, dict):
+                return {name: one[index] for name, one in value.items()}
+            return None if value is None else value[index]
+
+        return Explanation(**{one.name: chosen(getattr(self, one.name)) for one in fields(self)})
 
     @property
     def predicted(self) -> Tensor:

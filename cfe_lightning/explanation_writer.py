@@ -23,6 +23,7 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explanation, decides_for, draw_part
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
+from cfe_lightning.saved_change import measure
 
 Batch = dict[str, Any]
 
@@ -116,6 +117,7 @@ class ExplanationWriter(BasePredictionWriter):
             seconds: Time per image.
         """
         judged = _judge(explanation, classifier)
+        measured = measure(explanation, classifier, judged.newly_decided())
         pictures, gains = _pictures(explanation)
         finite = _finite(explanation).tolist()
 
@@ -136,6 +138,9 @@ class ExplanationWriter(BasePredictionWriter):
                 steps = explanation.steps[index].float().cpu()
                 images.save_animation(steps, self.output.path / folder / f"steps.{self.animation}")
             row |= judged.row(index, classifier.class_names)
+            row |= {
+                key: _number(value) if isinstance(value, float) else value for key, value in measured[index].items()
+            }
             caveats = [clause for clause, holds in explanation.caveats.items() if bool(holds[index])]
             row["note"] = "; ".join(filter(None, [row["note"], *caveats])) or None
             row |= {
@@ -174,6 +179,10 @@ class _Judged:
     intended: Tensor | None  # probabilities that the method meant the steps to have, [B, T, K]
     step_scores: dict[str, Tensor]  # [B, T] each
     motion: Tensor | None  # the longest arrow in pixels, [B]
+
+    def newly_decided(self) -> Tensor | None:
+        """Whose saved counterfactual is decided for a target other than its own class, [B] bool."""
+        return None if self.flipped_saved is None else self.flipped_saved & (self.predicted != self.target)
 
     def row(self, index: int, class_names: Sequence[str]) -> Row:
         """The part of the manifest's row that concerns decisions."""

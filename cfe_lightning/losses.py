@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,25 +54,52 @@ def relative_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -
 
 
 class Lpips:
-    """Perceptual distance by AlexNet (Zhang et al. 2018), built once and frozen; no module, so in no checkpoint.
+    """Perceptual distance by a network (Zhang et al. 2018), built once and frozen; no module, so in no checkpoint.
 
     Args:
-        pretrained: AlexNet as torchvision offers it, downloaded at first use; else random, for tests.
+        pretrained: The network as torchvision offers it, downloaded at first use; else random, for tests and for
+            ``load_backbone``. What weighs its channels comes with the package ``lpips`` either way.
+        net: AlexNet, VGG16 or SqueezeNet 1.1.
     """
 
-    def __init__(self, pretrained: bool = True) -> None:
+    def __init__(self, pretrained: bool = True, net: Literal["alex", "vgg", "squeeze"] = "alex") -> None:
         import lpips
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls torchvision by older names
-            network = lpips.LPIPS(net="alex", pnet_rand=not pretrained, verbose=False)
+            network = lpips.LPIPS(net=net, pnet_rand=not pretrained, verbose=False)
         self.network = network.eval().requires_grad_(False)
 
     def __call__(self, image: Tensor, other: Tensor) -> Tensor:
         """Mean over the batch, images [B, C, H, W] in [-1, 1] with C 1 or 3 and sides from 32 on, []."""
+        return self.per_image(image, other).mean()
+
+    def per_image(self, image: Tensor, other: Tensor) -> Tensor:
+        """As the call, of every image, [B]."""
         self.network.to(image.device)
         shape = (-1, 3, -1, -1)
-        return self.network(image.expand(shape), other.expand(shape)).mean()
+        return self.network(image.expand(shape), other.expand(shape)).flatten()
+
+    def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
+        """Fills the network from the state dictionary of torchvision's ``features``: ``0.weight``, ``0.bias``, ...
+
+        Raises:
+            ValueError: If it is that of another network; nothing is changed then.
+        """
+        own = self.network.net.state_dict()
+        # The layers keep torchvision's numbers below the stage that they are in: slice1.0.weight.
+        theirs = {name: name.partition(".")[2] for name in own}
+        expected = {theirs[name]: value.shape for name, value in own.items()}
+        if expected != {name: value.shape for name, value in weights.items()}:
+            kind = type(self.network.net).__name__
+            raise ValueError(f"the layers are not those of torchvision's {kind}: {_differing(expected, weights)}")
+        self.network.net.load_state_dict({name: weights[other] for name, other in theirs.items()})
+
+
+def _differing(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> str:
+    names = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
+    names += [name for name in weights if name not in expected]
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} differ"
 
 
 def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ The folder holds::
     verification.json       what ``explain.py --verify`` found
     images/<name>/...       pictures of one image, see ``image_folder``
     atlas.json, atlas/      directions of the whole data set, of methods that have some: see ``cfe_lightning.atlas``
+    global.json, global/    what the changes of all images have in common: see ``cfe_lightning.global_view``
 
 A batch of rows counts only with the line that closes it, so whatever kills a run costs at most the batch in flight.
 """
@@ -27,10 +28,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from cfe_lightning.measured_sentence import measured_sentence
+
 SCHEMA = 1
 #: Of atlas.json, and the pictures beside it that a writer has left, whole or not.
 ATLAS_SCHEMA = 1
 ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
+#: Of global.json, likewise.
+GLOBAL_SCHEMA = 1
+GLOBAL_PICTURE = re.compile(r"\d+-(change|strength)\.png|\..+\.part")
 #: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
 COLUMNS = (
     *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
@@ -43,6 +49,8 @@ COLUMNS = (
         "flipped",
         "flipped_saved",
         "l1",
+        *("changed_area", "where", "where_share", "survives", "lost_under"),
+        *("attribution_where", "attribution_share", "sentence"),
         "seconds",
         "note",
         "error",
@@ -64,6 +72,8 @@ _OURS = (
     "images",
     "atlas.json",
     "atlas",
+    "global.json",
+    "global",
 )
 _PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|motion|part_.+)\.png|\..+\.part")
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
@@ -209,7 +219,7 @@ class OutputFolder:
 
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
-        for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE)):
+        for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE), ("global", GLOBAL_PICTURE)):
             for directory, _, names in os.walk(self.path / folder, topdown=False):
                 for name in names:
                     if picture.fullmatch(name):
@@ -218,7 +228,14 @@ class OutputFolder:
                     os.rmdir(directory)
         written = [
             self.path / name
-            for name in ("manifest.csv", "summary.json", "report.html", "verification.json", "atlas.json")
+            for name in (
+                "manifest.csv",
+                "summary.json",
+                "report.html",
+                "verification.json",
+                "atlas.json",
+                "global.json",
+            )
         ]
         unfinished = [self.path / f".{name}.part" for name in _OURS]
         # The header goes last: without it the folder could no longer be recognised as ours.
@@ -363,6 +380,9 @@ def _write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
 def _cells(row: Row) -> dict[str, Any]:
     """One row of manifest.csv."""
     cells = {key: value for key, value in row.items() if key in COLUMNS and value is not None}
+    # The sentence is made from the numbers wherever it is shown, so the two never disagree.
+    cells |= {"sentence": said} if (said := measured_sentence(row)) else {}
+    cells |= {key: " ".join(value) for key, value in cells.items() if isinstance(value, list)}
     cells |= {key: f"{row['folder']}/{file}" for key, file in row.get("files", {}).items()}
     cells |= {f"gain_{name}": gain for name, gain in row.get("gains", {}).items()}
     cells |= {f"score_{name}": score for name, score in row.get("scores", {}).items()}

@@ -233,8 +233,9 @@
     const path = player(row);
     if (path) path.classList.toggle("tall", pictures.childElementCount > 4);
     const body = el("div", { className: "card-body" }, pictures, path);
+    const sentence = row.sentence ? el("p", { className: "sentence" }, row.sentence) : null;
     const node = el("article", { className: "card", id, tabIndex: -1 },
-      el("div", { className: "card-head" }, heading, pair, badge(row), row.note ? el("span", { className: "caveat" }, row.note) : null, el("span", { className: "measures" }, measures.filter(Boolean).join(" · "))), body);
+      el("div", { className: "card-head" }, heading, pair, badge(row), row.note ? el("span", { className: "caveat" }, row.note) : null, el("span", { className: "measures" }, measures.filter(Boolean).join(" · "))), ...(sentence ? [sentence] : []), body);
     node.setAttribute("aria-labelledby", id + "-name");
     node.addEventListener("focusin", () => activate(number, false));
     node.addEventListener("pointerdown", () => activate(number, false));
@@ -391,6 +392,18 @@
     event.preventDefault();
     actions[event.key]();
   });
+
+  // Links to cards count all of them, in the manifest's order.
+  for (const link of document.querySelectorAll("a.to-card")) {
+    link.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      const number = Number(new URLSearchParams(link.hash.slice(1)).get("card"));
+      Object.assign(state, defaults, { card: number, size: state.size });
+      render();
+      activate(number, true);
+    });
+  }
 
   window.addEventListener("hashchange", () => { readAddress(); render(); });
   readAddress();

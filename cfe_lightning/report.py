@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
 from cfe_lightning.manifest import OutputFolder, Row
+from cfe_lightning.measured_sentence import measured_sentence
 from cfe_lightning.report_atlas import read_atlas
+from cfe_lightning.report_global import read_global
 
 #: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
 EMBEDDED_BYTES = 16 * 2**20
@@ -36,15 +39,15 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
 
     Args:
         output: A folder that ``explain.py`` wrote.
-        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder. An atlas
-            takes up to half of it.
+        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder. The global
+            view takes up to a quarter of it, an atlas up to half of the rest.
 
     Returns:
         The page.
 
     Raises:
         FileNotFoundError: If the folder holds no manifest or no summary.
-        ValueError: If it holds an atlas that cannot be read.
+        ValueError: If it holds an atlas or a global view that cannot be read.
     """
     folder = OutputFolder(output)
     header = folder.header()
@@ -52,6 +55,10 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     files: dict[str, str] = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
+    whole = read_global(output / "global.json")
+    if whole is not None:
+        _find_cards(whole, folder, files)
+        embedded_bytes -= _embed_whole(whole, output, embedded_bytes // 4)
     atlas = read_atlas(output / "atlas.json")
     if atlas is not None:
         embedded_bytes -= _embed(atlas, output, embedded_bytes // 2)
@@ -59,6 +66,7 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
     style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     parts = html_template((package / "report.html.j2").read_text(encoding="utf-8")).generate(
         summary=summary,
+        whole=whole,
         atlas=atlas,
         tiles=_tiles(summary),
         method=_method(summary),
@@ -140,11 +148,43 @@ def _rows(folder: OutputFolder, files: dict[str, str], embedded_bytes: int) -> I
             row.pop(key, None)
         if row.get("files") == files:
             del row["files"]
+        if said := measured_sentence(row):
+            row["sentence"] = said
         if row["status"] == "ok" and embedded_bytes > 0:
             row["thumbs"] = _thumbnails(folder.path / row["folder"], row.get("files", files), row)
             embedded_bytes -= sum(map(len, row["thumbs"].values()))
         yield Markup(separator) + _json(row)
         separator = ",\n"
+
+
+def _find_cards(whole: dict[str, Any], folder: OutputFolder, files: dict[str, str]) -> None:
+    """Gives the typical examples the numbers of their cards and their pictures; what has no card is left out."""
+    cards: dict[str, dict[str, Any]] = {example["name"]: {} for pair in whole["pairs"] for example in pair["typical"]}
+    done = (row for row in folder.rows() if row["status"] == "ok")
+    for number, row in enumerate(done, start=1):
+        given = row.get("files", files)
+        if row["name"] in cards and {"image", "counterfactual"} <= given.keys():
+            addresses = [f"{row['folder']}/{given[key]}" for key in ("image", "counterfactual")]
+            cards[row["name"]] = {"card": number, "files": addresses, "addresses": list(map(quote, addresses))}
+    for pair in whole["pairs"]:
+        found = [example | cards[example["name"]] for example in pair["typical"]]
+        pair["typical"] = [example for example in found if "card" in example]
+
+
+def _embed_whole(whole: dict[str, Any], output: Path, budget: int) -> int:
+    """Gives the pictures of the global view their data addresses until they have ``budget`` bytes; returns how many."""
+    used = 0
+    pictures = [picture for pair in whole["pairs"] for picture in pair["pictures"]]
+    places: list[tuple[Any, Any, str]] = [(picture, "address", picture["file"]) for picture in pictures]
+    examples = [example for pair in whole["pairs"] for example in pair["typical"]]
+    places += [(ex["addresses"], index, file) for ex in examples for index, file in enumerate(ex["files"])]
+    for holder, key, file in places:
+        if used >= budget:
+            break
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            holder[key] = _thumbnail(output / file, (1, 1))
+            used += len(holder[key])
+    return used
 
 
 def _embed(atlas: dict[str, Any], output: Path, budget: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfe_lightning.manifest import ATLAS_SCHEMA
+from cfe_lightning.report_values import finite, percent, signed, text
 
 #: The only files that an atlas may name: what it says becomes an address in the page.
 _FILE = re.compile(r"atlas/\d+-\d+\.png")
@@ -42,7 +43,7 @@ def read_atlas(path: Path) -> dict[str, Any] | None:
             raise ValueError(f"its schema is {atlas['schema']!r}, this version reads {ATLAS_SCHEMA}")
         pairs = [_pair(pair, f"atlas-{index}") for index, pair in enumerate(atlas["pairs"])]
         num_rows = max((len(direction["rows"]) for pair in pairs for direction in pair["directions"]), default=0)
-        return {"title": _text(atlas["title"]), "note": _text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}
+        return {"title": text(atlas["title"]), "note": text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(
@@ -52,36 +53,36 @@ def read_atlas(path: Path) -> dict[str, Any] | None:
 
 def _pair(pair: dict[str, Any], identifier: str) -> dict[str, Any]:
     """One pair of classes."""
-    target = _text(pair["target"])
+    target = text(pair["target"])
     directions = [
         _direction(direction, target, f"{identifier}-{rank}") for rank, direction in enumerate(pair["directions"])
     ]
-    kept = _finite(pair["num_kept"])
+    kept = finite(pair["num_kept"])
     return {
         "id": identifier,
-        "source": _text(pair["source"]),
+        "source": text(pair["source"]),
         "target": target,
-        "images": f"{_finite(pair['num_images']):,.0f}",
+        "images": f"{finite(pair['num_images']):,.0f}",
         "kept": f"{kept:,.0f}",
-        "covered": _percent(_finite(pair["covered"])) if kept and directions else "–",
+        "covered": percent(finite(pair["covered"])) if kept and directions else "–",
         "directions": directions,
-        "curve": _curve(pair["curve"], [abs(_finite(direction["step"])) for direction in pair["directions"]]),
-        "ranks": _ranks([_finite(direction["newly"]) for direction in pair["directions"]]),
+        "curve": _curve(pair["curve"], [abs(finite(direction["step"])) for direction in pair["directions"]]),
+        "ranks": _ranks([finite(direction["newly"]) for direction in pair["directions"]]),
     }
 
 
 def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[str, Any]:
     """One direction."""
     file, (width, height), enlarged = direction["file"], map(int, direction["cell"]), int(direction["enlarged"])
-    strengths = [_finite(value) for value in direction["strengths"]]
-    probabilities = [[_finite(p) for p in row] for row in direction["probabilities"]]
+    strengths = [finite(value) for value in direction["strengths"]]
+    probabilities = [[finite(p) for p in row] for row in direction["probabilities"]]
     if not _FILE.fullmatch(file):
         raise ValueError(f"it names the picture {file!r}")
     if not probabilities or any(len(row) != len(strengths) for row in probabilities):
         raise ValueError(f"{file} has {len(strengths)} strengths but other numbers of probabilities")
     if min(width, height, enlarged) < 1 or width % enlarged or height % enlarged:
         raise ValueError(f"{file} has cells of {width} x {height} pixels, enlarged {enlarged} times")
-    longest, step = max(width, height), _finite(direction["step"])
+    longest, step = max(width, height), finite(direction["step"])
     pixelated = longest // enlarged <= _PIXELATED
     trim = 0.0 if pixelated else 0.01  # a smoothly scaled cell would show its neighbours' edges
     shown = _shown(longest // enlarged)
@@ -94,7 +95,7 @@ def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[
     ]
     return {
         "id": identifier,
-        "name": _text(direction["name"]),
+        "name": text(direction["name"]),
         "file": file,
         "address": file,
         "table": (len(strengths), len(probabilities)),
@@ -125,59 +126,59 @@ def _cell(box: str, strength: float, probability: float, target: str) -> dict[st
     return {
         "box": box,
         "value": f"{100 * probability:.1f}",
-        "text": _percent(probability, 0),
+        "text": percent(probability, 0),
         "likely": probability >= 0.5,
-        "label": f"{_signed(strength)} standard deviations: {target} {_percent(probability)}",
+        "label": f"{signed(strength)} standard deviations: {target} {percent(probability)}",
     }
 
 
 def _head(strength: float, step: float) -> dict[str, Any]:
     kind = "zero" if strength == 0 else "towards" if strength * step > 0 else "away"
-    return {"text": _signed(strength), "kind": kind, "is_step": math.isclose(strength, step, rel_tol=1e-3)}
+    return {"text": signed(strength), "kind": kind, "is_step": math.isclose(strength, step, rel_tol=1e-3)}
 
 
 def _numbers(direction: dict[str, Any]) -> list[dict[str, str]]:
     """The line of numbers of one direction."""
-    step, degree = _finite(direction["step"]), _finite(direction["degree"])
+    step, degree = finite(direction["step"]), finite(direction["degree"])
     texts = [
         (
             "Step",
-            f"{_signed(step)} SD",
+            f"{signed(step)} SD",
             f"length {degree:.3g}",
             "how far the images were moved to measure what follows",
         ),
         (
             "Mean logit change",
-            f"{_finite(direction['mean_change']):+.2f}".replace("-", "−"),
+            f"{finite(direction['mean_change']):+.2f}".replace("-", "−"),
             "",
             "of the target's margin",
         ),
         (
             "Flips alone",
-            _percent(_finite(direction["flipped"])),
+            percent(finite(direction["flipped"])),
             "",
             "share of the images that it turns into the target",
         ),
-        ("Adds", _percent(_finite(direction["newly"])), "", "share that it flips and no direction before it does"),
-        ("Pixel change", f"{_finite(direction['change']):.3g}", "", "mean absolute change of a pixel, range 0 to 1"),
+        ("Adds", percent(finite(direction["newly"])), "", "share that it flips and no direction before it does"),
+        ("Pixel change", f"{finite(direction['change']):.3g}", "", "mean absolute change of a pixel, range 0 to 1"),
     ]
     if direction["inside"] is not None:
-        inside = _percent(_finite(direction["inside"]))
+        inside = percent(finite(direction["inside"]))
         texts.append(("In known cause", inside, "", "share of the change within the pixels that are the cause"))
-    return [dict(zip(("title", "value", "detail", "note"), text, strict=True)) for text in texts]
+    return [dict(zip(("title", "value", "detail", "note"), words, strict=True)) for words in texts]
 
 
 def _curve(points: Sequence[Sequence[float]], used: Sequence[float]) -> dict[str, Any] | None:
     """The line of the share that is flipped against the step, and where on it the directions' own steps are."""
-    steps = [_finite(point[0]) for point in points]
-    shares = [_finite(point[1]) for point in points]
+    steps = [finite(point[0]) for point in points]
+    shares = [finite(point[1]) for point in points]
     if not steps or max(steps) <= 0:
         return None
     left, _, right, _ = _AXES
     spacing = next((unit for unit in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if max(steps) / unit <= 8), max(steps))
     across = [left + (right - left) * step / max(steps) for step in steps]
     dots = [
-        {"x": f"{x:.1f}", "y": f"{_up(share):.1f}", "label": f"{step:g} SD: {_percent(share)}"}
+        {"x": f"{x:.1f}", "y": f"{_up(share):.1f}", "label": f"{step:g} SD: {percent(share)}"}
         for x, step, share in zip(across, steps, shares, strict=True)
     ]
     ticks = [spacing * index for index in range(int(max(steps) / spacing + 1e-6) + 1)]
@@ -207,8 +208,8 @@ def _ranks(newly: Sequence[float]) -> list[dict[str, str]]:
                 "added": f"{_up(before) - _up(together):.1f}",
                 "between": f"{_up(before):.1f}",
                 "below": f"{bottom - _up(before):.1f}",
-                "text": _percent(together, 0) if len(newly) <= 8 else "",
-                "label": f"rank {rank + 1}: {_percent(together)} together, {_percent(share)} of them added",
+                "text": percent(together, 0) if len(newly) <= 8 else "",
+                "label": f"rank {rank + 1}: {percent(together)} together, {percent(share)} of them added",
             }
         )
         before = together
@@ -218,29 +219,3 @@ def _ranks(newly: Sequence[float]) -> list[dict[str, str]]:
 def _up(share: float) -> float:
     _, top, _, bottom = _AXES
     return bottom - (bottom - top) * min(max(share, 0.0), 1.0)
-
-
-def _finite(value: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} stands where a number should")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    """A string that a page in UTF-8 can hold: half characters become escapes."""
-    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−") if value else "0"
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    """Neither 0 nor 100 % unless it is."""
-    smallest = 10.0**-digits
-    percent = 100 * share
-    if 0 < percent < smallest / 2:
-        return f"<{smallest:g}%"
-    if 100 - smallest / 2 < percent < 100:
-        return f">{100 - smallest:g}%"
-    return f"{percent:.{digits}f}%"

@@ -1,12 +1,12 @@
 """Measures one explainer's answers batch by batch and keeps a few numbers per image.
 
-Sources: evaluation, sections 3, 4, 7, 9 and 12; DXAI, section 5.
+Sources: evaluation, sections 3, 4 and 6 to 10; DXAI, section 5. What becomes of the numbers is in ``tally_summary``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import statistics as stdlib_statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,123 +18,97 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.classifier_calls import counted
+from cfe_lightning.columns import Columns
 from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, probability_along, runner_up
+from cfe_lightning.instruments import Instruments
 from cfe_lightning.losses import kl_from_uniform
+from cfe_lightning.metrics import attributes, faithfulness, localisation, path, perceptual, realism, reconstruction
 from cfe_lightning.metrics import counterfactual as change
-from cfe_lightning.metrics import faithfulness, localisation, path, perceptual, realism, reconstruction
-from cfe_lightning.metrics.catalogue import METRICS, MISSING, Metric, Need, iso_key, iso_metrics
+from cfe_lightning.metrics import repetition as again
+from cfe_lightning.metrics.catalogue import METRICS, Metric, Need, iso_key, iso_metrics
 from cfe_lightning.metrics.equal_strength import smallest_edit
+from cfe_lightning.metrics.identity import verified
 from cfe_lightning.metrics.robustness import survives
-from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
 
 _log = logging.getLogger(__name__)
 
-#: Flip rates before and after saving that differ by more than this earn a warning (evaluation, R4).
-SAVED_GAP = 0.005
-_WARM_UP = 2
 #: Layers of the judge that are watched for the perceptual distance, from the finest on.
 _STAGES = 5
-_NO_CLEAN_HIT = "the classifier is right on none of these images"
+#: Ranks of a method's own directions up to which its sufficiency is told.
+_SUFFICIENT = (1, 3)
 
 
-@dataclass(kw_only=True, slots=True)
-class Row:
-    """One explainer's results.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measures:
+    """What is measured, and with what.
 
     Attributes:
-        name: The explainer's name in the table.
-        measurements: One per metric that was asked for.
-        curves: Mean curves by name, ``replaced``: the share of pixels exchanged along those of pixels, and
-            ``class_probability`` [A, K, K]: strength, true class, class.
-        per_image: Values per image by metric key, [N] each; NaN where undefined.
-        predicted: What the judge decides on the images, [N]; None where nothing ran.
-        target: The classes asked for, [N].
-        seconds_per_image: Median over batches, of ``explain`` alone; None where nothing ran.
-        notes: What a reader must know.
+        curve_steps: Blocks of COUT, insertion and deletion; 0 skips them (each costs that many classifier passes).
+        max_batch: Largest batch of the judge along a curve.
+        iso: Probabilities of the target at which explainers are also compared at equal strength (each costs some
+            twenty classifier passes per image).
+        cycles: Also ask again from the edits: composition and reversibility (twelve more explanations).
+        diversity: Also explain each image so often with other random numbers; 0 does not.
+        sanity: Also explain for classifiers with random weights (two more explanations).
+        ace: Populations and targets of the published protocol of DiME and ACE (evaluation, R2 and R3).
+        second: A classifier trained by itself for the same classes, for ``transfer_flip``; None skips it.
+        instruments: Networks from files of the user.
     """
 
-    name: str
-    measurements: dict[str, Measurement]
-    curves: dict[str, Tensor] = field(default_factory=dict)
-    per_image: dict[str, Tensor] = field(default_factory=dict)
-    predicted: Tensor | None = None
-    target: Tensor | None = None
-    seconds_per_image: float | None = None
-    notes: list[str] = field(default_factory=list)
+    curve_steps: int = 50
+    max_batch: int = 256
+    iso: tuple[float, ...] = ()
+    cycles: bool = False
+    diversity: int = 0
+    sanity: bool = False
+    ace: bool = False
+    second: FrozenClassifier | None = None
+    instruments: Instruments = field(default_factory=Instruments)
 
-
-class _Column:
-    """Rows that arrive batch by batch, kept in one piece.
-
-    Thousands of small tensors between large ones that come and go would keep the memory of those from being used again.
-    """
-
-    def __init__(self) -> None:
-        self._rows: Tensor | None = None
-        self._length = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Appends rows [B, ...]."""
-        end = self._length + len(rows)
-        if self._rows is None or end > len(self._rows):
-            grown = torch.empty((max(1024, 2 * end), *rows.shape[1:]), dtype=rows.dtype)
-            if self._rows is not None:
-                grown[: self._length] = self.joined()
-            self._rows = grown
-        self._rows[self._length : end] = rows.detach()
-        self._length = end
-
-    def joined(self) -> Tensor:
-        """All rows so far, [N, ...]."""
-        assert self._rows is not None, "a column begins with its first rows"
-        return self._rows[: self._length]
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics in the order of tables."""
+        return (*METRICS, *iso_metrics(self.iso))
 
 
 class Tally:
-    """Measures one explainer batch by batch and keeps a few numbers per image."""
+    """Measures one explainer batch by batch and keeps a few numbers per image.
 
-    def __init__(
-        self,
-        explainer: Explainer,
-        judge: FrozenClassifier,
-        curve_steps: int,
-        max_batch: int,
-        second: FrozenClassifier | None = None,
-        iso: Sequence[float] = (),
-    ) -> None:
+    Attributes:
+        columns: Numbers per image: ``values`` by metric key; ``curves`` by name; ``features`` before and after by
+            extractor, and of the edits at equal strength; ``decisions``: predicted, target, label.
+        available: What there is to measure.
+        failure: Why the explainer is left out; None where it is not.
+    """
+
+    def __init__(self, explainer: Explainer, judge: FrozenClassifier, measures: Measures) -> None:
         self.explainer = explainer
-        self.iso = iso
-        self.metrics: tuple[Metric, ...] = (*METRICS, *iso_metrics(iso))
         self.judge = judge
-        self.second = second
+        self.measures = measures
         self.stages = judge.shallow_maps(_STAGES) if judge.spec.head is not None else []
-        self.curve_steps = curve_steps
-        self.max_batch = max_batch
         self.failure: str | None = None
-        self.values: dict[str, _Column] = defaultdict(_Column)
-        self.curves: dict[str, _Column] = defaultdict(_Column)
+        self.columns: dict[str, Columns] = defaultdict(Columns)
         self.available: set[Need] = {"explanation"}
-        self.features: dict[str, _Column] = defaultdict(_Column)
-        self.decisions: dict[str, _Column] = defaultdict(_Column)
         self.positions: dict[str, Tensor] = {}
         self.seconds: list[float] = []
+        self.peak_memory = 0
         self.num_images = 0
         strengths = len(faithfulness.STRENGTHS)
         self.class_sums = torch.zeros(strengths, judge.num_classes, judge.num_classes, dtype=torch.float64)
         self.class_counts = torch.zeros(judge.num_classes, dtype=torch.float64)
+        self._forgetful: dict[str, Explainer | None] = {}
 
     @torch.no_grad()
-    def add(self, name: str, batch: dict[str, Any]) -> None:
+    def add(self, name: str, batch: dict[str, Any]) -> Explanation | None:
         """Explains and measures one batch; images that came back broken end the tally with a reason."""
         self.num_images += len(batch["image"])
         if self.failure is not None:
-            return
+            return None
         image, label = batch["image"], batch["label"]
         logits = self.judge(image)
-        target = _target(batch, self.explainer.classifier)
-        started = _now(image.device)
-        explanation = self.explainer.explain(image, target)
-        self.seconds.append((_now(image.device) - started) / len(image))
+        target = _target(batch, self.explainer.classifier, self.measures.ace)
+        explanation = self._explain(image, target, batch["name"])
         answer = {"attribution": explanation.attribution, **explanation.parts}
         if explanation.counterfactual is not None:
             answer["counterfactual"] = explanation.counterfactual
@@ -143,18 +117,66 @@ class Tally:
         self.failure = _broken(answer, batch["name"])
         if self.failure is not None:
             _log.warning("%s %s: it is left out of the table.", name, self.failure)
-            return
-        self.decisions["predicted"].add(logits.argmax(dim=1))
-        self.decisions["target"].add(explanation.target)
+            return None
+        self.columns["decisions"].add({"predicted": logits.argmax(dim=1), "target": explanation.target, "label": label})
         self._decision(explanation, logits, label, batch)
         self._attribution(explanation, logits, batch)
-        self._rendering(explanation, logits, label)
+        self._rendering(explanation, logits, label, batch)
         if is_decomposer(self.explainer):
             self._decomposition(self.explainer, answer["distinct part of the label"], explanation, logits, batch)
+        self._again(explanation, logits, batch["name"])
+        return explanation
+
+    def state(self) -> dict[str, Any]:
+        """What came since this was last asked for, as plain data: ``restore`` of it all makes the same tally again."""
+        return {
+            "columns": {group: columns.news() for group, columns in self.columns.items()},
+            "available": sorted(self.available),
+            "failure": self.failure,
+            "positions": self.positions,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "num_images": self.num_images,
+            "class_sums": self.class_sums,
+            "class_counts": self.class_counts,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what ``state`` gave."""
+        for group, news in state["columns"].items():
+            self.columns[group].add(news)
+            self.columns[group].news()
+        self.available = set(state["available"])
+        for name in ("failure", "positions", "seconds", "peak_memory", "num_images", "class_sums", "class_counts"):
+            setattr(self, name, state[name])
+
+    @torch.no_grad()
+    def read_reference(self, picture: Tensor) -> None:
+        """Held-out images [B, C, H, W] in [-1, 1]: edits are compared with these instead of their own originals."""
+        self.columns["reference"].add(self._embedded(picture))
+
+    def _explain(self, image: Tensor, target: Tensor | None, names: Sequence[str]) -> Explanation:
+        """Asks the explainer, with its clock and its classifier watched."""
+        # What is random depends on the images alone, so that an evaluation that goes on finds the same.
+        torch.manual_seed(_seed_of(names))
+        if image.is_cuda:
+            torch.cuda.reset_peak_memory_stats(image.device)
+            self.available.add("cuda")
+        started = _now(image.device)
+        with counted() as calls:
+            explanation = self.explainer.explain(image, target)
+        self.seconds = [*self.seconds, (_now(image.device) - started) / len(image)]
+        if image.is_cuda:
+            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated(image.device))
+        ones = torch.ones(len(image))
+        self._keep(
+            classifier_forwards=ones * calls.forwards / len(image),
+            classifier_backwards=ones * calls.backwards / len(image),
+        )
+        return explanation
 
     def _keep(self, **values: Tensor) -> None:
-        for key, value in values.items():
-            self.values[key].add(value)
+        self.columns["values"].add(values)
 
     def _decision(self, explanation: Explanation, logits: Tensor, label: Tensor, batch: dict[str, Any]) -> None:
         if "counterfactual" in batch:
@@ -187,24 +209,33 @@ class Tally:
         )
         maps = self.judge.maps(image, self.stages)[0] if self.stages else []
         self._seen(image, shown, maps)
-        if self.second is not None:
+        if self.measures.second is not None:
             self.available.add("second")
-            agreed = change.flipped(self.second(image), source)
-            told = change.flipped(self.second(shown), target)
+            agreed = change.flipped(self.measures.second(image), source)
+            told = change.flipped(self.measures.second(shown), target)
             self._keep(transfer_flip=torch.where(agreed, told.float(), torch.nan))
+        if "rank" in explanation.scores:
+            self.available.add("ranked")
+            hit = change.flipped(after, target)
+            self._keep(**{f"dir_sufficiency_{m}": hit & (explanation.scores["rank"].round() <= m) for m in _SUFFICIENT})
         # Of decompositions the steps lead elsewhere.
         steps = None if is_decomposer(self.explainer) else explanation.steps
         if steps is not None and explanation.strengths is not None:
             self._path(steps, explanation.strengths, explanation.intended, target)
         way = torch.stack([image, explanation.counterfactual], dim=1) if steps is None else steps
         self._equal_strength(image, way.clamp(-1, 1), target, maps)
-        if self.curve_steps:
+        if self.measures.curve_steps:
             score, source_curve, target_curve = faithfulness.cout(
-                self.judge, image, shown, source, target, steps=self.curve_steps, max_batch=self.max_batch
+                self.judge,
+                image,
+                shown,
+                source,
+                target,
+                steps=self.measures.curve_steps,
+                max_batch=self.measures.max_batch,
             )
             self._keep(cout=score)
-            self.curves["cout_source"].add(source_curve)
-            self.curves["cout_target"].add(target_curve)
+            self.columns["curves"].add({"cout_source": source_curve, "cout_target": target_curve})
         if "mask" in batch:
             self._keep(mask_mass_cf=localisation.mask_mass(change.change_map(image, shown), batch["mask"]))
         if "counterfactual" in batch:
@@ -212,17 +243,52 @@ class Tally:
             self._keep(l1_truth=torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan))
 
     def _seen(self, image: Tensor, shown: Tensor, maps: list[Tensor]) -> None:
-        """What the judge's layers make of the images, of which ``maps`` are at hand, and of their edits."""
-        if self.judge.spec.head is None:
-            return
-        self.available.add("features")
-        before, after = self.judge.features(image), self.judge.features(shown)
-        self.features["before"].add(before.float())
-        self.features["after"].add(after.float())
-        self._keep(sim_f=realism.cosine(before, after))
+        """What networks make of the images, of which the judge's ``maps`` are at hand, and of their edits."""
+        instruments = self.measures.instruments
+        before, after = self._embedded(image), self._embedded(shown)
+        for name in before:
+            self.columns["features"].add({f"{name}/before": before[name], f"{name}/after": after[name]})
+        if "f" in before:
+            self.available.add("features")
+            self._keep(sim_f=realism.cosine(before["f"], after["f"]))
         if self.stages:
             self.available.add("stages")
             self._keep(lpips_f=self._perceived(maps, shown))
+        if instruments.lpips is not None:
+            self._keep(lpips=instruments.lpips(image, shown))
+        if instruments.face is not None:
+            similar = realism.cosine(instruments.face(image), instruments.face(shown))
+            self._keep(fs=similar, fva=verified(similar))
+        if instruments.simsiam is not None:
+            self._keep(s3=realism.cosine(instruments.simsiam(image), instruments.simsiam(shown)))
+        for need in ("lpips", "face", "simsiam", "inception", "user", "oracle"):
+            if getattr(instruments, need) is not None:
+                self.available.add(need)
+        self._labels(image, shown)
+
+    def _embedded(self, image: Tensor) -> dict[str, Tensor]:
+        """Features by extractor, [B, D] each."""
+        extractors = {name: getattr(self.measures.instruments, name) for name in ("inception", "user")}
+        found = {name: extract(image).float().cpu() for name, extract in extractors.items() if extract is not None}
+        if self.judge.spec.head is not None:
+            found["f"] = self.judge.features(image).float().cpu()
+        return found
+
+    def _labels(self, image: Tensor, shown: Tensor) -> None:
+        """Which other labels went along: in the eyes of the classifier itself, and in those of an oracle."""
+        spec, instruments = self.judge.spec, self.measures.instruments
+        if spec.label is not None and len(spec.class_names) > 1:
+            self.available.add("multi_label")
+            before, after = (self.judge.label_probabilities(one) > 0.5 for one in (image, shown))
+            self._keep(collateral=attributes.collateral(before, after, spec.class_names.index(spec.label)))
+        if instruments.oracle is None:
+            return
+        before, after = (instruments.oracle.label_probabilities(one) > 0.5 for one in (image, shown))
+        self._keep(mnac=attributes.attributes_changed(before, after))
+        if instruments.asked is not None and instruments.correlations is not None:
+            self.available.add("table")
+            self._keep(mnac_others=attributes.collateral(before, after, instruments.asked))
+            self.columns["attributes"].add({"before": before.cpu(), "after": after.cpu()})
 
     def _perceived(self, maps: list[Tensor], edited: Tensor) -> Tensor:
         """Distance in the judge's maps, of which those of the originals are at hand, [B]."""
@@ -230,23 +296,27 @@ class Tally:
 
     def _equal_strength(self, image: Tensor, way: Tensor, target: Tensor, maps: list[Tensor]) -> None:
         """The smallest edits on the explainer's way that are as sure as asked; judged where there is one."""
-        for level in self.iso:
-            found = smallest_edit(self.judge, way, target, level, max_batch=self.max_batch)
+        for level in self.measures.iso:
+            found = smallest_edit(self.judge, way, target, level, max_batch=self.measures.max_batch)
             values = _closeness(image, found.edit)
             if self.stages:
                 values["lpips_f"] = self._perceived(maps, found.edit)
             if bool(found.reached.any()):
                 self.available.add("iso")
             self._keep(**{iso_key(level, "reached"): found.reached})
+            if self.judge.spec.head is not None:
+                # Of images that do not get there these are of the end of the way; nobody asks for them.
+                self.columns["iso_features"].add({f"{level:g}": self.judge.features(found.edit).float().cpu()})
             defined = {key: torch.where(found.reached, value, torch.nan) for key, value in values.items()}
             self._keep(**{iso_key(level, key): value for key, value in defined.items()})
 
     def _path(self, steps: Tensor, strengths: Tensor, intended: Tensor | None, target: Tensor) -> None:
         """The way to the counterfactual."""
         self.available.add("path")
-        said = probability_along(self.judge.along(steps, self.max_batch), target)
+        logits = self.judge.along(steps, self.measures.max_batch)
+        said = probability_along(logits, target)
         k = path.positions(strengths)
-        self.curves["path"].add(path.resampled(k, said))
+        self.columns["curves"].add({"path": path.resampled(k, said)})
         self._keep(
             mono=path.monotone(said),
             rho=path.rank_correlation(k, said),
@@ -256,16 +326,22 @@ class Tally:
         )
         if intended is not None:
             self.available.add("intended")
-            self._keep(schedule=path.schedule_error(said, probability_along(intended.to(said), target)))
+            meant = intended.to(said)
+            kl = (logits.log_softmax(dim=2).exp() * (logits.log_softmax(dim=2) - meant.log_softmax(dim=2))).sum(dim=2)
+            self._keep(
+                schedule=path.schedule_error(said, probability_along(meant, target)),
+                agree=(meant.argmax(dim=2) == logits.argmax(dim=2)).float().mean(dim=1),
+                agent_kl=kl.mean(dim=1),
+            )
 
     def _attribution(self, explanation: Explanation, logits: Tensor, batch: dict[str, Any]) -> None:
         if "mask" in batch:
             self._keep(mask_mass_attribution=localisation.mask_mass(explanation.attribution, batch["mask"]))
-        if not self.curve_steps:
+        if not self.measures.curve_steps:
             return
         self.available.add("curves")
         num_pixels = explanation.image[0, 0].numel()
-        cuts = faithfulness.cut_points(num_pixels, self.curve_steps)
+        cuts = faithfulness.cut_points(num_pixels, self.measures.curve_steps)
         self.positions["replaced"] = torch.tensor(cuts) / num_pixels
         image, source = explanation.image, logits.argmax(dim=1)
         baseline = faithfulness.blurred(image)
@@ -276,13 +352,13 @@ class Tally:
                 explanation.attribution,
                 source,
                 baseline,
-                steps=self.curve_steps,
-                max_batch=self.max_batch,
+                steps=self.measures.curve_steps,
+                max_batch=self.measures.max_batch,
             )
             self._keep(**{key: value})
-            self.curves[key].add(curve)
+            self.columns["curves"].add({key: curve})
 
-    def _rendering(self, explanation: Explanation, logits: Tensor, label: Tensor) -> None:
+    def _rendering(self, explanation: Explanation, logits: Tensor, label: Tensor, batch: dict[str, Any]) -> None:
         image, parts = explanation.image, explanation.parts
         if "reconstruction" in parts:
             self.available.add("reconstruction")
@@ -293,6 +369,12 @@ class Tally:
             )
             if min(image.shape[-2:]) >= reconstruction.SSIM_MIN_SIZE:
                 self._keep(ssim=reconstruction.ssim(image, rendering))
+            if explanation.counterfactual is not None:
+                drawn, shown = rendering.clamp(-1, 1), explanation.counterfactual.clamp(-1, 1)
+                self._keep(l1_edit=change.l1(drawn, shown), changed_area_edit=change.changed_area(drawn, shown))
+                if "mask" in batch:
+                    edit = change.change_map(drawn, shown)
+                    self._keep(mask_mass_edit=localisation.mask_mass(edit, batch["mask"]))
         if "agnostic" in parts:
             self.available.add("agnostic")
             summands = [parts[name] for name in SUMMANDS if name in parts]
@@ -318,24 +400,24 @@ class Tally:
         self.available.add("decomposition")
         image, label = batch["image"], batch["label"]
         predicted = explanation.predicted
-        along_label = faithfulness.sweep_logits(self.judge, image, distinct, max_batch=self.max_batch)
+        along_label = faithfulness.sweep_logits(self.judge, image, distinct, max_batch=self.measures.max_batch)
         # The two modes differ only where the classifier is wrong.
         distinct_predicted, along_predicted = distinct.clone(), along_label.clone()
         wrong = (predicted != label).nonzero().squeeze(1)
         if len(wrong):
             distinct_predicted[wrong] = explainer.distinct(image[wrong], predicted[wrong])
             along_predicted[wrong] = faithfulness.sweep_logits(
-                self.judge, image[wrong], distinct_predicted[wrong], max_batch=self.max_batch
+                self.judge, image[wrong], distinct_predicted[wrong], max_batch=self.measures.max_batch
             )
         importance = localisation.magnitude(distinct)
-        removed = faithfulness.removal_logits(self.judge, image, importance, max_batch=self.max_batch)
+        removed = faithfulness.removal_logits(self.judge, image, importance, max_batch=self.measures.max_batch)
         for key, along, wanted in (
             ("dxai_label", along_label, label),
             ("dxai_prediction", along_predicted, label),
             ("dxai_fidelity", along_predicted, logits.argmax(dim=1)),
             ("removal", removed, label),
         ):
-            self.curves[key].add(along.argmax(dim=2) == wanted[:, None])
+            self.columns["curves"].add({key: along.argmax(dim=2) == wanted[:, None]})
         self._count_classes(along_label.softmax(dim=2), label)
         self._keep(
             amplitude=localisation.amplitude(distinct),
@@ -361,37 +443,47 @@ class Tally:
         self.class_sums.index_add_(1, label, probabilities.double().cpu().transpose(0, 1))
         self.class_counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
 
-    def row(self, name: str, resamples: int, seed: int) -> Row:
-        """All measurements of this explainer."""
-        if self.failure is not None:
-            broken = {metric.key: undefined(self.failure, self.num_images) for metric in self.metrics}
-            return Row(name=name, measurements=broken, notes=[f"{name} {self.failure}"])
-        per_image = {key: column.joined() for key, column in self.values.items()}
-        measured = summarise(per_image, {"l1_truth": "correct"}, resamples=resamples, seed=seed)
-        curves = {key: column.joined() for key, column in self.curves.items()}
-        measured |= _areas(curves, resamples, seed)
-        measured |= _robust(measured)
-        measured |= _distances({key: column.joined() for key, column in self.features.items()}, seed)
-        row = Row(
-            name=name,
-            measurements={m.key: measured.get(m.key) or self._absent(m.needs) for m in self.metrics},
-            curves={key: values.float().mean(dim=0) for key, values in curves.items()} | self.positions,
-            per_image=per_image,
-            predicted=self.decisions["predicted"].joined(),
-            target=self.decisions["target"].joined(),
-            seconds_per_image=stdlib_statistics.median(self.seconds[_WARM_UP:] or self.seconds),
-        )
-        if "decomposition" in self.available:
-            counts = self.class_counts.clamp_min(1)[None, :, None]
-            row.curves["class_probability"] = (self.class_sums / counts).float()
-        row.notes = _notes(row)
-        return row
+    def _again(self, explanation: Explanation, logits: Tensor, names: Sequence[str]) -> None:
+        """What the explainer says when it is asked again."""
+        image, target, source = explanation.image, explanation.target, logits.argmax(dim=1)
+        shown = None if explanation.counterfactual is None else explanation.counterfactual.clamp(-1, 1)
+        if self.measures.cycles and shown is not None:
+            self.available.add("cycles")
+            composed = again.compositions(self.explainer, image, source)
+            self._keep(**{f"composition_{times}": distance for times, distance in composed.items()})
+            back = again.there_and_back(self.explainer, self.judge, image, shown, source)
+            if back is not None:
+                hit = change.flipped(self.judge(shown), target)
+                self._keep(
+                    reversibility_l1=torch.where(hit, back[0], torch.nan),
+                    reversibility=torch.where(hit, back[1].float(), torch.nan),
+                )
+        distance = self.measures.instruments.lpips or (self._distance if self.stages else None)
+        if self.measures.diversity > 1:
+            self.available.add("diversity")
+        if self.measures.diversity > 1 and shown is not None and distance is not None:
+            edits = [shown]
+            for repeat in range(1, self.measures.diversity):
+                torch.manual_seed(_seed_of([*names, str(repeat)]))
+                other = self.explainer.explain(image, target).counterfactual
+                assert other is not None, "it made edits before"
+                edits.append(other.clamp(-1, 1))
+            self._keep(sigma_l=again.diversity(edits, distance))
+        if self.measures.sanity:
+            pointed = again.change_or_attribution(explanation)
+            for part in ("head", "all"):
+                if part not in self._forgetful:
+                    self._forgetful[part] = again.forgetful(self.explainer, part)
+                twin = self._forgetful[part]
+                if twin is not None:
+                    self.available.add("sanity")
+                    torch.manual_seed(_seed_of(names))
+                    other = again.change_or_attribution(twin.explain(image, target))
+                    self._keep(**{f"sanity_{part}": again.sensitivity(pointed, other)})
 
-    def _absent(self, needs: tuple[Need, ...]) -> Measurement:
-        missing = [need for need in needs if need not in self.available]
-        if missing:
-            return skipped(MISSING[missing[0]])
-        return skipped(f"images of less than {reconstruction.SSIM_MIN_SIZE} pixels a side are too small for it")
+    def _distance(self, one: Tensor, other: Tensor) -> Tensor:
+        """Distance of two batches of images in the judge's maps, [B]."""
+        return self._perceived(self.judge.maps(one, self.stages)[0], other)
 
 
 def _closeness(image: Tensor, edited: Tensor) -> dict[str, Tensor]:
@@ -406,101 +498,26 @@ def _closeness(image: Tensor, edited: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _areas(curves: dict[str, Tensor], resamples: int, seed: int) -> dict[str, Measurement]:
-    """The areas under accuracy curves; with intervals over images, since an accuracy exists for a set only."""
-    if "dxai_label" not in curves:
-        return {}
-    strengths = torch.tensor(faithfulness.STRENGTHS, dtype=torch.float64)
-    fractions = torch.tensor(faithfulness.REMOVED, dtype=torch.float64)
-    measured = {
-        f"dxai_auc_{mode}": statistic(
-            curves[f"dxai_{mode}"],
-            lambda curve: faithfulness.normalised_area(curve, strengths),
-            _NO_CLEAN_HIT,
-            resamples=resamples,
-            seed=seed,
-        )
-        for mode in ("label", "prediction", "fidelity")
-    }
-    for mode in ("label", "prediction"):
-        measured[f"dxai_auc_{mode}_raw"] = statistic(
-            curves[f"dxai_{mode}"],
-            lambda curve: faithfulness.area(curve, strengths),
-            _NO_CLEAN_HIT,
-            resamples=resamples,
-            seed=seed,
-        )
-    measured["removal_auc"] = statistic(
-        curves["removal"],
-        lambda curve: faithfulness.removal_area(curve, fractions),
-        _NO_CLEAN_HIT,
-        resamples=resamples,
-        seed=seed,
-    )
-    return measured
-
-
-def _robust(measured: dict[str, Measurement]) -> dict[str, Measurement]:
-    """The headline: the least of all transformations (3.4)."""
-    found = [one for key, one in measured.items() if key.startswith("robust_flip_") and one.value is not None]
-    return {"robust_flip": min(found, key=lambda one: one.value or 0.0)} if found else {}
-
-
-def _distances(features: dict[str, Tensor], seed: int) -> dict[str, Measurement]:
-    """Distances of the sets of originals and edits (5.1 to 5.3), of at most so many images."""
-    if not features:
-        return {}
-    total = len(features["before"])
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: realism.LARGEST_SAMPLE]
-    before, after = features["before"][order], features["after"][order]
-    keys = ("fid_f", "fid_f_floor", "sfid_f", "kid_f")
-    if total < 4:
-        return {key: undefined("fewer than 4 counterfactuals", total) for key in keys}
-
-    def measured(value: float, low: float | None = None, high: float | None = None) -> Measurement:
-        return Measurement(
-            status="ok", value=value, low=low, high=high, n_used=len(before), n_total=total, population="all"
-        )
-
-    splits = realism.split_fid(before, after, seed=seed)
-    mean, deviation = realism.kid(before, after, seed)
-    return {
-        "fid_f": measured(realism.fid(before, after)),
-        "fid_f_floor": measured(realism.fid_floor(before, seed)),
-        "sfid_f": measured(float(splits.mean()), float(splits.min()), float(splits.max())),
-        "kid_f": measured(mean, mean - deviation, mean + deviation) if deviation else measured(mean),
-    }
-
-
-def _notes(row: Row) -> list[str]:
-    notes = []
-    tensor, saved = row.measurements["flip_rate"].value, row.measurements["flip_rate_saved"].value
-    if tensor is not None and saved is not None and abs(tensor - saved) > SAVED_GAP:
-        notes.append(
-            f"{row.name}: flip rate {tensor:.3f} on tensors but {saved:.3f} on saved 8-bit images; "
-            "some flips live below the resolution of a file"
-        )
-    if "psnr" in row.per_image:
-        capped = int((row.per_image["psnr"] >= reconstruction.PSNR_CAP).sum())
-        if capped:
-            notes.append(
-                f"{row.name}: {capped} images are rendered exactly and count as {reconstruction.PSNR_CAP:g} dB"
-            )
-    return notes
-
-
 def _true_target(label: Tensor, num_classes: int) -> Tensor:
     """The class of the exact counterfactual of synthetic data (see the batch contract)."""
     return (label + 1) % num_classes
 
 
-def _target(batch: dict[str, Any], classifier: FrozenClassifier) -> Tensor | None:
-    """The class to ask for: that of the exact counterfactual where there is one and the classifier is right."""
-    if "counterfactual" not in batch:
+def _target(batch: dict[str, Any], classifier: FrozenClassifier, ace: bool) -> Tensor | None:
+    """The class to ask for: that of the exact counterfactual where there is one and the classifier is right.
+
+    In the published protocol the edit of an image that is decided wrongly has to repair that (evaluation, R3).
+    """
+    if "counterfactual" not in batch and not ace:
         return None
-    logits = classifier(batch["image"])
-    wanted = _true_target(batch["label"], logits.shape[1])
-    return torch.where(logits.argmax(dim=1) == batch["label"], wanted, runner_up(logits))
+    logits, label = classifier(batch["image"]), batch["label"]
+    wanted = _true_target(label, logits.shape[1]) if "counterfactual" in batch else runner_up(logits)
+    return torch.where(logits.argmax(dim=1) == label, wanted, label if ace else runner_up(logits))
+
+
+def _seed_of(names: Sequence[str]) -> int:
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def _broken(answer: dict[str, Tensor], names: Sequence[str]) -> str | None:

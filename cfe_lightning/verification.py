@@ -17,10 +17,13 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import decides_for
 from cfe_lightning.manifest import OutputFolder, Row
+from cfe_lightning.saved_change import changed_area
 
 #: Probabilities of the same pixels on another machine or in another batch; of pixels before they were rounded.
 SAVED_TOLERANCE = 2e-3
 ROUNDED_TOLERANCE = 0.1
+#: Of shares of pixels, which rows hold with six digits.
+AREA_TOLERANCE = 1e-5
 
 
 def verify(output: Path, classifier: FrozenClassifier) -> Iterator[tuple[str, list[str]]]:
@@ -99,11 +102,21 @@ def _claims(row: Row, pictures: dict[str, Tensor], classifier: FrozenClassifier)
         flips = bool(decides_for(logits[1:2], torch.tensor([target])))
         if row["flipped_saved"] is not None and clear and flips != row["flipped_saved"]:
             problems.append(f"its saved counterfactual is {'a' if flips else 'no'} flip, which the row denies")
+        problems += _areas(row, pictures)
     for key, index in (("predicted", predicted), ("target", target)):
         said = torch.tensor(row["curve"][key] if num_steps else [])
         if len(said) and float((rest[:, index] - said).abs().max()) > SAVED_TOLERANCE:
             problems.append(f"the curve of {row[key]!r} is not what the classifier says of the saved steps")
     return problems
+
+
+def _areas(row: Row, pictures: dict[str, Tensor]) -> list[str]:
+    """Whether as many pixels changed as the row says; rows of earlier versions do not say it."""
+    claimed = row.get("changed_area")
+    if claimed is None:
+        return []
+    area = float(changed_area(pictures["image"][None], pictures["counterfactual"][None]))
+    return [] if abs(claimed - area) <= AREA_TOLERANCE else [f"its changed area is {area:.4f}, not {claimed}"]
 
 
 def _differing(

@@ -71,6 +71,11 @@ class Browser:
         actions = [{"type": kind, "value": value} for value in values for kind in ("keyDown", "keyUp")]
         self._ask("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
+    def resize(self, width: int, height: int) -> None:
+        """Gives the page another size, also a smaller one than a window can have."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+
     def problems(self) -> list[str]:
         """Errors and warnings on the page's console since the last call."""
         return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"})]

@@ -127,6 +127,26 @@ def test_a_label_of_a_multi_label_network_becomes_two_classes():
     assert other.network is classifier.network
 
 
+def test_all_labels_of_a_multi_label_network_can_be_asked_for_at_once():
+    logits = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -1.0]])
+    classifier = fixed(logits, label="b")
+    probabilities = classifier.label_probabilities(torch.zeros(2, 3, 8, 8))
+    assert torch.equal(probabilities, logits.sigmoid())
+    assert classifier.label_names == ("a", "b", "c")
+    # The same whichever label is explained, and the image is prepared as for the decision.
+    assert torch.equal(classifier.with_label("c").label_probabilities(torch.zeros(2, 3, 8, 8)), probabilities)
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    labelled = simple(label="b")
+    assert torch.allclose(labelled.label_probabilities(image)[:, 1], labelled(image).softmax(dim=1)[:, 1])
+    single = fixed(torch.tensor([0.7, -0.7]), class_names=("a",), label="a")
+    assert single.label_probabilities(torch.zeros(2, 3, 8, 8)).shape == (2, 1)
+
+
+def test_classes_that_exclude_each_other_are_no_labels():
+    with pytest.raises(ValueError, match=r"The classes \['a', 'b', 'c'\] of this classifier exclude each other, but a"):
+        simple().label_probabilities(torch.zeros(2, 3, 8, 8))
+
+
 def test_head_of_features_is_the_forward_pass():
     image = torch.rand(3, 3, 32, 32) * 2 - 1
     for classifier in (resnet(), FrozenClassifier(resnet().network, replace(resnet().spec, label="b"))):

@@ -14,7 +14,7 @@ from cfe_lightning.evaluation import Evaluation
 from cfe_lightning.evaluation_comparison import group_means, paired_differences, worst_pair
 from cfe_lightning.metrics.catalogue import METRICS
 from cfe_lightning.metrics.statistics import skipped, summarise
-from cfe_lightning.tally import Row
+from cfe_lightning.tally_summary import Row
 
 NAN = float("nan")
 PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2])

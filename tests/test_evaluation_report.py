@@ -13,7 +13,7 @@ from cfe_lightning.evaluation_report import charts, write_evaluation_html
 from cfe_lightning.evaluation_table import save
 from cfe_lightning.metrics.catalogue import METRICS
 from cfe_lightning.metrics.statistics import skipped, summarise
-from cfe_lightning.tally import Row
+from cfe_lightning.tally_summary import Row
 
 NASTY = "<script>alert(1)</script>"
 
@@ -32,7 +32,6 @@ def row(name: str, shift: float = 0.0) -> Row:
         per_image=per_image,
         predicted=torch.tensor([0, 0, 0, 1, 1, 1]),
         target=torch.tensor([1, 1, 1, 0, 0, 0]),
-        seconds_per_image=0.01,
     )
 
 

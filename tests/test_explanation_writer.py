@@ -186,6 +186,24 @@ def test_differences_are_drawn_around_grey_and_amplified_by_the_gain_in_the_row(
     assert "other" not in rows[0]["gains"]
 
 
+def test_what_was_measured_of_the_saved_change_is_in_the_row(tmp_path: Path):
+    image = torch.full((1, 3, 18, 18), -1.0)
+    image[..., :9] = -0.5
+    counterfactual = image.clone()
+    counterfactual[..., :6, 12:] = 1.0  # 36 of 324 pixels
+    counterfactual[..., 12:, 12:] += 8 / 255  # four levels: seen by the sum, not by the eye
+    (row,) = save(tmp_path, with_counterfactual(image, counterfactual, torch.tensor([1])))
+    assert row["changed_area"] == pytest.approx(36 / 324, rel=1e-5)
+    assert (row["where"], row["where_share"]) == ("upper right", pytest.approx(255 / 259, rel=1e-5))
+    assert (row["attribution_where"], row["attribution_share"]) == ("spread over the picture", None)
+    assert (row["flipped_saved"], row["survives"], row["lost_under"]) == (False, None, None)
+    rows = save(tmp_path, explanation())
+    for row in rows:
+        assert row["flipped_saved"]
+        assert row["survives"] == ["jpeg90", "blur1", "down_up"]
+        assert row["lost_under"] == []
+
+
 def test_an_image_that_is_the_target_already_has_nothing_to_flip(tmp_path: Path):
     given = toy.FixedToyExplainer(toy.toy_classifier(3)).explain(toy.toy_images(3, 3), torch.tensor([0, 0, 0]))
     same, other, _ = save(tmp_path, given)

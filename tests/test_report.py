@@ -17,6 +17,7 @@ from PIL import Image
 
 from cfe_lightning import images
 from cfe_lightning.atlas import write_atlas
+from cfe_lightning.global_view import write_global
 from cfe_lightning.manifest import OutputFolder, Row, image_folder
 from cfe_lightning.report import write_html
 
@@ -415,6 +416,157 @@ def test_the_atlas_that_the_broken_ones_are_made_of_is_fine(tmp_path: Path):
     assert '<h2 id="atlas-title">t</h2>' in write_html(folder).read_text(encoding="utf-8")
 
 
+MEASURED = {
+    **{"p_target_saved": 0.8, "changed_area": 0.25, "where": "top", "where_share": 0.5},
+    **{"survives": ["blur1"], "lost_under": ["jpeg90"]},
+}
+
+
+def measured(folder: Path, **changes: Any) -> None:
+    """Adds what later versions measure to every row of a folder."""
+    output = OutputFolder(folder)
+    rows = [entry | MEASURED | changes for entry in output.rows() if entry["status"] == "ok"]
+    output.append(0, rows)
+    output.merge()
+
+
+def with_global(folder: Path, names: list[str], **changes: Any) -> Path:
+    """A folder of changes at the upper edge, with its global view."""
+    make(folder, names, ["z/broken.png"])
+    measured(folder, **changes)
+    for entry in OutputFolder(folder).rows():
+        if entry["status"] == "ok":
+            place = folder / entry["folder"]
+            values = np.asarray(Image.open(place / "image.png")).copy()
+            values[:2] = 255 - values[:2]
+            Image.fromarray(values).save(place / "counterfactual.png")
+    write_global(OutputFolder(folder))
+    return folder
+
+
+def global_section(page: str) -> str:
+    return page.partition("</header>\n")[2].partition('<nav class="toolbar"')[0]
+
+
+def words(part: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", part)).split())
+
+
+def test_the_sentence_of_a_card_comes_from_its_row(tmp_path: Path):
+    folder = make(tmp_path, ["a.png", "b.png"], ["z.png"])
+    assert all("sentence" not in entry for entry in embedded(write_html(folder).read_text(), "rows"))
+    measured(folder)
+    rows = embedded(write_html(folder).read_text(), "rows")
+    assert rows[1]["sentence"] == (
+        "Changing 25% of the pixels, 50% of the change at the top, moved 'dog' from 0.05 to 0.80; survives blur; does "
+        "not survive JPEG."
+    )
+    assert "moved '<b>owl</b>' only from 0.05 to 0.80: not flipped." in rows[0]["sentence"]
+    assert "sentence" not in rows[2]
+
+
+def test_the_global_view_stands_above_the_cards(tmp_path: Path):
+    folder = with_global(tmp_path, [f"{index:02d}.png" for index in range(20)])
+    page = write_html(folder).read_text(encoding="utf-8")
+    section = global_section(page)
+    text = words(section)
+    for part in (
+        "Over the whole folder What does this classifier look at? The changes of 13 flipped images, averaged pixel "
+        "by pixel, one card for each pair of classes.",
+        "Shortcut alarm, cat → dog: 100% of the change lies near the border (44% of the area; in 7 of 7 images "
+        "more than 2 times as strong as inside), where usually nothing of the subject is: look for marks, "
+        "frames or text.",
+        "cat → dog 7 flipped images shortcut alarm Mean change ±",
+        "Near the border 100% of the change, on 44% of the area: no change inside",
+    ):
+        assert part in text
+    assert section.count('class="card whole-card alarming"') == 2
+    # Links lead to the cards by their number among all that have one.
+    names = [entry["name"] for entry in embedded(page, "rows") if entry["status"] == "ok"]
+    links = re.findall(r'href="#card=(\d+)" title="(.*?), similarity [\d.]+"', section)
+    assert len(links) == 6
+    assert all(names[int(number) - 1] == name for number, name in links)
+    assert len(re.findall(r'<img src="data:image/webp;base64,', section)) == 2 * 2 + 6 * 2
+    (folder / "global.json").unlink()
+    assert page.replace(section, "", 1) == write_html(folder).read_text(encoding="utf-8")
+
+
+def test_pictures_of_the_global_view_beyond_the_budget_stay_files(tmp_path: Path):
+    folder = with_global(tmp_path, [f"{index:02d}.png" for index in range(6)])
+    (folder / "global" / "0-change.png").write_bytes(b"broken")
+    section = global_section(write_html(folder).read_text(encoding="utf-8"))
+    assert '<img src="global/0-change.png"' in section
+    section = global_section(write_html(folder, embedded_bytes=0).read_text(encoding="utf-8"))
+    assert "data:" not in section
+    assert '<img src="images/' in section
+
+
+def test_no_name_of_the_global_view_becomes_markup(tmp_path: Path):
+    folder = with_global(tmp_path, [*EVIL, *(f"{index}.png" for index in range(8))], predicted=EVIL[0], target=EVIL[1])
+    view = json.loads((folder / "global.json").read_text())
+    view["pairs"][0]["typical"] = [{"name": name, "similarity": 1} for name in [*EVIL, "not there.png"]]
+    view["pairs"][0]["where"] = EVIL[0]
+    (folder / "global.json").write_text(json.dumps(view))
+    section = global_section(write_html(folder).read_text(encoding="utf-8"))
+    assert "<script" not in section
+    assert "<img src=x" not in section
+    assert section.count('href="#card=') == len(EVIL), "what has no card has no link"
+    for name in (EVIL[0], EVIL[1]):
+        assert html.escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in section
+    bare = re.sub(r'"[^"]*"', '""', section)
+    assert not re.search(r"<[^>]*\s(style|on\w+)=", bare), "the policy forbids these"
+
+
+def test_twelve_pairs_are_shown_and_all_alarms(tmp_path: Path):
+    folder = with_global(tmp_path, [f"{index:02d}.png" for index in range(6)])
+    view = json.loads((folder / "global.json").read_text())
+    (first, *_) = view["pairs"]
+    view["pairs"] = [first | {"target": f"class {index}", "alarm": False, "num_used": 2} for index in range(20)]
+    view["pairs"][15] |= {"alarm": True, "pictures": {}, "typical": [], "num_flipped": 3000, "num_used": 2000}
+    (folder / "global.json").write_text(json.dumps(view))
+    section = global_section(write_html(folder).read_text(encoding="utf-8"))
+    assert section.count('class="card whole-card') == 12
+    assert "The 12 most frequent of 20 pairs are shown" in words(section)
+    assert section.count("Shortcut alarm, ") == 1
+    assert "→ class 15:" in words(section)
+    view["pairs"][0] |= {"num_flipped": 3000, "num_used": 1999, "num_left_out": 1}
+    view["pairs"] = [pair | {"alarm": True} for pair in view["pairs"]]
+    (folder / "global.json").write_text(json.dumps(view))
+    section = global_section(write_html(folder).read_text(encoding="utf-8"))
+    assert section.count("Shortcut alarm, ") == 12
+    assert "8 more pairs raise the alarm, see global.json." in section
+    assert "means over 1,999 of 3,000 flipped images, drawn evenly, 1 could not be read" in section
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda view: view.update(schema=2), "its schema is 2, this version reads 1"),
+        (lambda view: view.pop("pairs"), "'pairs' is missing"),
+        (lambda view: view.update(pairs=7), "'int' object is not iterable"),
+        (lambda view: view["pairs"][0].pop("num_used"), "'num_used' is missing"),
+        (lambda view: view["pairs"][0].update(frame_share="<b>"), "'<b>' stands where a number should"),
+        (lambda view: view["pairs"][0].update(num_flipped=float("nan")), "nan stands where a number should"),
+        (lambda view: view["pairs"][0].update(typical=["x"]), "string indices must be integers"),
+        (lambda view: view["pairs"][0].update(frame_area=1, frame_share=1), "division by zero"),
+        (
+            lambda view: view["pairs"][0]["pictures"]["change"].update(file="../x.png"),
+            "it names the picture '../x.png'",
+        ),
+        (lambda view: view["pairs"][0]["pictures"].pop("strength"), "'strength' is missing"),
+    ],
+)
+def test_a_broken_global_view_is_refused_in_one_sentence(tmp_path: Path, change: Any, reason: str):
+    folder = with_global(tmp_path, [f"{index}.png" for index in range(3)])
+    view = json.loads((folder / "global.json").read_text())
+    change(view)
+    (folder / "global.json").write_text(json.dumps(view))
+    with pytest.raises(ValueError, match=r"global\.json is no global view that can be shown \(") as raised:
+        write_html(folder)
+    assert reason in str(raised.value)
+    assert str(raised.value).endswith("): remove it, or run explain.py again.")
+
+
 needs_browser = pytest.mark.skipif(
     shutil.which("chromedriver") is None or not (shutil.which("chromium") or shutil.which("google-chrome")),
     reason="needs chromium and chromedriver on the path",
@@ -550,4 +702,30 @@ class TestInABrowser:
         # Embedded as they were before they were enlarged, the rest from the files.
         assert set(sizes) == {9 * 32, 9 * 64}
         assert browser.run("return document.title") == "Method explanations, 2 images"
+        assert browser.problems() == []
+
+    def test_sentences_and_the_global_view_are_text_and_its_links_lead_to_cards(self, browser: Browser, tmp_path: Path):
+        names = [*EVIL, *(f"{index:02d}.png" for index in range(40))]
+        folder = with_global(tmp_path, names, target=EVIL[1])
+        browser.open(write_html(folder).as_uri() + "#filter=kept&q=0")
+        sentence = "return document.querySelector('.card .sentence').textContent"
+        assert f"moved '{EVIL[1]}' only from 0.05 to 0.80: not flipped." in browser.run(sentence)
+        assert EVIL[1] in browser.run("return document.querySelector('.whole-card h3').textContent")
+        link = "const link = document.querySelectorAll('a.to-card')[5];"
+        wanted = browser.run(f"{link} link.click(); return link.querySelector('.name').textContent")
+        assert browser.run("return document.querySelector('.card.active .name').textContent") == wanted
+        assert browser.run("return document.activeElement.classList.contains('active')")
+        # A second click leads there again.
+        browser.run(f"window.scrollTo(0, 0); {link} link.click()")
+        assert browser.run("return document.querySelector('.card.active').getBoundingClientRect().top < innerHeight")
+        broken = browser.run(
+            "const images = [...document.querySelectorAll('.whole img')];"
+            "return Promise.all(images.map((image) => image.decode())).then(() => 0, () => 1)"
+        )
+        assert broken == 0
+        assert browser.run("return document.title") == "Method explanations, 46 images"
+        browser.resize(420, 900)
+        wide = browser.run("return document.documentElement.scrollWidth")
+        browser.resize(1400, 1000)
+        assert wide <= 420, "nothing sticks out of a narrow window"
         assert browser.problems() == []

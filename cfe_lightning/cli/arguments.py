@@ -46,6 +46,14 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def file_assignment(text: str) -> tuple[str, Path]:
+    """NAME=FILE."""
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {text!r}")
+    return name, Path(file)
+
+
 def check_writable(output: Path) -> None:
     """Refuses an output folder that takes no files before hours are spent on them; makes nothing yet.
 

@@ -7,23 +7,27 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import check_writable, count, positive, probabilities
+from cfe_lightning.cli.arguments import check_writable, count, file_assignment, positive, probabilities
+from cfe_lightning.cli.bench import add_bench_options, run_bench
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.data import Dataset
+    from torch.utils.data import Dataset, Subset
 
     from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.data.image_data import ImageData, Sample
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.explanation import Explainer
-    from cfe_lightning.tally import Row
+    from cfe_lightning.instruments import Instruments
+    from cfe_lightning.tally import Measures
+    from cfe_lightning.tally_summary import Row
 
 INTERRUPTED = 130
 
@@ -35,19 +39,16 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cfe-evaluate",
         description="Measures explainers on the same labelled images: prints one table and writes report.html, "
-        "table.md, table.csv, differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
+        "gallery.html, table.md, table.csv, differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
         epilog="Baselines: integrated_gradients, gradient_shap, internal_influence, guided_grad_cam, grad_cam, lrp, "
         "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 2 nothing could be done, "
         "130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", type=Path, nargs="+", required=True, help="best.ckpt of one or more runs"
-    )
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, nargs="+", help="best.ckpt of one or more runs")
     parser.add_argument(
         "--data",
         metavar="CONFIG|FOLDER",
-        required=True,
         help="a training config, of which the data section is read, or a folder with one folder of images per class",
     )
     parser.add_argument(
@@ -68,7 +69,41 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="also compare the smallest edits that reach these probabilities of the target, as 0.5,0.9",
     )
+    parser.add_argument(
+        "--protocol",
+        choices=("all", "ace"),
+        default="all",
+        help="populations: all images, or those of the published protocol of DiME and ACE (default: all)",
+    )
+    parser.add_argument("--cycles", action="store_true", help="also ask again from the edits (12 more explanations)")
+    parser.add_argument(
+        "--diversity", metavar="N", type=count, default=0, help="also explain N times with other random numbers"
+    )
+    parser.add_argument(
+        "--sanity", action="store_true", help="also explain for a classifier with random weights, twice"
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="NAME=FILE",
+        type=file_assignment,
+        action="append",
+        default=[],
+        help="a network that measures: lpips, inception, user, face, simsiam or oracle; can be repeated (or set "
+        "CFE_WEIGHTS_LPIPS and so on)",
+    )
+    parser.add_argument("--attributes", metavar="CSV", type=Path, help="labels of the data, for cd with an oracle")
+    parser.add_argument("--asked", metavar="NAME", help="the oracle's label that is asked for")
+    parser.add_argument(
+        "--fid-reference", metavar="FOLDER", type=Path, help="held-out images that FID and KID compare edits with"
+    )
     parser.add_argument("--limit", metavar="N", type=positive, help="measure N images drawn from the split")
+    parser.add_argument(
+        "--gallery",
+        metavar="N",
+        type=count,
+        default=12,
+        help="show N images with everybody's answers side by side, 0 shows none (default: 12)",
+    )
     parser.add_argument("--batch-size", metavar="N", type=positive, default=32, help="images at a time (default: 32)")
     parser.add_argument(
         "--curve-steps",
@@ -87,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="package besides cfe_lightning and torchvision whose classes a checkpoint may name; can be repeated",
     )
+    add_bench_options(parser)
     return parser
 
 
@@ -100,12 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted: nothing was written\n")
+        sys.stderr.write("\ninterrupted: what is measured is kept, the same command again does the rest\n")
         return INTERRUPTED
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     check_torchvision()
+    if options.bench:
+        if options.output is not None:
+            _check_output(options.output)
+        return run_bench(options, _device(options.device), _baseline_names(options.baselines))
+    if not options.checkpoint or not options.data:
+        raise ValueError("There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench.")
     folder = options.output or options.checkpoint[0].parent / "evaluated"
     _check_output(folder)
     import torch
@@ -113,7 +155,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from cfe_lightning import evaluation, evaluation_table
     from cfe_lightning.classifier import load_classifier
     from cfe_lightning.classifier_check import check_class_names
+    from cfe_lightning.evaluation_gallery import Gallery
     from cfe_lightning.evaluation_report import write_evaluation_html
+    from cfe_lightning.evaluation_store import EvaluationStore
+    from cfe_lightning.tally import Measures
 
     wanted = _baseline_names(options.baselines)
     device = _device(options.device)
@@ -121,22 +166,40 @@ def _evaluate(options: argparse.Namespace) -> int:
     judge = load_classifier(options.classifier, options.trusted).to(device) if options.classifier else None
     second = load_classifier(options.second, options.trusted).to(device) if options.second else None
     first = next(iter(checkpoints.values()))
+    measures = Measures(
+        curve_steps=options.curve_steps,
+        iso=tuple(options.iso),
+        cycles=options.cycles,
+        diversity=options.diversity,
+        sanity=options.sanity,
+        ace=options.protocol == "ace",
+        second=second,
+        instruments=_instruments(options, device),
+    )
     data, section = _data(options.data, first)
     for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge, second):
         if classifier is not None:
             check_class_names(data.class_names, classifier.class_names)
     _check_images(data, checkpoints)
-    baselines, rows = _baselines(wanted, checkpoints, options)
+    baselines, rows = _baselines(wanted, checkpoints, options, measures)
     explainers: dict[str, Explainer] = {**checkpoints, **baselines}
+    chosen = _chosen(data, options)
+    settings = _settings(options, checkpoints, judge, measures, section)
+    store = EvaluationStore(
+        folder, _digest([settings["config_hash"], options.batch_size, options.gallery, len(chosen)])
+    )
+    gallery = Gallery() if options.gallery else None
     try:
         result = evaluation.evaluate(
             explainers,
-            _batches(data, options),
+            _batches(chosen, options, len(store)),
             judge=judge,
-            second=second,
-            iso=options.iso,
+            measures=measures,
+            reference=_reference(options, first),
+            store=store,
+            gallery=gallery,
+            shown=evaluation.evenly(len(chosen), options.gallery),
             device=device,
-            curve_steps=options.curve_steps,
             seed=options.seed,
         )
     except torch.OutOfMemoryError as error:
@@ -144,12 +207,55 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
         ) from error
     result.rows += rows
-    settings = _settings(options, checkpoints, judge, second, section)
+    if gallery is not None:
+        for row in rows:
+            gallery.fail(row.name, *row.notes)
     tables = evaluation_table.save(result, folder, settings)
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    write_evaluation_html(result, tables, folder, facts)
+    page = None if gallery is None else gallery.write(folder, result.class_names)
+    write_evaluation_html(result, tables, folder, facts, page)
+    store.clear()
     sys.stdout.write(f"{tables[0].markdown()}\nwritten to {folder}\n")
     return 0
+
+
+def _instruments(options: argparse.Namespace, device: torch.device) -> Instruments:
+    from cfe_lightning.instruments import load_instruments, weights_from
+
+    return load_instruments(
+        weights_from(dict(options.weights), os.environ),
+        trusted=options.trusted,
+        attributes=options.attributes,
+        asked=options.asked,
+        device=device,
+    )
+
+
+def _reference(options: argparse.Namespace, explainer: ExplainerModule) -> Iterator[torch.Tensor]:
+    """The held-out images, batch by batch, read as the explainer needs them."""
+    if options.fid_reference is None:
+        return
+    from cfe_lightning.data.image_stream import read_batch
+    from cfe_lightning.images import find_images
+
+    names = list(find_images(options.fid_reference))
+    failed = 0
+    for start in range(0, len(names), options.batch_size):
+        batch = read_batch(
+            names[start : start + options.batch_size],
+            folder=options.fid_reference,
+            image_size=explainer.image_size,
+            channels=explainer.channels,
+        )
+        failed += len(batch["failed"])
+        if batch["name"]:
+            yield batch["image"]
+    if failed == len(names):
+        raise ValueError(f"There is no readable image below {options.fid_reference}: give a folder that holds some.")
+    if failed:
+        log.warning(
+            "%d of %d images below %s cannot be read and are left out.", failed, len(names), options.fid_reference
+        )
 
 
 def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -> dict[str, ExplainerModule]:
@@ -189,7 +295,10 @@ def _baseline_names(listed: str) -> list[str]:
 
 
 def _baselines(
-    names: Sequence[str], checkpoints: dict[str, ExplainerModule], options: argparse.Namespace
+    names: Sequence[str],
+    checkpoints: dict[str, ExplainerModule],
+    options: argparse.Namespace,
+    measures: Measures,
 ) -> tuple[dict[str, Explainer], list[Row]]:
     """Every baseline on every distinct classifier; one that cannot explain a classifier becomes an empty row."""
     from cfe_lightning.baselines import build_baseline
@@ -209,7 +318,7 @@ def _baselines(
                 built[title] = build_baseline(name, classifier, options.seed)
             except ValueError as error:
                 log.warning("%s is left out: %s", title, error)
-                empty.append(unavailable(title, str(error), options.iso))
+                empty.append(unavailable(title, str(error), measures))
     return built, empty
 
 
@@ -262,19 +371,29 @@ def _check_images(data: ImageData, checkpoints: dict[str, ExplainerModule]) -> N
             )
 
 
-def _batches(data: ImageData, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The chosen images in a fixed order, with progress."""
-    from torch.utils.data import ConcatDataset, DataLoader, Subset
-    from tqdm import tqdm
+def _chosen(data: ImageData, options: argparse.Namespace) -> Subset[Sample]:
+    """The images to be measured, in a fixed order."""
+    from torch.utils.data import ConcatDataset, Subset
 
     from cfe_lightning.evaluation import sample_indices
 
     data.prepare_data()
     data.setup("test")
     every: ConcatDataset[Sample] = ConcatDataset(_datasets(data, options.split))
-    chosen = Subset(every, sample_indices(len(every), options.limit, options.seed))
-    loader = DataLoader(dataset=chosen, batch_size=options.batch_size, shuffle=False, num_workers=options.num_workers)
-    yield from tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr)
+    return Subset(every, sample_indices(len(every), options.limit, options.seed))
+
+
+def _batches(chosen: Subset[Sample], options: argparse.Namespace, finished: int) -> Iterator[dict[str, Any]]:
+    """The batches after so many finished ones, with progress."""
+    from torch.utils.data import DataLoader, Subset
+    from tqdm import tqdm
+
+    rest = Subset(chosen, range(min(finished * options.batch_size, len(chosen)), len(chosen)))
+    if not len(rest):
+        return
+    loader = DataLoader(dataset=rest, batch_size=options.batch_size, shuffle=False, num_workers=options.num_workers)
+    total = finished + len(loader)
+    yield from tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr, initial=finished, total=total)
 
 
 def _datasets(data: ImageData, split: str) -> list[Dataset[Sample]]:
@@ -298,7 +417,7 @@ def _settings(
     options: argparse.Namespace,
     checkpoints: dict[str, ExplainerModule],
     judge: FrozenClassifier | None,
-    second: FrozenClassifier | None,
+    measures: Measures,
     section: dict[str, Any],
 ) -> dict[str, Any]:
     """How the numbers came about; equal hashes mean equal settings."""
@@ -306,21 +425,30 @@ def _settings(
 
     judges = {name: (judge or explainer.classifier).fingerprint() for name, explainer in checkpoints.items()}
     settings = {
-        "protocol": "population all unless a metric says otherwise; intervals 95 %",
+        "protocol": options.protocol,
         "checkpoints": {name: sha256_of(path) for name, path in zip(checkpoints, options.checkpoint, strict=True)},
         "judged_by": judges,
-        "second": None if second is None else second.fingerprint(),
+        "second": None if measures.second is None else measures.second.fingerprint(),
         "data": section,
         "split": options.split,
         "limit": options.limit,
         "curve_steps": options.curve_steps,
         "iso": options.iso,
+        "cycles": options.cycles,
+        "diversity": options.diversity,
+        "sanity": options.sanity,
+        "weights": measures.instruments.hashes,
+        "asked": options.asked,
+        "fid_reference": options.fid_reference,
         "seed": options.seed,
         "baselines": options.baselines,
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     plain = json.loads(json.dumps(settings, default=str))
-    return {"version": importlib.metadata.version("cfe-lightning"), **plain, "config_hash": digest}
+    return {"version": importlib.metadata.version("cfe-lightning"), **plain, "config_hash": _digest(settings)}
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _device(asked: str) -> torch.device:

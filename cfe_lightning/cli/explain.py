@@ -321,10 +321,12 @@ def _predict(
 def _finish(
     options: argparse.Namespace, output: OutputFolder, explainer: ExplainerModule, num_images: int, seconds: float
 ) -> int:
+    from cfe_lightning.global_view import write_global
     from cfe_lightning.report import write_html
 
     output.merge()
     output.write_table()
+    write_global(output, num_slices=explainer.num_slices)
     summary = output.write_summary(
         n_planned=num_images,
         **{"checkpoint" if options.checkpoint else "classifier": str(options.checkpoint or options.classifier)},

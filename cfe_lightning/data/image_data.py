@@ -2,7 +2,8 @@
 
 Batch contract: a dictionary with ``image`` [B, C, H, W] in [-1, 1], ``label`` [B] int64, ``name`` (list of unique,
 stable strings) and, where the truth is known, ``mask`` [B, 1, H, W] in {0, 1} and ``counterfactual`` [B, C, H, W],
-the same scene as class (label + 1) % K.
+the same scene as class (label + 1) % K. Where a mark is planted that tells the class besides its cause, ``mark``
+[B, 1, H, W] in {0, 1} are the places where it sits or could sit.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ _HUES = {
 _LESIONS = ("no_lesion", "one_lesion", "two_lesions", "three_lesions")
 _BLOB_HEIGHT = 0.72
 _NOISE = 0.02
+#: Sets the numbers that choose wrong cues apart from those of the scenes.
+_WRONG_CUES = 0x5BD1E995
 
 
 class SyntheticShapes(ImageData):
@@ -54,6 +56,8 @@ class SyntheticShapes(ImageData):
             would be, so no explanation can be right about it: the exact counterfactual is one of many.
         shortcut: With this probability a small mark sits in the corner that belongs to the class, else in the corner
             of another class; None plants no mark. The mark is part of the nuisance: the counterfactual keeps it.
+        cue_agreement: With this probability an image shows the cue of its class, else that of another class, as if it
+            were labelled wrongly. Below 1 a mark can tell more than the cue, and classifiers come to use it.
         num_train: Training images.
         num_val: Validation images.
         num_test: Test images.
@@ -79,6 +83,7 @@ class SyntheticShapes(ImageData):
         cue_size: float = 1.0,
         lesion_place: LesionPlace = "landmark",
         shortcut: float | None = None,
+        cue_agreement: float = 1.0,
         num_train: int = 4000,
         num_val: int = 500,
         num_test: int = 500,
@@ -103,12 +108,13 @@ class SyntheticShapes(ImageData):
         self.cue_size = cue_size
         self.lesion_place = lesion_place
         self.shortcut = shortcut
+        self.cue_agreement = cue_agreement
         self.seed = seed
         self.counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
         _check(self)
 
     def dataset(self, split: Split) -> Shapes:
-        """The images of one split, each with ``mask`` and ``counterfactual``."""
+        """The images of one split with ``mask`` and ``counterfactual``, and with ``mark`` if there is a shortcut."""
         return Shapes(
             split=split,
             count=self.counts[split],
@@ -119,6 +125,7 @@ class SyntheticShapes(ImageData):
             cue_size=self.cue_size,
             lesion_place=self.lesion_place,
             shortcut=self.shortcut,
+            cue_agreement=self.cue_agreement,
             seed=self.seed,
         )
 
@@ -167,6 +174,8 @@ def _check(data: SyntheticShapes) -> None:
         raise ValueError(f"lesion_place must be one of {', '.join(get_args(LesionPlace))}, got {data.lesion_place!r}.")
     if data.shortcut is not None and not 0 <= data.shortcut <= 1:
         raise ValueError(f"shortcut is a probability from 0 to 1, or null for no mark, got {data.shortcut}.")
+    if not 0 <= data.cue_agreement <= 1:
+        raise ValueError(f"cue_agreement is a probability from 0 to 1, got {data.cue_agreement}.")
     for split, count in data.counts.items():
         if not 1 <= count <= 2**30:
             raise ValueError(f"num_{split} must be at least 1, got {count}.")
@@ -182,6 +191,7 @@ class _Scene:
     down: Tensor  # [H, W], likewise downwards
     cue_draws: list[float]  # uniform numbers that place the cue, the same for every class
     axes: tuple[float, float, float]  # semi-axes and rotation of the body
+    corner: int  # the class in whose corner a mark sits, if there is a shortcut
 
 
 class Shapes(Dataset[Sample]):
@@ -204,6 +214,7 @@ class Shapes(Dataset[Sample]):
         lesion_place: LesionPlace,
         shortcut: float | None,
         seed: int,
+        cue_agreement: float = 1.0,
     ) -> None:
         self.split = split
         self.channels = channels
@@ -213,6 +224,7 @@ class Shapes(Dataset[Sample]):
         self.cue_size = cue_size
         self.lesion_place = lesion_place
         self.shortcut = shortcut
+        self.cue_agreement = cue_agreement
         self.labels = torch.arange(count) % len(class_names)
         # 2**30 numbers for each split inside the 32 bits that the generator looks at: splits share no image.
         start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
@@ -225,27 +237,68 @@ class Shapes(Dataset[Sample]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        """Image, label, name, mask [1, H, W] and counterfactual: the same scene as the next class, (label + 1) % K."""
+        """Image, label, name, mask [1, H, W] and counterfactual: the same scene as the next class, (label + 1) % K.
+
+        An image with the cue of another class has the counterfactual of that class, as if it were labelled rightly.
+        With a shortcut also ``mark`` [1, H, W] in {0, 1}: wherever a mark sits or could sit, in all K corners.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside the {len(self)} images.")
         label = int(self.labels[index])
         scene = self._scene(index, label)
-        image = self._draw(scene, label)
-        counterfactual = self._draw(scene, (label + 1) % len(self.class_names))
+        shown = self._shown(index, label)
+        image = self._draw(scene, shown)
+        counterfactual = self._draw(scene, (shown + 1) % len(self.class_names))
         difference = (image - counterfactual).abs().amax(dim=0, keepdim=True)
-        return {
+        sample: Sample = {
             "image": image,
             "label": label,
             "name": f"{self.class_names[label]}/{self.split}_{index:06d}",
             "mask": (difference > VISIBLE).float(),
             "counterfactual": counterfactual,
         }
+        if self.shortcut is not None:
+            sample["mark"] = self._mark_places()
+        return sample
 
-    def render(self, index: int, label: int) -> Tensor:
-        """Scene ``index`` as an image of class ``label``, [C, H, W]: its own label gives the image itself."""
-        return self._draw(self._scene(index, int(self.labels[index])), label)
+    def render(self, index: int, label: int, corner: int | None = None) -> Tensor:
+        """Scene ``index`` with the cue of class ``label``, [C, H, W]: the image itself if that is the class it shows.
 
-    def _scene(self, index: int, label: int) -> _Scene:
+        Args:
+            index: Of the scene.
+            label: Whose cue is drawn.
+            corner: The class whose corner gets the mark, all else bit for bit equal; None leaves the mark where it is.
+
+        Raises:
+            ValueError: If a corner is asked for of images without a mark, or of a class that does not exist.
+        """
+        if corner is not None and self.shortcut is None:
+            raise ValueError(f"These images have no mark to put into corner {corner}: set shortcut from 0 to 1.")
+        if corner is not None and not 0 <= corner < len(self.class_names):
+            raise ValueError(f"corner is the number of one of {len(self.class_names)} classes, got {corner}.")
+        return self._draw(self._scene(index, int(self.labels[index]), corner), label)
+
+    def mark_corner(self, index: int) -> int:
+        """The class in whose corner image ``index`` has its mark.
+
+        Raises:
+            ValueError: If these images have no mark.
+        """
+        if self.shortcut is None:
+            raise ValueError("These images have no mark: set shortcut from 0 to 1.")
+        return self._scene(index, int(self.labels[index])).corner
+
+    def _shown(self, index: int, label: int) -> int:
+        """The class whose cue image ``index`` shows."""
+        if self.cue_agreement == 1:
+            return label
+        # Numbers of its own: those of the scene stay what they are without wrong cues.
+        generator = torch.Generator().manual_seed(_scrambled(_scrambled(self._first_seed + index) ^ _WRONG_CUES))
+        agrees, which = torch.rand(2, generator=generator).tolist()
+        num_classes = len(self.class_names)
+        return label if agrees < self.cue_agreement else (label + 1 + int(which * (num_classes - 1))) % num_classes
+
+    def _scene(self, index: int, label: int, mark_corner: int | None = None) -> _Scene:
         generator = torch.Generator().manual_seed(_scrambled(self._first_seed + index))
         draws = iter(torch.rand(48, generator=generator).tolist())
 
@@ -278,12 +331,15 @@ class Shapes(Dataset[Sample]):
         radius = self._radius(next(draws))
         if next(draws) < 0.5:
             base = base + _BLOB_HEIGHT * _blob(spot_x, spot_y, radius)
-        corner, agrees = next(draws), next(draws)
+        drawn = self._corner(label, next(draws), next(draws))
+        mark_corner = drawn if mark_corner is None else mark_corner
         if self.shortcut is not None:
-            base = base + self._mark(label, corner, agrees)
+            base = base + self._mark(mark_corner)
         noise = torch.randn(self.channels, self.image_size, self.image_size, generator=generator)
         base = base + noise.clamp_(-3, 3).mul_(_NOISE)
-        return _Scene(base=base, body=body, across=across, down=down, cue_draws=list(draws), axes=axes)
+        return _Scene(
+            base=base, body=body, across=across, down=down, cue_draws=list(draws), axes=axes, corner=mark_corner
+        )
 
     def _draw(self, scene: _Scene, label: int) -> Tensor:
         if self.cue == "lesion":
@@ -337,22 +393,36 @@ class Shapes(Dataset[Sample]):
         channels = [tone + saturation * math.cos(math.radians(hue - 120 * c)) for c in range(3)]
         return torch.tensor(channels).view(3, 1, 1)
 
-    def _mark(self, label: int, corner_draw: float, agrees_draw: float) -> Tensor:
-        """A small cross in the corner that belongs to the class, or by chance in that of another class, [H, W]."""
+    def _corner(self, label: int, corner_draw: float, agrees_draw: float) -> int:
+        """The corner that belongs to the class, or by chance that of another class."""
         num_classes = len(self.class_names)
-        assert self.shortcut is not None
         other = (label + 1 + int(corner_draw * (num_classes - 1))) % num_classes
-        corner = label if agrees_draw < self.shortcut else other
-        arm = max(round(self.image_size * 0.09), 3)
+        return label if agrees_draw < (self.shortcut or 0.0) else other
+
+    def _mark(self, corner: int) -> Tensor:
+        """A small cross in the corner that belongs to class ``corner``, [H, W]."""
+        rows, columns = self._patch(corner)
+        arm = rows.stop - rows.start
         mark = torch.zeros(self.image_size, self.image_size)
         patch = torch.zeros(arm, arm)
         stroke = slice((arm - 1) // 3, arm - (arm - 1) // 3)
         patch[stroke] = 0.6
         patch[:, stroke] = 0.6
-        rows = slice(1, 1 + arm) if corner in (0, 1) else slice(-1 - arm, -1)
-        columns = slice(1, 1 + arm) if corner in (0, 2) else slice(-1 - arm, -1)
         mark[rows, columns] = patch
         return mark
+
+    def _patch(self, corner: int) -> tuple[slice, slice]:
+        """Rows and columns of a corner's mark: top left, top right, bottom left, bottom right."""
+        arm, size = max(round(self.image_size * 0.09), 3), self.image_size
+        near, far = slice(1, 1 + arm), slice(size - 1 - arm, size - 1)
+        return near if corner in (0, 1) else far, near if corner in (0, 2) else far
+
+    def _mark_places(self) -> Tensor:
+        """The squares of all classes' marks, [1, H, W] in {0, 1}."""
+        places = torch.zeros(1, self.image_size, self.image_size)
+        for corner in range(len(self.class_names)):
+            places[0][self._patch(corner)] = 1.0
+        return places
 
 
 def _scrambled(number: int) -> int:

@@ -25,7 +25,22 @@ Need = Literal[
     "stages",
     "second",
     "iso",
+    "ranked",
+    "multi_label",
+    "cycles",
+    "diversity",
+    "sanity",
+    "lpips",
+    "inception",
+    "user",
+    "face",
+    "simsiam",
+    "oracle",
+    "table",
+    "cuda",
 ]
+#: Which images a metric is about (evaluation, R2).
+Population = Literal["all", "flipped", "correct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class Metric:
         meaning: One line under the table.
         needs: What must be there; otherwise it is skipped with the reason of ``MISSING``.
         title: Heading in the short table; empty for what is only in the full one.
+        published: The population of the published protocol (DiME, ACE), which ``--protocol ace`` takes; ours is all.
     """
 
     key: str
@@ -47,6 +63,7 @@ class Metric:
     meaning: str
     needs: tuple[Need, ...]
     title: str = ""
+    published: Population = "all"
 
 
 #: The sentence that a skipped metric gets for the first need that is not met.
@@ -65,14 +82,41 @@ MISSING: dict[Need, str] = {
     "stages": "the classifier has no layers that can be watched",
     "second": "no second classifier: give a file of one with --second",
     "iso": "none of its edits makes the classifier as sure as asked",
+    "ranked": "this explainer does not choose among ranked directions",
+    "multi_label": "the classifier knows no other labels than the one that is explained",
+    "cycles": "switched off, since it asks every explainer again twelve times: --cycles",
+    "diversity": "switched off, since it asks every explainer again: --diversity N",
+    "sanity": "switched off, since it asks every explainer again twice: --sanity",
+    "lpips": "needs a backbone: --weights lpips=FILE; lpips_f stands in",
+    "inception": "needs Inception's weights: --weights inception=FILE; fid_f and kid_f stand in",
+    "user": "needs a feature extractor of yours: --weights user=FILE; fid_f and kid_f stand in",
+    "face": "needs a face embedding: --weights face=FILE; only for faces; sim_f stands in",
+    "simsiam": "needs SimSiam's weights: --weights simsiam=FILE; sim_f stands in",
+    "oracle": "needs a classifier of many labels: --weights oracle=FILE; collateral may stand in",
+    "table": "needs the data's labels and the one that is asked for: an oracle, --attributes CSV and --asked NAME",
+    "cuda": "is measured on a GPU only",
 }
 
 #: What is compared at equal confidence.
 ISO_CLOSENESS = ("l1", "l2", "changed_area", "area90", "gini", "lpips_f")
+ISO_REALISM = ("fid_f", "kid_f")
+_ALWAYS: tuple[Need, ...] = ("explanation",)
 _EDIT: tuple[Need, ...] = ("counterfactual",)
 _SPLIT: tuple[Need, ...] = ("decomposition",)
 _TRUE_SPLIT: tuple[Need, ...] = ("decomposition", "truth")
 _MASKED_SPLIT: tuple[Need, ...] = ("decomposition", "mask")
+
+
+def _set_distances(name: Literal["inception", "user"], features: str) -> tuple[Metric, ...]:
+    """The distances of sets of images in someone else's features (5)."""
+    needs: tuple[Need, ...] = ("counterfactual", name)
+    return (
+        Metric(f"fid_{name}", "lower", "[0, inf)", f"as fid_f, in {features}", needs, published="flipped"),
+        Metric(f"fid_{name}_floor", "neither", "[0, inf)", f"as fid_f_floor, in {features}", needs),
+        Metric(f"sfid_{name}", "lower", "[0, inf)", f"as sfid_f, in {features}", needs, published="flipped"),
+        Metric(f"kid_{name}", "lower", "(-e, inf)", f"as kid_f, in {features}", needs, published="flipped"),
+    )
+
 
 METRICS: tuple[Metric, ...] = (
     # --- reconstruction, before everything else: where it alone changes the decision, the autoencoder is explained ---
@@ -166,6 +210,13 @@ METRICS: tuple[Metric, ...] = (
         ("counterfactual", "second"),
         "transfer",
     ),
+    Metric(
+        "collateral",
+        "lower",
+        "[0, L-1]",
+        "other labels of the classifier that changed with the one asked for",
+        ("counterfactual", "multi_label"),
+    ),
     # --- counterfactual: realism and similarity, in features of the classifier ---
     Metric(
         "fid_f",
@@ -173,6 +224,7 @@ METRICS: tuple[Metric, ...] = (
         "[0, inf)",
         "Frechet distance of originals and edits in the classifier's features; which edits may fool",
         ("counterfactual", "features"),
+        published="flipped",
     ),
     Metric(
         "fid_f_floor",
@@ -187,10 +239,54 @@ METRICS: tuple[Metric, ...] = (
         "[0, inf)",
         "fid_f of edits and other originals, mean and range of ten random halves",
         ("counterfactual", "features"),
+        published="flipped",
     ),
     Metric(
-        "kid_f", "lower", "(-e, inf)", "kernel distance in the classifier's features", ("counterfactual", "features")
+        "kid_f",
+        "lower",
+        "(-e, inf)",
+        "kernel distance in the classifier's features",
+        ("counterfactual", "features"),
+        published="flipped",
     ),
+    *_set_distances("inception", "Inception's features, as published"),
+    *_set_distances("user", "the features of your own network"),
+    Metric(
+        "fva",
+        "higher",
+        "[0, 1]",
+        "share of faces that a face network still takes for the same person (similarity above 0.5)",
+        ("counterfactual", "face"),
+        published="flipped",
+    ),
+    Metric("fs", "higher", "[-1, 1]", "cosine in a face network", ("counterfactual", "face"), published="flipped"),
+    Metric("s3", "higher", "[-1, 1]", "cosine in SimSiam", ("counterfactual", "simsiam"), published="correct"),
+    Metric(
+        "mnac",
+        "lower",
+        "[0, A]",
+        "attributes that changed in the eyes of the oracle, the one asked for included",
+        ("counterfactual", "oracle"),
+        published="flipped",
+    ),
+    Metric(
+        "mnac_others",
+        "lower",
+        "[0, A-1]",
+        "as mnac without the attribute asked for",
+        ("counterfactual", "table"),
+        published="flipped",
+    ),
+    Metric(
+        "cd",
+        "lower",
+        "[0, 2A]",
+        "how differently attributes go along in edits and in the data, summed over attributes",
+        ("counterfactual", "table"),
+        published="flipped",
+    ),
+    Metric("cd_mean", "lower", "[0, 2]", "cd per attribute", ("counterfactual", "table"), published="flipped"),
+    Metric("lpips", "lower", "[0, ~1]", "published perceptual distance", ("counterfactual", "lpips")),
     Metric(
         "sim_f",
         "neither",
@@ -218,6 +314,34 @@ METRICS: tuple[Metric, ...] = (
         ("path", "intended"),
     ),
     Metric("smooth", "lower", "[1, inf)", "longest step over the mean one", ("path",)),
+    Metric(
+        "agree",
+        "higher",
+        "[0, 1]",
+        "share of edited pictures on the way that are decided as the method meant; below 0.9 do not trust it",
+        ("path", "intended"),
+    ),
+    Metric(
+        "agent_kl",
+        "lower",
+        "[0, inf)",
+        "KL(classifier || what the method meant) on edited pictures on the way",
+        ("path", "intended"),
+    ),
+    Metric(
+        "dir_sufficiency_1",
+        "higher",
+        "[0, 1]",
+        "share of images that the best of the method's directions flips",
+        ("counterfactual", "ranked"),
+    ),
+    Metric(
+        "dir_sufficiency_3",
+        "higher",
+        "[0, 1]",
+        "share of images that one of its three best directions flips",
+        ("counterfactual", "ranked"),
+    ),
     # --- counterfactual: closeness, on [0, 1] images ---
     Metric("l1", "lower", "[0, 1]", "mean absolute change of a pixel", _EDIT, "l1"),
     Metric("l2", "lower", "[0, 1]", "root of the mean squared change", _EDIT),
@@ -225,6 +349,59 @@ METRICS: tuple[Metric, ...] = (
     Metric("changed_area", "lower", "[0, 1]", "share of pixels with a change above 8/255", _EDIT),
     Metric("area90", "lower", "(0, 1]", "smallest share of pixels that holds 90 % of the change", _EDIT),
     Metric("gini", "higher", "[0, 1)", "concentration of the change", _EDIT),
+    Metric(
+        "l1_edit",
+        "lower",
+        "[0, 1]",
+        "as l1, from the method's own rendering: what the decision changed without what rendering changed",
+        ("counterfactual", "reconstruction"),
+    ),
+    Metric(
+        "changed_area_edit",
+        "lower",
+        "[0, 1]",
+        "as changed_area, from the rendering",
+        ("counterfactual", "reconstruction"),
+    ),
+    # --- asked again (9.2, 9.3, 9.7) ---
+    Metric(
+        "composition_1",
+        "lower",
+        "[0, 1]",
+        "l1 after asking for the class that the image has",
+        ("counterfactual", "cycles"),
+    ),
+    Metric("composition_10", "lower", "[0, 1]", "l1 after asking so ten times in a row", ("counterfactual", "cycles")),
+    Metric(
+        "reversibility_l1",
+        "lower",
+        "[0, 1]",
+        "l1 between the image and the edit of its edit back to the first class, of what was flipped",
+        ("counterfactual", "cycles"),
+    ),
+    Metric(
+        "reversibility",
+        "higher",
+        "[0, 1]",
+        "share of flipped images that are decided as at first after going back",
+        ("counterfactual", "cycles"),
+    ),
+    Metric(
+        "sigma_l",
+        "neither",
+        "[0, 4]",
+        "lpips_f (lpips where it is there) between edits with other random numbers; 0 for methods without any",
+        ("counterfactual", "diversity"),
+    ),
+    Metric(
+        "sanity_head",
+        "higher",
+        "[0, 2]",
+        "1 - rank correlation of the explanation with that for a random last layer; near 0 it ignores the classifier, "
+        "or has learned it by heart",
+        ("explanation", "sanity"),
+    ),
+    Metric("sanity_all", "higher", "[0, 2]", "as sanity_head, all layers random", ("explanation", "sanity")),
     # --- curves ---
     Metric(
         "cout",
@@ -232,6 +409,7 @@ METRICS: tuple[Metric, ...] = (
         "[-1, 1]",
         "do the few most-changed pixels carry the decision? exact areas",
         ("counterfactual", "curves"),
+        published="correct",
     ),
     Metric(
         "ins_auc",
@@ -258,6 +436,13 @@ METRICS: tuple[Metric, ...] = (
         "[0, 1]",
         "share of |image - counterfactual| inside the mask",
         ("counterfactual", "mask"),
+    ),
+    Metric(
+        "mask_mass_edit",
+        "higher",
+        "[0, 1]",
+        "share of |rendering - counterfactual| inside the mask",
+        ("counterfactual", "reconstruction", "mask"),
     ),
     Metric(
         "mask_mass_attribution",
@@ -291,6 +476,19 @@ METRICS: tuple[Metric, ...] = (
         ("counterfactual", "truth"),
         "l1 truth",
     ),
+    # --- cost (10) ---
+    Metric(
+        "s_per_image",
+        "lower",
+        "s",
+        "median over batches of one explanation, reading and measuring excluded",
+        _ALWAYS,
+        "s/image",
+    ),
+    Metric("s_per_image_p95", "lower", "s", "95th percentile over batches", _ALWAYS),
+    Metric("classifier_forwards", "lower", "[0, inf)", "pictures shown to the classifier per image", _ALWAYS, "calls"),
+    Metric("classifier_backwards", "lower", "[0, inf)", "gradients taken through the classifier per image", _ALWAYS),
+    Metric("peak_memory", "lower", "MiB", "largest memory of an explained batch on the GPU", ("explanation", "cuda")),
 )
 
 

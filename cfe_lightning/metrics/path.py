@@ -26,10 +26,15 @@ def monotone(q: Tensor) -> Tensor:
 
 
 def rank_correlation(k: Tensor, q: Tensor) -> Tensor:
-    """Spearman's correlation of position and probability, ties by their mean rank; 0 where one is constant, [B]."""
-    one, other = (_centred(_ranks(values)) for values in (k, q))
-    norm = one.norm(dim=1) * other.norm(dim=1)
-    return torch.where(norm > 0, (one * other).sum(dim=1) / norm.clamp_min(1e-12), 0.0).float()
+    """Spearman's correlation of rows [B, T], ties by their mean rank; 0 where one is constant, [B] in [-1, 1]."""
+    return (standardised_ranks(k) * standardised_ranks(q)).sum(dim=1).float()
+
+
+def standardised_ranks(values: Tensor) -> Tensor:
+    """Ranks within every row [B, T], ties by their mean, of mean 0 and length 1; zeros where a row is constant."""
+    centred = _centred(_ranks(values))
+    norm = centred.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, centred / norm.clamp_min(1e-12), 0.0)
 
 
 def regress(q: Tensor) -> Tensor:
@@ -73,9 +78,10 @@ def resampled(k: Tensor, q: Tensor, points: int = RESAMPLED) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks within every row [B, T], equal values share their mean."""
-    below = (values[:, :, None] > values[:, None]).sum(dim=2)
-    equal = (values[:, :, None] == values[:, None]).sum(dim=2)
-    return below.double() + (equal.double() - 1) / 2
+    ordered = values.sort(dim=1).values
+    below = torch.searchsorted(ordered, values.contiguous())
+    up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + up_to - 1).double() / 2
 
 
 def _centred(values: Tensor) -> Tensor:

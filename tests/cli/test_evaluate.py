@@ -12,10 +12,11 @@ from toy import FixedToyExplainer, ToyData, save_checkpoint, toy_checkpoint, toy
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import evaluate
+from cfe_lightning.evaluation_store import EvaluationStore
 from cfe_lightning.images import save_image
 
 FILES = [
-    *("curves.npz", "differences.csv", "groups.csv", "metrics.json", "per_image.csv"),
+    *("curves.npz", "differences.csv", "gallery.html", "groups.csv", "metrics.json", "per_image.csv"),
     *("report.html", "table.csv", "table.md"),
 ]
 
@@ -101,7 +102,12 @@ def test_same_command_gives_the_same_files(checkpoint: Path, config: Path, tmp_p
     for name in ("a", "b"):
         run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / name, "--baselines", "random")
     first, second = (
-        {key: value for row in table(tmp_path / name).values() for key, value in row.items() if key[:7] != "seconds"}
+        {
+            key: value
+            for row in table(tmp_path / name).values()
+            for key, value in row.items()
+            if key[:11] != "s_per_image"
+        }
         for name in ("a", "b")
     )
     assert first == second
@@ -238,7 +244,7 @@ def test_interrupt_says_so(
 
     monkeypatch.setattr(FrozenClassifier, "forward", interrupted)
     assert run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / "out") == 130
-    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert "interrupted: what is measured is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -270,4 +276,81 @@ def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.Capt
         for alias in node.names
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy == {"cfe_lightning.cli.arguments", "cfe_lightning.environment"}
+    assert heavy == {"cfe_lightning.cli.arguments", "cfe_lightning.cli.bench", "cfe_lightning.environment"}
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_files(
+    checkpoint: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        config,
+        "--baselines",
+        "random",
+        "--batch-size",
+        3,
+        "--iso",
+        "0.9",
+    )
+    assert run(*arguments, "--output", tmp_path / "whole") == 0
+    add, calls = EvaluationStore.add, []
+
+    def killing(self: EvaluationStore, state: dict[str, object]) -> None:
+        add(self, state)
+        calls.append(state["names"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationStore, "add", killing)
+    assert run(*arguments, "--output", tmp_path / "killed") == 130
+    assert "the same command again does the rest" in capsys.readouterr().err
+    assert not (tmp_path / "killed/table.csv").exists()
+    # Another question is not answered with what is kept.
+    assert run(*arguments, "--output", tmp_path / "killed", "--seed", 5) == 0
+    assert len(calls) == 6
+    assert run(*arguments, "--output", tmp_path / "killed") == 0
+    assert len(calls) == 8
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == FILES
+    for name in ("per_image.csv", "groups.csv", "gallery.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    whole, killed = (
+        {key: cell for row in table(tmp_path / name).values() for key, cell in row.items() if key[:11] != "s_per_image"}
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_extras_are_measured_and_wrong_ones_are_one_sentence(
+    checkpoint: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for index, sample in enumerate(ToyData(num_images=6).dataset("test")):  # type: ignore[arg-type]
+        save_image(sample["image"], tmp_path / f"held_out/{index}.png")
+    (tmp_path / "held_out/broken.png").write_bytes(b"no picture")
+    arguments = ("--checkpoint", checkpoint, "--data", config, "--output", out)
+    more = ("--cycles", "--diversity", 2, "--sanity", "--protocol", "ace", "--fid-reference", tmp_path / "held_out")
+    assert run(*arguments, *more, "--gallery", 0) == 0
+    row = table(out)["toy_run"]
+    for key in ("composition_10", "reversibility", "sanity_all", "fid_f", "classifier_forwards"):
+        assert row[key], key
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["protocol"] == "ace"
+    assert content["rows"][0]["metrics"]["fid_f"]["population"] == "flipped"
+    assert content["rows"][0]["metrics"]["lpips"]["reason"].startswith("needs a backbone: --weights lpips=FILE")
+    # The toy classifier has no layers that can be watched.
+    assert content["rows"][0]["metrics"]["sigma_l"]["reason"] == "this explainer gives nothing to measure it on"
+    assert not (out / "gallery.html").exists()
+    (tmp_path / "nothing").mkdir()
+    for wrong, sentence in (
+        (("--weights", f"lpips={tmp_path / 'gone.pt'}"), "There is no"),
+        (("--weights", f"vgg={checkpoint}"), "vgg"),
+        (("--fid-reference", tmp_path / "nothing"), "There is no readable image below"),
+        (("--attributes", tmp_path / "gone.csv", "--asked", "smile"), "There is no table of attributes"),
+    ):
+        capsys.readouterr()
+        assert run(*arguments, *wrong) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert sentence in error

@@ -3,6 +3,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,9 @@ def table(out: Path) -> dict[str, dict[str, str]]:
 def content(out: Path) -> dict[str, Any]:
     """Everything a run leaves behind, apart from seconds and the page that repeats it."""
     found: dict[str, Any] = {
-        str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "images").rglob("*")) if path.is_file()
+        str(path.relative_to(out)): path.read_bytes()
+        for path in [*sorted((out / "images").rglob("*")), *(out / "global").glob("*"), out / "global.json"]
+        if path.is_file()
     }
     rows = table(out)
     for row in rows.values():
@@ -99,7 +102,7 @@ def test_a_folder_is_explained(checkpoint: Path, photos: Path, tmp_path: Path, c
     out = tmp_path / "out"
     assert run(checkpoint, photos, out) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        *("images", "manifest.csv", "manifest.jsonl", "report.html", "summary.json"),
+        *("global", "global.json", "images", "manifest.csv", "manifest.jsonl", "report.html", "summary.json"),
     ]
     rows = table(out)
     assert list(rows) == ["a/0.png", "a/2.png", "a/4.png", "a/6.png", "b/1.png", "b/3.png", "b/5.png"]
@@ -110,6 +113,12 @@ def test_a_folder_is_explained(checkpoint: Path, photos: Path, tmp_path: Path, c
         for key in ("image", "counterfactual", "difference", "attribution", "steps", "part_distinct"):
             assert (out / row[key]).is_file()
         assert torch.equal(images.read_image(out / row["image"], 3), images.saved(images.read_image(photos / name, 3)))
+        assert 0 < float(row["changed_area"]) <= 1
+        assert row["sentence"].endswith(".")
+        assert f"moved '{row['target']}' from " in row["sentence"]
+        assert {*row["survives"].split(), *row["lost_under"].split()} <= {"jpeg90", "blur1", "down_up"}
+    view = json.loads((out / "global.json").read_text())
+    assert sum(pair["num_used"] for pair in view["pairs"]) == 7
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["n_planned"], summary["n_done"], summary["n_failed"]) == (7, 7, 0)
     assert summary["flip_rate"]["value"] == 1.0
@@ -316,8 +325,13 @@ def test_a_baseline_explains_a_folder(classifier: Path, photos: Path, tmp_path: 
         assert row["status"] == "ok"
         assert row["flipped"] == row["counterfactual"] == ""
         assert (tmp_path / "out" / row["attribution"]).is_file()
+        assert row["changed_area"] == row["where"] == row["survives"] == ""
+        assert "attribution" in row["sentence"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "integrated_gradients explanations, 7 images" in page
+    # Without counterfactuals there is nothing to say of the whole folder.
+    assert "Over the whole folder" not in page
+    assert not (tmp_path / "out" / "global.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -532,7 +546,8 @@ def explain_hostile_folder(checkpoint: Path, folder: Path, num_files: int) -> di
     assert len(table(out)) == len(rows)
     page = (out / "report.html").read_text()
     assert "<script>alert" not in page
-    assert "<img" not in page
+    # Pictures of the global view are ours; those of names are none.
+    assert set(re.findall(r"<img (.{10})", page)) <= {'src="data:', 'src="globa', 'src="image'}
     return {name: rows[name]["error"] for name in bad}
 
 

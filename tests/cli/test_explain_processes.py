@@ -74,7 +74,7 @@ def whole(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[s
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        *("images", "manifest.csv", "manifest.jsonl", "report.html", "summary.json"),
+        *("global", "global.json", "images", "manifest.csv", "manifest.jsonl", "report.html", "summary.json"),
     ]
     return content(out)
 

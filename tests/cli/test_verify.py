@@ -156,3 +156,13 @@ def test_a_new_run_removes_what_was_found(out: Path, explained: Path) -> None:
     arguments = [*where, "--trusted", "toy", "--accelerator", "cpu", "--overwrite"]
     assert explain.main(arguments) == explain.FAILED_ROWS
     assert not (out / "verification.json").exists()
+
+
+def test_another_changed_area_is_found_and_rows_without_one_are_confirmed(out: Path) -> None:
+    edit(out, "3.png", changed_area=0.5)
+    edit(out, "4.png", changed_area=None)
+    assert verify(out) == explain.FAILED_ROWS
+    assert list(problems(out)) == ["3.png"]
+    (problem,) = problems(out)["3.png"]
+    assert problem.startswith("its changed area is ")
+    assert problem.endswith(", not 0.5")

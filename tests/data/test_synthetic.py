@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -253,11 +254,88 @@ class TestShortcut:
         data = shapes(cue="lesion", shortcut=1.0)
         assert (data[0]["image"] - data[0]["counterfactual"])[:, :6, :6].abs().max() == 0
 
+    def test_images_are_what_they_always_were(self) -> None:
+        digest = hashlib.sha256()
+        for cue in CUES:
+            for shortcut in (None, 0.0, 0.9):
+                sample = shapes(cue=cue, shortcut=shortcut, num_classes=3)[4]
+                for key in ("image", "counterfactual"):
+                    # Rounded: another processor may differ in the last bit.
+                    digest.update((sample[key] * 1000).round().to(torch.int32).numpy().tobytes())
+        assert digest.hexdigest()[:16] == "ca5325425310e69d"
+
     def test_a_mark_is_small_and_bright(self) -> None:
         data, plain = shapes(shortcut=1.0, image_size=64), shapes(image_size=64)
         mark = data[0]["image"] - plain[0]["image"]
         assert mark.max() == pytest.approx(0.6, abs=1e-6)
         assert (mark.amax(dim=0) > 0).float().mean() < 0.01
+
+    @pytest.mark.parametrize("num_classes", [2, 4])
+    @pytest.mark.parametrize("cue", CUES)
+    def test_moving_the_mark_moves_nothing_else(self, num_classes: int, cue: Any) -> None:
+        data = shapes(cue=cue, num_classes=num_classes, shortcut=0.5)
+        for index in range(6):
+            sample, label = data[index], int(data.labels[index])
+            here = data.mark_corner(index)
+            assert torch.equal(data.render(index, label, here), sample["image"])
+            for corner in set(range(num_classes)) - {here}:
+                moved = data.render(index, label, corner)
+                places = torch.zeros(1, 32, 32)
+                for k in (here, corner):
+                    places[0][data._patch(k)] = 1
+                assert torch.equal((moved - sample["image"]) * (1 - places), torch.zeros_like(moved))
+                # Everything in the two squares is lifted by the mark or lowered by its absence, the noise kept.
+                lifted = (moved - sample["image"]).mean(dim=0)
+                assert torch.allclose(lifted[data._patch(corner)], torch.full((3, 3), 0.6), atol=1e-6)
+                assert torch.allclose(lifted[data._patch(here)], torch.full((3, 3), -0.6), atol=1e-6)
+
+    @pytest.mark.parametrize("num_classes", [2, 3, 4])
+    def test_mark_is_where_marks_can_sit(self, num_classes: int) -> None:
+        data = shapes(num_classes=num_classes, shortcut=0.5, image_size=64)
+        plain = shapes(num_classes=num_classes, image_size=64)
+        assert "mark" not in plain[0]
+        mark = data[0]["mark"]
+        assert mark.shape == (1, 64, 64)
+        assert mark.sum() == num_classes * 6**2
+        seen = torch.zeros(64, 64)
+        for index in range(40):
+            assert torch.equal(data[index]["mark"], mark)
+            seen += (data[index]["image"] - plain[index]["image"]).abs().amax(dim=0)
+        assert ((seen > 0) & (mark[0] == 0)).sum() == 0
+        assert all(seen[data._patch(corner)].max() > 0 for corner in range(num_classes))
+
+    def test_no_mark_can_be_moved_where_there_is_none(self) -> None:
+        with pytest.raises(ValueError, match="have no mark to put into corner 1: set shortcut from 0 to 1"):
+            shapes().render(0, 0, 1)
+        with pytest.raises(ValueError, match="have no mark: set shortcut"):
+            shapes().mark_corner(0)
+        with pytest.raises(ValueError, match="corner is the number of one of 2 classes, got 2"):
+            shapes(shortcut=0.5).render(0, 0, 2)
+
+
+class TestWrongCues:
+    @pytest.mark.parametrize("num_classes", [2, 3])
+    def test_so_many_images_show_the_cue_of_another_class(self, num_classes: int) -> None:
+        options: Any = {"num_classes": num_classes, "num_test": 400, "shortcut": 0.9}
+        wrong, right = shapes(cue_agreement=0.8, **options), shapes(**options)
+        shown = torch.tensor([wrong._shown(index, int(wrong.labels[index])) for index in range(400)])
+        assert torch.equal(wrong.labels, right.labels)
+        assert (shown == wrong.labels).float().mean() == pytest.approx(0.8, abs=0.06)
+        assert len(shown[shown != wrong.labels].unique()) == num_classes
+        for index in range(20):
+            cue = int(shown[index])
+            assert torch.equal(wrong[index]["image"], right.render(index, cue))
+            assert torch.equal(wrong[index]["counterfactual"], right.render(index, (cue + 1) % num_classes))
+            assert wrong[index]["label"] == right[index]["label"]
+            assert wrong.mark_corner(index) == right.mark_corner(index)
+
+    def test_they_are_unrelated_to_the_scene(self) -> None:
+        data = shapes(cue_agreement=0.5, num_test=600, shortcut=0.5)
+        wrong = torch.tensor([data._shown(index, 0) for index in range(600)]).float()
+        corner = torch.tensor([data.mark_corner(index) for index in range(600)]).float()
+        side = torch.tensor([float(data._scene(index, 0).across[0, 0]) for index in range(600)])
+        for other in (corner, side, data.labels.float()):
+            assert abs(float(torch.corrcoef(torch.stack([wrong, other]))[0, 1])) < 0.13
 
 
 class TestRefusals:
@@ -272,6 +350,7 @@ class TestRefusals:
             ({"image_size": 257}, "28 to 256 pixels, got image_size=257"),
             ({"cue_size": 2.0}, "cue_size must be from 0.5 to 1.6, got 2.0"),
             ({"shortcut": 1.5}, "shortcut is a probability from 0 to 1, or null for no mark, got 1.5"),
+            ({"cue_agreement": 1.01}, "cue_agreement is a probability from 0 to 1, got 1.01"),
             ({"lesion_place": "left"}, "lesion_place must be one of landmark, anywhere, got 'left'"),
             ({"num_val": 0}, "num_val must be at least 1, got 0"),
             ({"channels": 2}, r"channels must be 1 (grey) or 3 (RGB), got 2"),

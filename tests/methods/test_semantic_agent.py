@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfe_lightning.losses import kl_between_logits
 from cfe_lightning.methods.semantic_agent import (
     METRICS,
     StepMetric,
@@ -148,6 +149,16 @@ def test_agreement_of_two_classes_counts_class_one_as_positive() -> None:
     assert values["f1"].item() == pytest.approx(2 / 3)
     # Pairs (positive, negative): (1, -2), (1, .5), (2, -2), (2, .5) right, (-1, -2) right, (-1, .5) wrong.
     assert values["auc"].item() == pytest.approx(5 / 6)
+
+
+def test_agreement_of_the_document() -> None:
+    """The check of evaluation, section 9.5."""
+    wanted, said = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log(), torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log()
+    values = agreement(said, wanted)
+    assert values["accuracy"].item() == 1
+    assert values["kl"].item() == pytest.approx(0.064103, abs=1e-6)
+    single = [kl_between_logits(wanted[i : i + 1], said[i : i + 1]).item() for i in range(2)]
+    assert single == pytest.approx([0.036690, 0.091516], abs=1e-6)
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])

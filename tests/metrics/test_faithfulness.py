@@ -130,6 +130,26 @@ def test_cout_of_a_linear_head() -> None:
     assert float(score) == pytest.approx(-0.1625, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("replaced", "target", "expected"),
+    [
+        ([0, 0.25, 0.5, 0.75, 1], [0, 0.25, 0.45, 0.60, 0.75], (0.41875, 0.58125)),
+        ([0, 0.3, 0.6, 0.9, 1], [0, 0.2, 0.6, 0.9, 1], (0.47, 0.53)),
+    ],
+)
+def test_areas_of_the_curves_of_cout(replaced: list[float], target: list[float], expected: tuple[float, float]) -> None:
+    curve, positions = torch.tensor(target), torch.tensor(replaced)
+    areas = faithfulness.area(torch.stack([curve, 1 - curve]), positions)
+    assert areas.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("side", "width"), [(128, 1.018), (28, 1.014)])
+def test_the_published_blocks_are_wider_than_the_image(side: int, width: float) -> None:
+    cuts = faithfulness.cut_points(side**2, 50)
+    assert cuts[-1] == side**2
+    assert (len(cuts) - 1) * cuts[1] / side**2 == pytest.approx(width, abs=5e-4)
+
+
 @pytest.mark.parametrize(("first_block", "expected"), [(1, 0.98), (50, -0.98)])
 def test_cout_of_a_jump(first_block: int, expected: float) -> None:
     image, other = picture(*[0.0] * 50), picture(*[1.0] * 50)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from cfe_lightning.metrics.reconstruction import PSNR_CAP, psnr, ssim
 
@@ -11,6 +12,10 @@ def test_psnr_is_per_image_not_pooled() -> None:
     errors = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1) * 2
     ratios = psnr(image, image + errors)
     torch.testing.assert_close(ratios, torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    assert float(ratios.mean()) == pytest.approx(30, abs=1e-3)
+    # What the library says of the batch as one picture is another number.
+    pooled = peak_signal_noise_ratio(image / 2 + 0.5 + errors / 2, image / 2 + 0.5, data_range=1.0)
+    assert float(pooled) == pytest.approx(22.967, abs=1e-3)
 
 
 def test_identical_images_are_capped() -> None:
