@@ -19,7 +19,7 @@ from cfe_lightning.evaluation_gallery import Gallery
 from cfe_lightning.evaluation_store import EvaluationStore
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.metrics.agreement import rank_agreement
-from cfe_lightning.metrics.repetition import change_or_attribution
+from cfe_lightning.metrics.pointing import pointed_at
 from cfe_lightning.metrics.statistics import skipped
 from cfe_lightning.tally import Measures, Tally
 from cfe_lightning.tally_summary import Row, summarise_tally
@@ -114,7 +114,7 @@ def evaluate(
             if gallery is not None and places:
                 _show(gallery, name, tally, moved, explanation, places)
             if explanation is not None:
-                maps[name] = change_or_attribution(explanation)
+                maps[name] = pointed_at(explanation)
         agreement.add(maps)
         image_names += list(batch["name"])
         labels.append(batch["label"].cpu())

@@ -29,6 +29,7 @@ from cfe_lightning.metrics import repetition as again
 from cfe_lightning.metrics.catalogue import METRICS, Metric, Need, iso_key, iso_metrics
 from cfe_lightning.metrics.equal_strength import smallest_edit
 from cfe_lightning.metrics.identity import verified
+from cfe_lightning.metrics.pointing import pointed_at
 from cfe_lightning.metrics.robustness import survives
 
 _log = logging.getLogger(__name__)
@@ -470,7 +471,7 @@ class Tally:
                 edits.append(other.clamp(-1, 1))
             self._keep(sigma_l=again.diversity(edits, distance))
         if self.measures.sanity:
-            pointed = again.change_or_attribution(explanation)
+            pointed = pointed_at(explanation)
             for part in ("head", "all"):
                 if part not in self._forgetful:
                     self._forgetful[part] = again.forgetful(self.explainer, part)
@@ -478,7 +479,7 @@ class Tally:
                 if twin is not None:
                     self.available.add("sanity")
                     torch.manual_seed(_seed_of(names))
-                    other = again.change_or_attribution(twin.explain(image, target))
+                    other = pointed_at(twin.explain(image, target))
                     self._keep(**{f"sanity_{part}": again.sensitivity(pointed, other)})
 
     def _distance(self, one: Tensor, other: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explainer, Explanation, decides_for
-from cfe_lightning.metrics.counterfactual import change_map, l1
+from cfe_lightning.explanation import Explainer, decides_for
+from cfe_lightning.metrics.counterfactual import l1
 from cfe_lightning.metrics.path import rank_correlation
 
 #: How often "change nothing" is asked in a row (9.2).
@@ -72,13 +72,6 @@ def diversity(edits: Sequence[Tensor], distance: Callable[[Tensor, Tensor], Tens
 def sensitivity(one: Tensor, other: Tensor) -> Tensor:
     """1 - rank correlation of two maps [B, 1, H, W]: 0 where the same places matter, [B] in [0, 2] (9.7)."""
     return 1 - rank_correlation(one.flatten(1).double(), other.flatten(1).double())
-
-
-def change_or_attribution(explanation: Explanation) -> Tensor:
-    """Where an explanation points: |edit - image| where it makes edits, else its attribution, [B, 1, H, W]."""
-    if explanation.counterfactual is None:
-        return explanation.attribution
-    return change_map(explanation.image, explanation.counterfactual.clamp(-1, 1))
 
 
 def forgetful(explainer: Explainer, part: str, seed: int = 0) -> Explainer | None:

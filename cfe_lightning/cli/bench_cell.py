@@ -1,0 +1,291 @@
+"""One cell of the known-cause bench: its classifier, its explainers and their numbers, each made once and kept."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cfe_lightning.cli import run_folder, train
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfe_lightning.classifier import FrozenClassifier
+    from cfe_lightning.data.synthetic import Cue, SyntheticShapes
+    from cfe_lightning.explanation import Explainer
+    from cfe_lightning.known_cause import Bench, Cell, MarkUse
+
+#: What every cell's classifier is trained by.
+CLASSIFIER = "classifier_synthetic.yaml"
+_INTERRUPTED = 130
+#: Training images per config at budget 1: enough for shapes to be learned, minutes instead of hours for all cells.
+_SHARE = 1 / 3
+_NUM_VAL = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A config of a method, as far as the bench needs it."""
+
+    name: str
+    config: Path
+    class_path: str
+    arguments: dict[str, Any]
+    needs_training: bool
+    autoencoder: Path | None  # the config of what it stands on
+
+
+class BenchCell:
+    """The work on one cell: everything is done once and kept in ``<output>/cells/<cell>``."""
+
+    def __init__(self, cell: Cell, options: argparse.Namespace, device: torch.device, title: str) -> None:
+        self.cell = cell
+        self.options = options
+        self.device = device
+        self.title = title
+        self.folder: Path = options.output / "cells" / cell.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shapes = shapes_of(cell, options)
+        self.batch = self._batch()
+        self.classifier = self._trained_classifier()
+
+    def use(self) -> MarkUse:
+        """What moving the mark does to the classifier."""
+        import torch
+
+        from cfe_lightning.known_cause import mark_use
+
+        data = self.shapes.dataset("test")
+        moved = [data.render(index, int(data.labels[index]), 1 - data.mark_corner(index)) for index in range(len(data))]
+        images = (self.batch["image"], torch.stack(moved).to(self.device))
+        found = mark_use(self.cell, self.classifier, *images, self.batch["label"])
+        self._say(
+            f"accuracy {found.correct.double().mean():.3f}, use of the mark {found.probability.mean():.3f} "
+            f"({found.verdict})"
+        )
+        return found
+
+    def measure(self, name: str, configs: Sequence[Path | None], build: Callable[[], Explainer], bench: Bench) -> None:
+        """Adds one explainer's numbers to the bench, from its file or by explaining the test images."""
+        import torch
+
+        texts = [config.read_text(encoding="utf-8") for config in configs if config is not None]
+        digest = _digest(name, texts, self.classifier.fingerprint(), self.options.limit, *self._training_settings())
+        path = self.folder / f"{name}.json"
+        kept = _read(path)
+        key = (self.cell.name, name)
+        if kept.get("settings") != digest:
+            try:
+                values, seconds = self._explain(name, build())
+            except ValueError as error:
+                # Not kept: the next run tries again.
+                bench.failures[key] = " ".join(str(error).split())
+                self._say(f"{name} is left out: {bench.failures[key]}")
+                return
+            rows = {k: [None if math.isnan(one) else one for one in v.tolist()] for k, v in values.items()}
+            kept = {"settings": digest, "seconds_per_image": seconds, "values": rows}
+            _write(path, kept)
+        bench.values[key] = {
+            k: torch.tensor([math.nan if one is None else one for one in v]) for k, v in kept["values"].items()
+        }
+
+    def _explain(self, name: str, explainer: Explainer) -> tuple[dict[str, torch.Tensor], float]:
+        import torch
+
+        from cfe_lightning import known_cause, known_cause_report
+
+        torch.manual_seed(self.options.seed)
+        started, found = time.perf_counter(), []
+        size = self.options.batch_size
+        for start in range(0, len(self.batch["label"]), size):
+            part = {key: value[start : start + size] for key, value in self.batch.items()}
+            found.append(known_cause.measure(explainer, part)[1])
+        seconds = time.perf_counter() - started
+        values = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+        explanation, _ = known_cause.measure(explainer, self._first())
+        known_cause_report.draw(explanation, self.folder / f"{name}.png")
+        self._say(f"{name} explained in {seconds:.1f} s, alarm {values['alarm'].nanmean():.2f}")
+        return values, seconds / len(self.batch["label"])
+
+    def method(self, method: Method) -> Explainer:
+        """A method for this cell's classifier, trained unless it learns nothing."""
+        from cfe_lightning.explainer import load_explainer
+        from cfe_lightning.untrained import build_untrained
+
+        if not method.needs_training:
+            module = method.class_path.split(".")[-2]
+            return build_untrained(module, self.classifier, method.arguments).to(self.device)
+        overrides = ["--model.classifier.init_args.path", str(self.folder / "classifier.pt")]
+        if method.autoencoder is not None:
+            base = self._train("autoencoder", method.autoencoder, ())
+            overrides += ["--model.autoencoder", str(base / "best.ckpt")]
+        run = self._train(method.name, method.config, overrides, self.classifier.fingerprint())
+        return load_explainer(run / "best.ckpt").to(self.device)
+
+    def baseline(self, name: str) -> Explainer:
+        """A baseline for this cell's classifier."""
+        from cfe_lightning.baselines import build_baseline
+
+        return build_baseline(name, self.classifier, self.options.seed)
+
+    def _trained_classifier(self) -> FrozenClassifier:
+        from cfe_lightning.classifier import load_classifier
+
+        (config,) = run_folder.find_configs([CLASSIFIER])
+        path = self.folder / "classifier.pt"
+        # One that averages its last map, which some methods need.
+        self._train("classifier", config, ["--model.architecture", "pooled", "--model.output", str(path)])
+        return load_classifier(str(path)).to(self.device)
+
+    def _train(self, name: str, config: Path, overrides: Sequence[str], explained: str = "") -> Path:
+        """Trains into ``<cell>/runs/<name>`` unless that is done with these settings, and returns the folder.
+
+        Args:
+            name: Of the run.
+            config: What is trained.
+            overrides: Of the config, besides the cell's data.
+            explained: Fingerprint of the classifier that is explained, if any: another one needs another training.
+
+        Raises:
+            ValueError: If it cannot be trained.
+        """
+        run = self.folder / "runs" / name
+        # Wherever the folder lies.
+        told = [override.replace(str(self.folder), "") for override in overrides]
+        digest = _digest(config.read_text(encoding="utf-8"), told, explained, *self._training_settings())
+        done = run / "trained.json"
+        if _read(done).get("settings") == digest:
+            return run
+        # Before anything else: a run that is stopped half way must not look like the one that was there.
+        done.unlink(missing_ok=True)
+        started = time.perf_counter()
+        arguments = ["--config", str(config), "--run", name, "--output", str(run.parent), "--overwrite"]
+        arguments += ["--skip-classifier-check", *overrides, *self._data_overrides(config)]
+        with _quiet_training() as spoken:
+            code = train.main(arguments)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        if code != 0:
+            reason = spoken.getvalue().strip().rpartition("error: ")[2]
+            raise ValueError(f"{name} of {self.cell.name} could not be trained: {reason}")
+        seconds = time.perf_counter() - started
+        _write(done, {"settings": digest, "seconds": seconds})
+        self._say(f"{name} trained in {seconds:.0f} s")
+        return run
+
+    def _data_overrides(self, config: Path) -> list[str]:
+        """The cell's training data, and one epoch of a share of all images that the config would show."""
+        content = load_config(config)
+        data, trainer = content["data"].get("init_args", {}), content.get("trainer", {})
+        shown = data.get("num_train", 4000) * trainer.get("max_epochs", 1)
+        num_train = max(round(shown * _SHARE * self.options.budget), data.get("batch_size", 32))
+        cell = self.cell
+        given: dict[str, Any] = {
+            "data.cue": cell.cue,
+            "data.cue_size": cell.cue_size,
+            "data.shortcut": cell.shortcut(),
+            "data.cue_agreement": self.options.cue_agreement,
+            "data.seed": self.options.seed,
+            "data.num_train": num_train,
+            "data.num_val": _NUM_VAL,
+            "seed_everything": self.options.seed,
+            "trainer.max_epochs": 1,
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "trainer.accelerator": {"cuda": "gpu"}.get(self.device.type, self.device.type),
+        }
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+    def _training_settings(self) -> list[Any]:
+        options = self.options
+        return [self.cell.name, options.budget, options.seed, options.cue_agreement, _SHARE, _NUM_VAL]
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """All test images of the cell, and the picture of their right answer."""
+        import torch
+
+        from cfe_lightning import known_cause_report
+
+        data = self.shapes.dataset("test")
+        samples = [data[index] for index in range(len(data))]
+        batch = {key: torch.stack([s[key] for s in samples]) for key in ("image", "mask", "mark", "counterfactual")}
+        first = {key: value[:2] for key, value in batch.items()}
+        known_cause_report.draw_truth(first["image"], first["counterfactual"], self.folder / "truth.png")
+        batch["label"] = data.labels.clone()
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _first(self) -> dict[str, torch.Tensor]:
+        """One image of each class, to be shown."""
+        return {key: value[:2] for key, value in self.batch.items()}
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"{self.title}: {text}\n")
+
+
+def shapes_of(cell: Cell, options: argparse.Namespace, cue_agreement: float = 1.0) -> SyntheticShapes:
+    """The test images of a cell: their cues are right and their marks tell nothing, so that cells can be compared."""
+    from cfe_lightning.data.synthetic import SyntheticShapes
+
+    return SyntheticShapes(
+        cue=cast("Cue", cell.cue),
+        cue_size=cell.cue_size,
+        shortcut=0.5,
+        cue_agreement=cue_agreement,
+        num_test=options.limit,
+        seed=options.seed,
+    )
+
+
+def load_config(config: Path) -> dict[str, Any]:
+    """A config as plain data."""
+    import yaml
+
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _quiet_training() -> Iterator[io.StringIO]:
+    """Keeps what trainings say; dozens of them would bury our own lines."""
+    spoken = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "cfe_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(spoken), contextlib.redirect_stdout(spoken):
+            yield spoken
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _digest(*settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was kept; nothing where there is no file, or a broken one."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,186 @@
+"""``cfe-evaluate --bench`` as a user runs it: files, nothing done twice, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from cfe_lightning.cli import bench, bench_cell, evaluate, train
+from cfe_lightning.cli.bench import _method
+from cfe_lightning.known_cause import Cell
+from cfe_lightning.methods.steerable_lens import SteerableLens
+
+SMALL = ("--cues", "lesion", "--cue-sizes", "1.4", "--shortcuts", "0,1", "--budget", "0.03", "--limit", "4")
+
+
+def run(*arguments: object) -> int:
+    return evaluate.main(["--bench", "synthetic", "--device", "cpu", *map(str, arguments)])
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (folder / "known_cause.csv").open(newline="") as stream:
+        return {(row["cell"], row["explainer"]): row for row in csv.DictReader(stream)}
+
+
+def test_files_and_nothing_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*SMALL, "--output", tmp_path, "--methods", "steerable_lens", "--baselines", "random")
+    assert run(*arguments) == 0
+    printed = capsys.readouterr()
+    assert "| steerable_lens" in printed.out
+    assert f"written to {tmp_path}" in printed.out
+    assert "[2/2] lesion_1.4_p1: classifier trained in" in printed.err
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cells", "known_cause.csv", "known_cause.html", "known_cause.json", "known_cause.md"}
+    cell = tmp_path / "cells/lesion_1.4_p0"
+    assert {"classifier.pt", "random.json", "random.png", "steerable_lens.json", "truth.png"} < {
+        path.name for path in cell.iterdir()
+    }
+    found = rows(tmp_path)
+    assert list(found) == [(f"lesion_1.4_p{p}", name) for p in (0, 1) for name in ("steerable_lens", "random")]
+    assert float(found["lesion_1.4_p1", "steerable_lens"]["alarm"]) >= 0
+    assert float(found["lesion_1.4_p0", "random"]["alarm"]) == pytest.approx(1, abs=0.4)
+    content = json.loads((tmp_path / "known_cause.json").read_text())
+    assert (content["budget"], content["limit"], content["seed"]) == (0.03, 4, 0)
+    # A place of marks covers two squares of 3 x 3 pixels.
+    assert content["chance"] == pytest.approx(18 / 1024)
+    page = (tmp_path / "known_cause.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+
+    # Again: neither training nor explaining, and the same numbers.
+    def refuse(*_: Any) -> int:
+        raise AssertionError("this was done before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", refuse)
+        patch.setattr(SteerableLens, "explain", refuse)
+        assert run(*arguments) == 0
+        assert "explained" not in capsys.readouterr().err
+        assert rows(tmp_path) == found
+        # Another number of images is measured anew, with the classifiers that are there.
+        patch.undo()
+        patch.setattr(train, "main", refuse)
+        assert run(*arguments, "--limit", "6") == 0
+    assert rows(tmp_path)["lesion_1.4_p0", "random"]["n"] == "6"
+
+    # Another seed has nothing in common with what is there.
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", refuse)
+        with pytest.raises(AssertionError, match="this was done before"):
+            run(*arguments, "--seed", "1")
+
+
+def test_an_interrupted_training_is_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*SMALL, "--output", tmp_path, "--methods", "", "--baselines", "random")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda _: 130)
+        assert run(*arguments) == 130
+    said = capsys.readouterr().err
+    assert said.strip() == (
+        f"interrupted: what is finished is kept in {tmp_path}, the same command again does the rest"
+    )
+    assert not list(tmp_path.rglob("trained.json"))
+
+
+def test_a_method_that_cannot_be_trained_is_left_out_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train.main
+
+    def fails(arguments: list[str]) -> int:
+        if "dxai" not in arguments[arguments.index("--run") + 1]:
+            return real(arguments)
+        train.sys.stderr.write("much talk\nerror: the loss is not finite\n")
+        return 1
+
+    monkeypatch.setattr(train, "main", fails)
+    options = (*SMALL, "--shortcuts", "0", "--output", tmp_path, "--methods", "dxai", "--baselines", "random")
+    for _ in range(2):
+        assert run(*options) == 0
+        said = capsys.readouterr().err
+        assert "dxai is left out: dxai of lesion_1.4_p0 could not be trained: the loss is not finite\n" in said
+    assert rows(tmp_path)["lesion_1.4_p0", "dxai"]["failure"].endswith("the loss is not finite")
+    assert rows(tmp_path)["lesion_1.4_p0", "random"]["n"] == "4"
+
+
+def test_methods_are_found_by_config_or_module() -> None:
+    assert _method("mirror").config == _method("mirror_cfe").config
+    assert not _method("steerable_lens").needs_training
+    base = _method("diff_explainer").autoencoder
+    assert base is not None
+    assert base.name == "diffusion_autoencoder_synthetic.yaml"
+
+
+def test_budget_multiplies_what_a_config_asks_for(tmp_path: Path) -> None:
+    options = evaluate.parser().parse_args(["--bench", "synthetic", "--output", str(tmp_path), "--budget", "0.5"])
+    cell = object.__new__(bench_cell.BenchCell)
+    cell.cell, cell.options = Cell(cue="colour", cue_size=0.7, p=0.5), options
+    cell.device = torch.device("cuda")
+    words = cell._data_overrides(_method("mirror_cfe").config)
+    found = dict(zip(words[::2], words[1::2], strict=True))
+    # 1200 iterations of 32 images in the config.
+    assert found["--data.num_train"] == str(round(1200 * 32 / 3 * 0.5))
+    assert found["--data.shortcut"] == "0.75"
+    assert found["--data.cue_agreement"] == "0.95"
+    assert found["--trainer.accelerator"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cues", "lesion,shape"), "There is no cue 'shape': choose from lesion, colour, texture."),
+        (("--shortcuts", "0,1.5"), "--shortcuts are probabilities from 0 to 1, got 1.5."),
+        (("--cue-sizes", "3"), "cue_size must be from 0.5 to 1.6, got 3.0."),
+        (("--cue-agreement", "2"), "cue_agreement is a probability from 0 to 1, got 2.0."),
+        (("--budget", "0"), "--budget multiplies the length of trainings and must be above 0, got 0."),
+        (("--methods", "dxia"), "There is no method 'dxia' for the bench: choose from "),
+        (("--methods", "diffusion_autoencoder"), "There is no method 'diffusion_autoencoder' for the bench"),
+        (("--baselines", "nothing"), "There is no baseline 'nothing': choose from "),
+        (("--methods", ""), "There is nothing to measure: name at least one of --methods and --baselines."),
+        (("--limit", "1"), "at least one test image of each class: give --limit 2, not 1."),
+        (("--checkpoint", "best.ckpt"), "leave out --checkpoint and --data."),
+    ],
+)
+def test_one_sentence(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output", tmp_path / "out", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [bench, bench_cell])
+def test_help_loads_nothing_heavy(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    imported = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert heavy <= {"cfe_lightning.cli", "cfe_lightning.cli.bench_cell"}
+
+
+def test_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert "--bench keeps its trainings and results in a folder: add --output DIR." in capsys.readouterr().err
+
+
+def test_without_a_bench_checkpoints_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--data", "somewhere"]) == 2
+    expected = "There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench."
+    assert expected in capsys.readouterr().err
