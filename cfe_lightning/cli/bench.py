@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cfe_lightning.cli import run_folder
+from cfe_lightning.cli.arguments import INTERRUPTED
 from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, load_config, shapes_of
 
 if TYPE_CHECKING:
     import torch
 
     from cfe_lightning.known_cause import Cell
-
-_INTERRUPTED = 130
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +82,7 @@ def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequ
         sys.stderr.write(
             f"\ninterrupted: what is finished is kept in {options.output}, the same command again does the rest\n"
         )
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:

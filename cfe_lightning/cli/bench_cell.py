@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cfe_lightning.cli import run_folder, train
+from cfe_lightning.cli.arguments import INTERRUPTED
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 #: What every cell's classifier is trained by.
 CLASSIFIER = "classifier_synthetic.yaml"
-_INTERRUPTED = 130
 #: Training images per config at budget 1: enough for shapes to be learned, minutes instead of hours for all cells.
 _SHARE = 1 / 3
 _NUM_VAL = 200
@@ -174,7 +174,7 @@ class BenchCell:
         arguments += ["--skip-classifier-check", *overrides, *self._data_overrides(config)]
         with _quiet_training() as spoken:
             code = train.main(arguments)
-        if code == _INTERRUPTED:
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code != 0:
             reason = spoken.getvalue().strip().rpartition("error: ")[2]

@@ -13,7 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import check_writable, count, file_assignment, positive, probabilities
+from cfe_lightning.cli.arguments import (
+    INTERRUPTED,
+    check_writable,
+    count,
+    file_assignment,
+    positive,
+    probabilities,
+)
 from cfe_lightning.cli.bench import add_bench_options, run_bench
 from cfe_lightning.environment import check_torchvision
 
@@ -29,7 +36,12 @@ if TYPE_CHECKING:
     from cfe_lightning.tally import Measures
     from cfe_lightning.tally_summary import Row
 
-INTERRUPTED = 130
+
+#: Options that are about given checkpoints and data.
+_NOT_FOR_BENCH = (
+    *("classifier", "second", "iso", "split", "protocol", "cycles", "diversity", "sanity", "weights", "attributes"),
+    *("asked", "fid_reference", "gallery", "curve_steps"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +157,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.bench:
         if options.output is not None:
             _check_output(options.output)
+        given = [name for name in _NOT_FOR_BENCH if getattr(options, name) != parser().get_default(name)]
+        if given:
+            raise ValueError(f"--bench does not take --{' and --'.join(given)}: leave it out.".replace("_", "-"))
         return run_bench(options, _device(options.device), _baseline_names(options.baselines))
     if not options.checkpoint or not options.data:
         raise ValueError("There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench.")
@@ -188,7 +203,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     store = EvaluationStore(
         folder, _digest([settings["config_hash"], options.batch_size, options.gallery, len(chosen)])
     )
-    gallery = Gallery() if options.gallery else None
+    gallery = Gallery()
     try:
         result = evaluation.evaluate(
             explainers,
@@ -207,13 +222,11 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
         ) from error
     result.rows += rows
-    if gallery is not None:
-        for row in rows:
-            gallery.fail(row.name, *row.notes)
+    for row in rows:
+        gallery.fail(row.name, *row.notes)
     tables = evaluation_table.save(result, folder, settings)
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    page = None if gallery is None else gallery.write(folder, result.class_names)
-    write_evaluation_html(result, tables, folder, facts, page)
+    write_evaluation_html(result, tables, folder, facts, gallery.write(folder, result.class_names))
     store.clear()
     sys.stdout.write(f"{tables[0].markdown()}\nwritten to {folder}\n")
     return 0

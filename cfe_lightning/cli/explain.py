@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfe_lightning.cli.arguments import assignment, check_writable, count, positive
+from cfe_lightning.cli.arguments import INTERRUPTED, assignment, check_writable, count, positive
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from cfe_lightning.manifest import OutputFolder
 
 FAILED_ROWS = 3
-INTERRUPTED = 130
 _SHOWN_PROBLEMS = 20
 #: Of the libraries about their own insides, nothing that a user of this command could act on.
 _UNHELPFUL_WARNINGS = (

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfe_lightning.cli import run_folder
+from cfe_lightning.cli.arguments import INTERRUPTED
 from cfe_lightning.environment import check_torchvision
 
 NOT_FINITE = 1
-INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:

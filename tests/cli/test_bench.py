@@ -149,6 +149,7 @@ def test_budget_multiplies_what_a_config_asks_for(tmp_path: Path) -> None:
         (("--baselines", "nothing"), "There is no baseline 'nothing': choose from "),
         (("--methods", ""), "There is nothing to measure: name at least one of --methods and --baselines."),
         (("--limit", "1"), "at least one test image of each class: give --limit 2, not 1."),
+        (("--iso", "0.9", "--fid-reference", "x"), "--bench does not take --iso and --fid-reference: leave it out."),
         (("--checkpoint", "best.ckpt"), "leave out --checkpoint and --data."),
     ],
 )
@@ -172,7 +173,7 @@ def test_help_loads_nothing_heavy(module: ModuleType) -> None:
         for alias in node.names
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy <= {"cfe_lightning.cli", "cfe_lightning.cli.bench_cell"}
+    assert heavy <= {"cfe_lightning.cli", "cfe_lightning.cli.arguments", "cfe_lightning.cli.bench_cell"}
 
 
 def test_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import explain
+from cfe_lightning.cli.arguments import INTERRUPTED
 from cfe_lightning.data.patient_slices import middle_slices
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.manifest import OutputFolder
@@ -148,7 +149,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     interrupt = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "append", dies_after_two_batches)
-        assert run(checkpoint, photos, out) == explain.INTERRUPTED
+        assert run(checkpoint, photos, out) == INTERRUPTED
     signal.signal(signal.SIGINT, interrupt)
     explained: list[str] = []
 
@@ -180,7 +181,7 @@ def test_the_system_can_end_a_run_after_the_batch_in_flight(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(OutputFolder, "append", is_told_to_end)
-    assert run(checkpoint, photos, tmp_path / "out") == explain.INTERRUPTED
+    assert run(checkpoint, photos, tmp_path / "out") == INTERRUPTED
     assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
 
 
