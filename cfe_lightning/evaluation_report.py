@@ -80,7 +80,8 @@ def write_evaluation_html(
     )
     path = folder / "report.html"
     temporary = folder / ".report.html.part"
-    temporary.write_text(page, encoding="utf-8")
+    # Names of files may be no UTF-8.
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
     return path
 

@@ -100,12 +100,13 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
     differences, groups = paired_differences(evaluation), group_means(evaluation)
     shown = [short_table(evaluation), *tables(evaluation, differences, groups), full_table(evaluation)]
     text = "\n".join(table.markdown() for table in shown)
-    (folder / "table.md").write_text(f"# Evaluation\n\n{text}", encoding="utf-8")
+    (folder / "table.md").write_text(f"# Evaluation\n\n{text}", encoding="utf-8", errors="backslashreplace")
     (folder / "differences.csv").write_text(
         _lines_csv(
             ["first", "second", "metric"], [([one.first, one.second, one.key], one.measured) for one in differences]
         ),
         encoding="utf-8",
+        errors="backslashreplace",
     )
     (folder / "groups.csv").write_text(
         _lines_csv(
@@ -113,9 +114,10 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
             [([one.explainer, one.source, one.target or "", one.key], one.measured) for one in groups],
         ),
         encoding="utf-8",
+        errors="backslashreplace",
     )
-    (folder / "table.csv").write_text(_csv(evaluation), encoding="utf-8")
-    (folder / "per_image.csv").write_text(_per_image_csv(evaluation), encoding="utf-8")
+    (folder / "table.csv").write_text(_csv(evaluation), encoding="utf-8", errors="backslashreplace")
+    (folder / "per_image.csv").write_text(_per_image_csv(evaluation), encoding="utf-8", errors="backslashreplace")
     content = {**settings, "n_images": len(evaluation.image_names), "class_names": list(evaluation.class_names)}
     content["rows"] = [
         {
@@ -132,7 +134,9 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
         for name, row in zip(evaluation.agreeing, evaluation.agreement.tolist(), strict=True)
     }
     # allow_nan=False: a NaN that got this far is our mistake and must not be written.
-    (folder / "metrics.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(
+        json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
     np.savez(folder / "curves.npz", allow_pickle=False, **curves)
     return shown

@@ -6,8 +6,10 @@ Shapes: B images, C channels, H, W pixels, K classes, T steps.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -210,6 +212,12 @@ class Decomposer(Explainer, Protocol):
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
         """The part of images [B, C, H, W] that makes them class ``source`` [B]; subtract it to remove the class."""
         ...
+
+
+def seed_of(names: Sequence[str]) -> int:
+    """A random seed that depends on the images of a batch alone, by their names: whoever goes on finds the same."""
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def decides_for(logits: Tensor, target: Tensor) -> Tensor:

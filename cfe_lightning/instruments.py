@@ -44,7 +44,7 @@ NAMES: dict[str, str] = {
 #: Before the name of an environment variable that says where a file is.
 ENVIRONMENT_PREFIX = "CFE_WEIGHTS_"
 #: LPIPS was not made for smaller images, in pixels a side.
-_LPIPS_SIZE = 64
+LPIPS_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +163,7 @@ class _Perceptual:
 
 
 def _at_least(image: Tensor) -> Tensor:
-    height, width = (max(side, _LPIPS_SIZE) for side in image.shape[-2:])
+    height, width = (max(side, LPIPS_SIZE) for side in image.shape[-2:])
     if (height, width) == image.shape[-2:]:
         return image
     return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)

@@ -5,13 +5,12 @@ Sources: evaluation, sections 3, 4 and 6 to 10; DXAI, section 5. What becomes of
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,15 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.classifier_calls import counted
 from cfe_lightning.columns import Columns
-from cfe_lightning.explanation import SUMMANDS, Decomposer, Explainer, Explanation, probability_along, runner_up
+from cfe_lightning.explanation import (
+    SUMMANDS,
+    Explainer,
+    Explanation,
+    probability_along,
+    runner_up,
+    seed_of,
+)
+from cfe_lightning.guarded_explainer import FaultyExplainerError, GuardedExplainer, is_decomposer
 from cfe_lightning.instruments import Instruments
 from cfe_lightning.losses import kl_from_uniform
 from cfe_lightning.metrics import attributes, faithfulness, localisation, path, perceptual, realism, reconstruction
@@ -49,8 +56,8 @@ class Measures:
         max_batch: Largest batch of the judge along a curve.
         iso: Probabilities of the target at which explainers are also compared at equal strength (each costs some
             twenty classifier passes per image).
-        cycles: Also ask again from the edits: composition and reversibility (twelve more explanations).
-        diversity: Also explain each image so often with other random numbers; 0 does not.
+        cycles: Also ask again from the edits: composition and reversibility (eleven more explanations).
+        diversity: Edits of each image, made with different random numbers, that are compared; 0 compares none.
         sanity: Also explain for classifiers with random weights (two more explanations).
         ace: Populations and targets of the published protocol of DiME and ACE (evaluation, R2 and R3).
         second: A classifier trained by itself for the same classes, for ``transfer_flip``; None skips it.
@@ -81,6 +88,7 @@ class Tally:
             extractor, and of the edits at equal strength; ``decisions``: predicted, target, label.
         available: What there is to measure.
         failure: Why the explainer is left out; None where it is not.
+        size: Shorter side of the images, in pixels.
     """
 
     def __init__(self, explainer: Explainer, judge: FrozenClassifier, measures: Measures) -> None:
@@ -95,52 +103,65 @@ class Tally:
         self.seconds: list[float] = []
         self.peak_memory = 0
         self.num_images = 0
+        self.size = 0
         strengths = len(faithfulness.STRENGTHS)
         self.class_sums = torch.zeros(strengths, judge.num_classes, judge.num_classes, dtype=torch.float64)
         self.class_counts = torch.zeros(judge.num_classes, dtype=torch.float64)
         self._forgetful: dict[str, Explainer | None] = {}
+        self._asked = GuardedExplainer(explainer)
+        self._new_labels: set[int] = set()
+        self._told_seconds = 0
 
     @torch.no_grad()
     def add(self, name: str, batch: dict[str, Any]) -> Explanation | None:
-        """Explains and measures one batch; images that came back broken end the tally with a reason."""
+        """Explains and measures one batch; None where the explainer is left out, for the reason in ``failure``."""
         self.num_images += len(batch["image"])
         if self.failure is not None:
             return None
+        try:
+            return self._measured(batch)
+        except FaultyExplainerError as fault:
+            self.failure = str(fault)
+        _log.warning("%s %s: it is left out of the table.", name, self.failure)
+        return None
+
+    def _measured(self, batch: dict[str, Any]) -> Explanation:
         image, label = batch["image"], batch["label"]
+        self.size = min(image.shape[-2:])
         logits = self.judge(image)
         target = _target(batch, self.explainer.classifier, self.measures.ace)
+        self._asked.names = batch["name"]
         explanation = self._explain(image, target, batch["name"])
-        answer = {"attribution": explanation.attribution, **explanation.parts}
-        if explanation.counterfactual is not None:
-            answer["counterfactual"] = explanation.counterfactual
-        if is_decomposer(self.explainer):
-            answer["distinct part of the label"] = self.explainer.distinct(image, label)
-        self.failure = _broken(answer, batch["name"])
-        if self.failure is not None:
-            _log.warning("%s %s: it is left out of the table.", name, self.failure)
-            return None
+        distinct = self._asked.distinct(image, label) if is_decomposer(self.explainer) else None
         self.columns["decisions"].add({"predicted": logits.argmax(dim=1), "target": explanation.target, "label": label})
         self._decision(explanation, logits, label, batch)
         self._attribution(explanation, logits, batch)
         self._rendering(explanation, logits, label, batch)
-        if is_decomposer(self.explainer):
-            self._decomposition(self.explainer, answer["distinct part of the label"], explanation, logits, batch)
+        if distinct is not None:
+            self._decomposition(distinct, explanation, logits, batch)
         self._again(explanation, logits, batch["name"])
         return explanation
 
     def state(self) -> dict[str, Any]:
         """What came since this was last asked for, as plain data: ``restore`` of it all makes the same tally again."""
-        return {
-            "columns": {group: columns.news() for group, columns in self.columns.items()},
+        labels = sorted(self._new_labels)
+        news = {
+            # Held-out images are read again.
+            "columns": {group: columns.news() for group, columns in self.columns.items() if group != "reference"},
             "available": sorted(self.available),
             "failure": self.failure,
             "positions": self.positions,
-            "seconds": self.seconds,
+            "seconds": self.seconds[self._told_seconds :],
             "peak_memory": self.peak_memory,
             "num_images": self.num_images,
-            "class_sums": self.class_sums,
-            "class_counts": self.class_counts,
+            "size": self.size,
+            "labels": labels,
+            "class_sums": self.class_sums[:, labels].clone(),
+            "class_counts": self.class_counts[labels].clone(),
         }
+        self._new_labels.clear()
+        self._told_seconds = len(self.seconds)
+        return news
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes what ``state`` gave."""
@@ -148,8 +169,12 @@ class Tally:
             self.columns[group].add(news)
             self.columns[group].news()
         self.available = set(state["available"])
-        for name in ("failure", "positions", "seconds", "peak_memory", "num_images", "class_sums", "class_counts"):
+        for name in ("failure", "positions", "peak_memory", "num_images", "size"):
             setattr(self, name, state[name])
+        self.seconds += state["seconds"]
+        self._told_seconds = len(self.seconds)
+        self.class_sums[:, state["labels"]] = state["class_sums"]
+        self.class_counts[state["labels"]] = state["class_counts"]
 
     @torch.no_grad()
     def read_reference(self, picture: Tensor) -> None:
@@ -159,13 +184,13 @@ class Tally:
     def _explain(self, image: Tensor, target: Tensor | None, names: Sequence[str]) -> Explanation:
         """Asks the explainer, with its clock and its classifier watched."""
         # What is random depends on the images alone, so that an evaluation that goes on finds the same.
-        torch.manual_seed(_seed_of(names))
+        torch.manual_seed(seed_of(names))
         if image.is_cuda:
             torch.cuda.reset_peak_memory_stats(image.device)
             self.available.add("cuda")
         started = _now(image.device)
         with counted() as calls:
-            explanation = self.explainer.explain(image, target)
+            explanation = self._asked.explain(image, target)
         self.seconds = [*self.seconds, (_now(image.device) - started) / len(image)]
         if image.is_cuda:
             self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated(image.device))
@@ -273,6 +298,10 @@ class Tally:
         found = {name: extract(image).float().cpu() for name, extract in extractors.items() if extract is not None}
         if self.judge.spec.head is not None:
             found["f"] = self.judge.features(image).float().cpu()
+        for name, features in found.items():
+            if not features.isfinite().all():
+                which = "the classifier" if name == "f" else f"the network given as {name}"
+                raise ValueError(f"The features of {which} are not finite on these images: give another network.")
         return found
 
     def _labels(self, image: Tensor, shown: Tensor) -> None:
@@ -286,9 +315,12 @@ class Tally:
             return
         before, after = (instruments.oracle.label_probabilities(one) > 0.5 for one in (image, shown))
         self._keep(mnac=attributes.attributes_changed(before, after))
-        if instruments.asked is not None and instruments.correlations is not None:
+        if instruments.asked is None:
+            return
+        self.available.add("asked")
+        self._keep(mnac_others=attributes.collateral(before, after, instruments.asked))
+        if instruments.correlations is not None:
             self.available.add("table")
-            self._keep(mnac_others=attributes.collateral(before, after, instruments.asked))
             self.columns["attributes"].add({"before": before.cpu(), "after": after.cpu()})
 
     def _perceived(self, maps: list[Tensor], edited: Tensor) -> Tensor:
@@ -392,7 +424,6 @@ class Tally:
 
     def _decomposition(
         self,
-        explainer: Decomposer,
         distinct: Tensor,
         explanation: Explanation,
         logits: Tensor,
@@ -406,7 +437,7 @@ class Tally:
         distinct_predicted, along_predicted = distinct.clone(), along_label.clone()
         wrong = (predicted != label).nonzero().squeeze(1)
         if len(wrong):
-            distinct_predicted[wrong] = explainer.distinct(image[wrong], predicted[wrong])
+            distinct_predicted[wrong] = self._asked.distinct(image[wrong], predicted[wrong])
             along_predicted[wrong] = faithfulness.sweep_logits(
                 self.judge, image[wrong], distinct_predicted[wrong], max_batch=self.measures.max_batch
             )
@@ -441,6 +472,7 @@ class Tally:
     def _count_classes(self, probabilities: Tensor, label: Tensor) -> None:
         """Adds [B, A, K] to the sums per true class."""
         label = label.cpu()
+        self._new_labels |= set(label.tolist())
         self.class_sums.index_add_(1, label, probabilities.double().cpu().transpose(0, 1))
         self.class_counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
 
@@ -450,9 +482,9 @@ class Tally:
         shown = None if explanation.counterfactual is None else explanation.counterfactual.clamp(-1, 1)
         if self.measures.cycles and shown is not None:
             self.available.add("cycles")
-            composed = again.compositions(self.explainer, image, source)
+            composed = again.compositions(self._asked, image, source)
             self._keep(**{f"composition_{times}": distance for times, distance in composed.items()})
-            back = again.there_and_back(self.explainer, self.judge, image, shown, source)
+            back = again.there_and_back(self._asked, self.judge, image, shown, source)
             if back is not None:
                 hit = change.flipped(self.judge(shown), target)
                 self._keep(
@@ -465,21 +497,24 @@ class Tally:
         if self.measures.diversity > 1 and shown is not None and distance is not None:
             edits = [shown]
             for repeat in range(1, self.measures.diversity):
-                torch.manual_seed(_seed_of([*names, str(repeat)]))
-                other = self.explainer.explain(image, target).counterfactual
+                torch.manual_seed(seed_of([*names, str(repeat)]))
+                other = self._asked.explain(image, target).counterfactual
                 assert other is not None, "it made edits before"
                 edits.append(other.clamp(-1, 1))
             self._keep(sigma_l=again.diversity(edits, distance))
         if self.measures.sanity:
+            self.available.add("sanity")
             pointed = pointed_at(explanation)
             for part in ("head", "all"):
                 if part not in self._forgetful:
                     self._forgetful[part] = again.forgetful(self.explainer, part)
                 twin = self._forgetful[part]
                 if twin is not None:
-                    self.available.add("sanity")
-                    torch.manual_seed(_seed_of(names))
-                    other = pointed_at(twin.explain(image, target))
+                    torch.manual_seed(seed_of(names))
+                    # What it decides for already it would leave as it is.
+                    decided = twin.classifier(image)
+                    wanted = torch.where(decided.argmax(dim=1) == target, runner_up(decided), target)
+                    other = pointed_at(GuardedExplainer(twin, names).explain(image, wanted))
                     self._keep(**{f"sanity_{part}": again.sensitivity(pointed, other)})
 
     def _distance(self, one: Tensor, other: Tensor) -> Tensor:
@@ -516,26 +551,7 @@ def _target(batch: dict[str, Any], classifier: FrozenClassifier, ace: bool) -> T
     return torch.where(logits.argmax(dim=1) == label, wanted, label if ace else runner_up(logits))
 
 
-def _seed_of(names: Sequence[str]) -> int:
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def _broken(answer: dict[str, Tensor], names: Sequence[str]) -> str | None:
-    """What is not finite, and for which image."""
-    for what, value in answer.items():
-        finite = value.flatten(1).isfinite().all(dim=1)
-        if not finite.all():
-            return f"gave a {what} that is not finite for image {names[int((~finite).nonzero()[0])]!r}"
-    return None
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def is_decomposer(explainer: Explainer) -> TypeGuard[Decomposer]:
-    """Whether an explainer can give the part of an image that makes it a class."""
-    return callable(getattr(explainer, "distinct", None))

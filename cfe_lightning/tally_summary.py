@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cfe_lightning.instruments import LPIPS_SIZE
 from cfe_lightning.metrics import attributes, faithfulness, realism, reconstruction
 from cfe_lightning.metrics.catalogue import MISSING, Metric, Need, Population
 from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
@@ -74,20 +75,24 @@ def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
         key: torch.where(members[populations[key]], values.float(), torch.nan) if key in populations else values
         for key, values in per_image.items()
     }
-    measured = summarise(counted, populations | {"l1_truth": "correct"}, resamples=resamples, seed=seed)
     curves = tally.columns["curves"].joined()
+    if "cout" in populations:
+        # The curves are those of the number.
+        curves |= {key: values[members["correct"]] for key, values in curves.items() if key.startswith("cout_")}
+    measured = summarise(counted, populations | {"l1_truth": "correct"}, resamples=resamples, seed=seed)
     measured |= _areas(curves, resamples, seed)
     measured |= _robust(measured)
     row = Row(
         name=name,
         measurements={},
-        curves={key: values.float().mean(dim=0) for key, values in curves.items()} | tally.positions,
+        curves={key: values.float().mean(dim=0) for key, values in curves.items() if len(values)} | tally.positions,
         per_image=counted,
         predicted=decided["predicted"],
         target=decided["target"],
     )
-    distances, row.notes = _distances(tally, name, members["flipped"] if populations else None, seed)
-    measured |= distances | _correlations(tally, members["flipped"] if populations else None) | _cost(tally)
+    flipped = members.get("flipped") if populations else None
+    distances, row.notes = _distances(tally, name, flipped, seed)
+    measured |= distances | _correlations(tally, flipped) | _cost(tally)
     row.measurements = {m.key: measured.get(m.key) or _absent(m, tally) for m in metrics}
     features = tally.columns["features"].joined()
     if "f/before" in features:
@@ -95,7 +100,7 @@ def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
     if "decomposition" in tally.available:
         counts = tally.class_counts.clamp_min(1)[None, :, None]
         row.curves["class_probability"] = (tally.class_sums / counts).float()
-    row.notes += _notes(row)
+    row.notes += _notes(row, tally.size)
     return row
 
 
@@ -103,6 +108,10 @@ def _absent(metric: Metric, tally: Tally) -> Measurement:
     missing: list[Need] = [need for need in metric.needs if need not in tally.available]
     if missing:
         return skipped(MISSING[missing[0]])
+    if metric.key.startswith("sanity"):
+        return skipped("the classifier has no layer that could forget what it learned")
+    if metric.key == "sigma_l":
+        return skipped("needs a classifier whose layers can be watched, or --weights lpips=FILE")
     if metric.key == "ssim":
         return skipped(f"images of less than {reconstruction.SSIM_MIN_SIZE} pixels a side are too small for it")
     return skipped("this explainer gives nothing to measure it on")
@@ -164,9 +173,10 @@ def _distances(tally: Tally, title: str, members: Tensor | None, seed: int) -> t
         found |= set_distances(
             name, before[order], after[order], reference.get(name), total, "all" if members is None else "flipped", seed
         )
-        if len(before) < before.shape[1]:
+        used = found[f"fid_{name}"].n_used
+        if used < before.shape[1]:
             notes.append(
-                f"{title}: fid_{name} is of {len(before)} images in {before.shape[1]} dimensions, too few for it: it "
+                f"{title}: fid_{name} is of {used} images in {before.shape[1]} dimensions, too few for it: it "
                 f"is too large, read kid_{name}"
             )
     return found, notes
@@ -205,9 +215,15 @@ def set_distances(
         real = reference[torch.randperm(len(reference), generator=generator)[:size]]
         edited = after[:size]
 
-    def measured(value: float, low: float | None = None, high: float | None = None) -> Measurement:
+    def measured(value: float, low: float | None = None, high: float | None = None, used: int = 0) -> Measurement:
         return Measurement(
-            status="ok", value=value, low=low, high=high, n_used=len(edited), n_total=total, population=population
+            status="ok",
+            value=value,
+            low=low,
+            high=high,
+            n_used=used or len(edited),
+            n_total=total,
+            population=population,
         )
 
     splits = realism.split_fid(before, after, seed=seed)
@@ -215,7 +231,8 @@ def set_distances(
     values = (
         measured(realism.fid(real, edited)),
         measured(realism.fid_floor(real, seed)),
-        measured(float(splits.mean()), float(splits.min()), float(splits.max())),
+        # Of edits and other originals, whatever else they are compared with.
+        measured(float(splits.mean()), float(splits.min()), float(splits.max()), used=len(before)),
         measured(mean, mean - deviation, mean + deviation) if deviation else measured(mean),
     )
     return dict(zip(keys, values, strict=True))
@@ -255,8 +272,10 @@ def _cost(tally: Tally) -> dict[str, Measurement]:
     return found
 
 
-def _notes(row: Row) -> list[str]:
+def _notes(row: Row, size: int) -> list[str]:
     notes = []
+    if "lpips" in row.per_image and size < LPIPS_SIZE:
+        notes.append(f"{row.name}: images of {size} pixels were enlarged to {LPIPS_SIZE} for lpips")
     tensor, saved = row.measurements["flip_rate"].value, row.measurements["flip_rate_saved"].value
     if tensor is not None and saved is not None and abs(tensor - saved) > SAVED_GAP:
         notes.append(

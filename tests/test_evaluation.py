@@ -31,7 +31,7 @@ KEYS = {metric.key for metric in METRICS}
 PATH = {"mono", "rho", "regress", "crossing", "schedule", "smooth", "agree", "agent_kl"}
 #: What a user has to ask for, or must have.
 ASKED_FOR = {
-    *("cycles", "diversity", "sanity", "lpips", "inception", "user", "face", "simsiam", "oracle", "table"),
+    *("cycles", "diversity", "sanity", "lpips", "inception", "user", "face", "simsiam", "oracle", "table", "asked"),
     *("multi_label", "ranked", "cuda"),
 }
 
@@ -592,7 +592,7 @@ def test_a_broken_distinct_part_is_seen_too() -> None:
             return explanation
 
     row = only(evaluate({"broken": Broken(toy_classifier())}, toy_batches(), measures=Measures(curve_steps=0)).rows)
-    expected = "gave a distinct part of the label that is not finite for image 'test/0000'"
+    expected = "gave a distinct part that is not finite for image 'test/0000'"
     assert row.measurements["dxai_auc_label"].reason == expected
 
 

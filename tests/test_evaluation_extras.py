@@ -1,5 +1,6 @@
 """What an evaluation measures on request: asking again, other networks, published populations, and going on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from test_evaluation import only, toy_batches, value
 from torch import Tensor
+from torchvision.models import VisionTransformer
 from toy import FixedToyExplainer, toy_classifier
 
 from cfe_lightning.baselines import build_baseline
@@ -19,6 +21,7 @@ from cfe_lightning.explanation import Explainer, Explanation, runner_up
 from cfe_lightning.instruments import Instruments
 from cfe_lightning.metrics import realism
 from cfe_lightning.metrics.repetition import forgetful, sensitivity
+from cfe_lightning.networks.classifiers import SimpleCnn
 from cfe_lightning.tally import Measures
 
 FAST = Measures(curve_steps=0)
@@ -83,12 +86,34 @@ def test_diversity_is_the_distance_of_edits_with_other_random_numbers() -> None:
 
 
 def test_an_explanation_that_ignores_the_classifier_is_seen() -> None:
-    classifier = toy_classifier()
+    torch.manual_seed(0)
+    classifier = FrozenClassifier(SimpleCnn(2, image_size=16), replace(toy_classifier().spec, head="fc", feature_map=None))
     explainers = {"random": build_baseline("random", classifier), "saliency": build_baseline("saliency", classifier)}
     measures = Measures(curve_steps=0, sanity=True)
     random, saliency = evaluate(explainers, toy_batches(), measures=measures).rows
-    assert value(random, "sanity_head") == value(random, "sanity_all") == 0.0
-    assert value(saliency, "sanity_all") > 0.1
+    assert value(random, "sanity_head") == pytest.approx(0.0, abs=1e-6)
+    assert value(random, "sanity_all") == pytest.approx(0.0, abs=1e-6)
+    assert 0.1 < value(saliency, "sanity_all") < 1.9
+    assert saliency.measurements["sanity_all"].n_used == 12
+
+
+def test_a_network_that_cannot_forget_is_no_sane_one() -> None:
+    row = only(
+        evaluate({"repaints": Repaints(labels())}, [label_batch()], measures=Measures(curve_steps=0, sanity=True)).rows
+    )
+    assert row.measurements["sanity_all"].reason == "the classifier has no layer that could forget what it learned"
+
+
+def test_forgetting_everything_leaves_nothing_of_a_transformer() -> None:
+    torch.manual_seed(0)
+    network = VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=2)
+    torch.nn.init.normal_(network.heads.head.weight)
+    spec = replace(toy_classifier().spec, head="heads.head", feature_map=None)
+    twin = forgetful(Adds(FrozenClassifier(network, spec)), "all")
+    assert twin is not None
+    new = dict(twin.classifier.network.named_parameters())
+    same = [n for n, old in network.named_parameters() if old.ndim > 1 and torch.equal(old, new[n])]
+    assert same == []
 
 
 def test_forgetting_leaves_the_classifier_alone() -> None:
@@ -109,7 +134,8 @@ def test_forgetting_leaves_the_classifier_alone() -> None:
 def test_sensitivity_of_equal_opposite_and_constant_maps() -> None:
     one = torch.arange(16.0).view(1, 1, 4, 4)
     found = sensitivity(torch.cat([one, one, one]), torch.cat([one * 3 + 1, -one, torch.ones_like(one)]))
-    torch.testing.assert_close(found, torch.tensor([0.0, 2.0, 1.0]))
+    torch.testing.assert_close(found[:2], torch.tensor([0.0, 2.0]))
+    assert bool(found[2].isnan())
 
 
 # --- cost ---
@@ -180,10 +206,15 @@ class Repaints:
         )
 
 
-def test_other_labels_that_go_along_are_counted_by_the_classifier_and_by_an_oracle() -> None:
+def label_batch() -> dict[str, Any]:
+    """Four dark images; on two of them "right" is there already."""
     image = torch.full((4, 3, 16, 16), -0.5)
-    image[:2, :, :, 11:] = 0.5  # on two images "right" is there already
-    batch = {"image": image, "label": torch.zeros(4, dtype=torch.int64), "name": list("abcd")}
+    image[:2, :, :, 11:] = 0.5
+    return {"image": image, "label": torch.zeros(4, dtype=torch.int64), "name": list("abcd")}
+
+
+def test_other_labels_that_go_along_are_counted_by_the_classifier_and_by_an_oracle() -> None:
+    batch = label_batch()
     correlations = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     instruments = Instruments(oracle=labels(), correlations=correlations, asked=0)
     measures = Measures(curve_steps=0, instruments=instruments)
@@ -195,6 +226,10 @@ def test_other_labels_that_go_along_are_counted_by_the_classifier_and_by_an_orac
     # Every image changes "left" and "middle", so their changes are constant: correlation 0.
     assert value(row, "cd") == pytest.approx(1.5)
     assert value(row, "cd_mean") == pytest.approx(0.5)
+    without = Measures(curve_steps=0, instruments=Instruments(oracle=labels(), asked=0))
+    row = only(evaluate({"repaints": Repaints(labels())}, [batch], measures=without).rows)
+    assert value(row, "mnac_others") == 1.5
+    assert row.measurements["cd"].reason.startswith("needs the data's labels")
     none = only(evaluate({"repaints": Repaints(labels())}, [batch], measures=FAST).rows)
     assert none.measurements["mnac"].reason.startswith("needs a classifier of many labels: --weights oracle=FILE")
     assert value(none, "collateral") == 1.5
@@ -226,6 +261,27 @@ def test_features_of_other_networks_and_held_out_images() -> None:
     # Fewer held-out images than edits: as many of these.
     few = only(evaluate({"toy": explainer}, batches, measures=measures, reference=[image[:8]]).rows)
     assert few.measurements["fid_user"].n_used == 8
+    assert few.measurements["sfid_user"].n_used == 12
+    tiny = only(evaluate({"toy": explainer}, batches, measures=FAST, reference=[image[:5]]).rows)
+    assert not tiny.notes[:-1]
+    five = Measures(curve_steps=0, instruments=Instruments(user=lambda picture: picture[:, 0, 0, :7]))
+    assert any(
+        "fid_user is of 5 images in 7 dimensions" in note
+        for note in only(evaluate({"toy": explainer}, batches, measures=five, reference=[image[:5]]).rows).notes
+    )
+
+
+def test_features_that_are_not_finite_end_it_with_the_networks_name() -> None:
+    bad = Instruments(user=lambda picture: picture.flatten(2).mean(dim=2) * torch.inf)
+    with pytest.raises(ValueError, match="The features of the network given as user are not finite"):
+        evaluate({"adds": Adds(toy_classifier())}, grey(), measures=Measures(curve_steps=0, instruments=bad))
+
+
+def test_small_images_are_said_to_be_enlarged_for_lpips() -> None:
+    instruments = Instruments(lpips=lambda a, b: (a - b).abs().flatten(1).mean(dim=1))
+    measures = Measures(curve_steps=0, instruments=instruments)
+    row = only(evaluate({"adds": Adds(toy_classifier())}, grey(), measures=measures).rows)
+    assert "adds: images of 16 pixels were enlarged to 64 for lpips" in row.notes
 
 
 def test_published_populations_leave_out_what_did_not_flip_and_what_was_wrong() -> None:
@@ -251,6 +307,12 @@ def test_published_populations_leave_out_what_did_not_flip_and_what_was_wrong() 
     right = torch.cat([classifier(b["image"]).argmax(1) == b["label"] for b in batches])
     assert theirs.measurements["cout"].n_used <= int(right.sum()) < 12
     assert theirs.measurements["l1"].population == "all"
+    # The curve is that of the number, and methods without edits have no flips to be chosen by.
+    edge = float(theirs.curves["cout_target"][-1])
+    assert edge != pytest.approx(float(ours.curves["cout_target"][-1]))
+    heat: dict[str, Explainer] = {"saliency": build_baseline("saliency", classifier)}
+    alone = only(evaluate(heat, batches, measures=Measures(curve_steps=2, ace=True)).rows)
+    assert alone.measurements["fid_f"].status == "skipped"
 
 
 def test_the_published_target_of_a_wrong_decision_is_the_true_class() -> None:
@@ -275,10 +337,8 @@ class Killed(Exception):
 
 
 def stopping(batches: list[dict[str, Any]], after: int) -> Any:
-    for index, batch in enumerate(batches):
-        if index == after:
-            raise Killed
-        yield batch
+    yield from batches[:after]
+    raise Killed
 
 
 def explainers() -> dict[str, Explainer]:
@@ -302,11 +362,19 @@ def numbers(found: Evaluation) -> dict[tuple[str, str], Any]:
 def test_what_was_killed_goes_on_and_comes_to_the_same(tmp_path: Path) -> None:
     batches = toy_batches(3)
     measures = Measures(curve_steps=2, iso=(0.5,), cycles=True, diversity=2)
+    held_out = [torch.cat([batch["image"] for batch in batches]).flip(3) * 0.7]
 
     def run(given: Any, store: EvaluationStore | None) -> tuple[Evaluation, str]:
         gallery = Gallery()
         found = evaluate(
-            explainers(), given, measures=measures, store=store, gallery=gallery, shown=evenly(12, 5), seed=1
+            explainers(),
+            given,
+            measures=measures,
+            reference=held_out,
+            store=store,
+            gallery=gallery,
+            shown=evenly(12, 5),
+            seed=1,
         )
         page = gallery.write(tmp_path, found.class_names)
         assert page is not None
@@ -360,6 +428,38 @@ def test_a_broken_explainer_stays_broken_after_going_on(tmp_path: Path) -> None:
     )
     assert "is not finite for image" in found.rows[0].measurements["l1"].reason
     assert value(found.rows[1], "l1") > 0
+
+
+@pytest.mark.parametrize("when", ["explain", "again"])
+def test_an_explainer_that_fails_costs_nobody_elses_results(when: str) -> None:
+    class Fails(Adds):
+        asked = 0
+
+        def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+            self.asked += 1
+            if when == "explain" or self.asked == 2:
+                raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
+            return super().explain(image, target)
+
+    both: dict[str, Explainer] = {"fails": Fails(toy_classifier()), "adds": Adds(toy_classifier())}
+    found = evaluate(both, grey(), measures=Measures(curve_steps=0, cycles=True))
+    reason = "fails with RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    assert found.rows[0].measurements["l1"].reason == reason
+    assert found.agreeing == ("adds",)
+    assert value(found.rows[1], "composition_10") == pytest.approx(0.1, abs=1e-6)
+
+
+def test_what_is_kept_of_a_batch_grows_with_the_batch_alone(tmp_path: Path) -> None:
+    batches = toy_batches(3)
+    with pytest.raises(Killed):
+        evaluate(explainers(), stopping(batches, 4), measures=FAST, store=EvaluationStore(tmp_path, "key"))
+    # A kill after the last batch: nothing is left but to sum up.
+    states = list(EvaluationStore(tmp_path, "key").finished())
+    for state in states:
+        tally = state["tallies"]["toy"]
+        assert len(tally["seconds"]) == 1
+        assert len(tally["columns"]["values"]["l1"]) == 3
+        assert tally["class_sums"].shape[1] == len(tally["labels"]) <= 2
 
 
 def test_images_are_spread_over_all() -> None:

@@ -36,6 +36,7 @@ Need = Literal[
     "face",
     "simsiam",
     "oracle",
+    "asked",
     "table",
     "cuda",
 ]
@@ -84,8 +85,8 @@ MISSING: dict[Need, str] = {
     "iso": "none of its edits makes the classifier as sure as asked",
     "ranked": "this explainer does not choose among ranked directions",
     "multi_label": "the classifier knows no other labels than the one that is explained",
-    "cycles": "switched off, since it asks every explainer again twelve times: --cycles",
-    "diversity": "switched off, since it asks every explainer again: --diversity N",
+    "cycles": "switched off, since it asks every explainer eleven times more: --cycles",
+    "diversity": "switched off, since it asks every explainer again: --diversity N, from 2 on",
     "sanity": "switched off, since it asks every explainer again twice: --sanity",
     "lpips": "needs a backbone: --weights lpips=FILE; lpips_f stands in",
     "inception": "needs Inception's weights: --weights inception=FILE; fid_f and kid_f stand in",
@@ -93,6 +94,7 @@ MISSING: dict[Need, str] = {
     "face": "needs a face embedding: --weights face=FILE; only for faces; sim_f stands in",
     "simsiam": "needs SimSiam's weights: --weights simsiam=FILE; sim_f stands in",
     "oracle": "needs a classifier of many labels: --weights oracle=FILE; collateral may stand in",
+    "asked": "needs the label that is asked for: --asked NAME with an oracle",
     "table": "needs the data's labels and the one that is asked for: an oracle, --attributes CSV and --asked NAME",
     "cuda": "is measured on a GPU only",
 }
@@ -230,7 +232,7 @@ METRICS: tuple[Metric, ...] = (
         "fid_f_floor",
         "neither",
         "[0, inf)",
-        "fid_f between two halves of the originals: no honest method is below it at this n",
+        "fid_f between two halves of what edits are compared with: no honest method is below it at this n",
         ("counterfactual", "features"),
     ),
     Metric(
@@ -274,7 +276,7 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         "[0, A-1]",
         "as mnac without the attribute asked for",
-        ("counterfactual", "table"),
+        ("counterfactual", "asked"),
         published="flipped",
     ),
     Metric(
@@ -368,7 +370,7 @@ METRICS: tuple[Metric, ...] = (
         "composition_1",
         "lower",
         "[0, 1]",
-        "l1 after asking for the class that the image has",
+        "l1 after asking for the class that the image has; what a method does when it is asked for nothing",
         ("counterfactual", "cycles"),
     ),
     Metric("composition_10", "lower", "[0, 1]", "l1 after asking so ten times in a row", ("counterfactual", "cycles")),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explainer, decides_for
+from cfe_lightning.metrics.agreement import rank_agreement
 from cfe_lightning.metrics.counterfactual import l1
-from cfe_lightning.metrics.path import rank_correlation
 
 #: How often "change nothing" is asked in a row (9.2).
 COMPOSITIONS = (1, 10)
@@ -70,8 +70,11 @@ def diversity(edits: Sequence[Tensor], distance: Callable[[Tensor, Tensor], Tens
 
 
 def sensitivity(one: Tensor, other: Tensor) -> Tensor:
-    """1 - rank correlation of two maps [B, 1, H, W]: 0 where the same places matter, [B] in [0, 2] (9.7)."""
-    return 1 - rank_correlation(one.flatten(1).double(), other.flatten(1).double())
+    """1 - rank correlation of two maps [B, 1, H, W], [B] (9.7).
+
+    0 where the same places matter, 1 where unrelated ones do, 2 the opposite ones; NaN where a map points nowhere.
+    """
+    return 1 - rank_agreement(torch.stack([one, other]))[:, 0, 1]
 
 
 def forgetful(explainer: Explainer, part: str, seed: int = 0) -> Explainer | None:
@@ -92,12 +95,23 @@ def forgetful(explainer: Explainer, part: str, seed: int = 0) -> Explainer | Non
         forgetting = classifier.network.get_submodule(head) if part == "head" and head else classifier.network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for layer in forgetting.modules():
-                reset = getattr(layer, "reset_parameters", None)
-                if callable(reset):
-                    reset()
-                    forgotten = True
+            forgotten |= _forget(forgetting)
     return twin if forgotten else None
+
+
+def _forget(network: nn.Module) -> bool:
+    """Draws all weights anew; whether there were any."""
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for layer in network.modules():
+        # Attention keeps its own under another name.
+        reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+    for name, parameter in network.named_parameters():
+        # What nobody resets, such as the tokens of a transformer. Norms reset to what they may have been.
+        if parameter.ndim > 1 and torch.equal(parameter, before[name]):
+            nn.init.normal_(parameter, std=0.02)
+    return bool(before)
 
 
 def _modules(explainer: object) -> list[nn.Module]:

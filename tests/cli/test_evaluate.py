@@ -340,13 +340,14 @@ def test_extras_are_measured_and_wrong_ones_are_one_sentence(
     assert content["rows"][0]["metrics"]["fid_f"]["population"] == "flipped"
     assert content["rows"][0]["metrics"]["lpips"]["reason"].startswith("needs a backbone: --weights lpips=FILE")
     # The toy classifier has no layers that can be watched.
-    assert content["rows"][0]["metrics"]["sigma_l"]["reason"] == "this explainer gives nothing to measure it on"
+    assert content["rows"][0]["metrics"]["sigma_l"]["reason"].startswith("needs a classifier whose layers can be")
     assert not (out / "gallery.html").exists()
     (tmp_path / "nothing").mkdir()
     for wrong, sentence in (
         (("--weights", f"lpips={tmp_path / 'gone.pt'}"), "There is no"),
         (("--weights", f"vgg={checkpoint}"), "vgg"),
         (("--fid-reference", tmp_path / "nothing"), "There is no readable image below"),
+        (("--diversity", 1), "give at least 2, or 0 for none"),
         (("--attributes", tmp_path / "gone.csv", "--asked", "smile"), "There is no table of attributes"),
     ):
         capsys.readouterr()
