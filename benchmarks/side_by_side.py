@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", nargs="+", choices=SETS, default=["lesion", "colour", "texture"])
     parser.add_argument("--root", default="data", help="folder of the unpacked real data sets")
-    parser.add_argument("--limit", type=int, default=120, help="test images")
+    parser.add_argument("--limit", type=int, default=96, help="test images")
     parser.add_argument("--train-only", action="store_true", help="leave the evaluation out")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "side_by_side")
     options = parser.parse_args()

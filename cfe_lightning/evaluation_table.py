@@ -144,7 +144,9 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
 
 def tables(evaluation: Evaluation, differences: Sequence[Difference], groups: list[GroupMean]) -> list[Table]:
     """What there is to compare: at equal confidence, in pairs, and on the worst pair of classes."""
-    found = [_iso_table(evaluation, level) for level in evaluation.measures.iso]
+    found: list[Table | None] = []
+    for level in evaluation.measures.iso:
+        found += _iso_tables(evaluation, level)
     found += [_agreement_table(evaluation), _difference_table(evaluation, differences)]
     found += [_worst_table(evaluation, groups)]
     return [table for table in found if table is not None]
@@ -189,25 +191,47 @@ def _difference_table(evaluation: Evaluation, differences: Sequence[Difference])
     )
 
 
-def _iso_table(evaluation: Evaluation, level: float) -> Table | None:
-    """Closeness of the smallest edits that are as sure as ``level``; None where no explainer makes edits."""
-    count, found = at_equal_strength(evaluation, level)
-    if not found:
-        return None
+def _iso_tables(evaluation: Evaluation, level: float) -> list[Table]:
+    """The smallest edits that are as sure: on the images that everybody can change so far, and on each one's own."""
+    count, common = at_equal_strength(evaluation, level)
+    own = {
+        name: {
+            key: row.measurements[iso_key(level, key)]
+            for key in ISO_CLOSENESS
+            if row.measurements[iso_key(level, key)].status == "ok"
+        }
+        for name, row in ((row.name, row) for row in evaluation.rows if row.name in common)
+    }
+    total = len(evaluation.image_names)
+    found = []
+    if count:
+        note = (
+            f"The smallest edit on each explainer's way with that probability of the target, on the {count} of {total} "
+            "images that all of them can change so far."
+        )
+        found.append(_iso_table(evaluation, level, f"At equal confidence ({level:g})", common, note))
+    if any(own.values()) and count < total:
+        note = (
+            f"The same on all images that an explainer itself can change so far (`reached`, of {total}), which are "
+            "others for each: who does only the easy ones looks closer."
+        )
+        found.append(
+            _iso_table(evaluation, level, f"At equal confidence ({level:g}), each on its own images", own, note)
+        )
+    return found
+
+
+def _iso_table(
+    evaluation: Evaluation, level: float, title: str, found: Mapping[str, Mapping[str, Measurement]], note: str
+) -> Table:
     keys = [key for key in (*ISO_CLOSENESS, *ISO_REALISM) if any(key in one for one in found.values())]
     lines = []
     for row in evaluation.rows:
         if row.name in found:
-            own = found[row.name]
+            one = found[row.name]
             reached = _number(row.measurements[iso_key(level, "reached")])
-            lines.append([row.name, reached, *(_with_interval(own[key]) if key in own else "" for key in keys)])
-    return Table(
-        title=f"At equal confidence ({level:g})",
-        heading=["explainer", "reached", *keys],
-        lines=lines,
-        note="The smallest edit on each explainer's way with that probability of the target. `reached` is of all "
-        f"{len(evaluation.image_names)} images, the rest of the {count} for which every explainer here has one.",
-    )
+            lines.append([row.name, reached, *(_with_interval(one[key]) if key in one else "" for key in keys)])
+    return Table(title=title, heading=["explainer", "reached", *keys], lines=lines, note=note)
 
 
 def _worst_table(evaluation: Evaluation, groups: list[GroupMean]) -> Table | None:

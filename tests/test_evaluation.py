@@ -462,7 +462,8 @@ def test_at_equal_strength_everyone_stops_at_the_same_confidence(tmp_path: Path)
     evaluation_table.save(result, tmp_path, {})
     text = (tmp_path / "table.md").read_text()
     assert "## At equal confidence (0.9)" in text
-    assert "the rest of the 12 for which every explainer here has one" in text
+    assert "on the 12 of 12 images that all of them can change so far" in text
+    assert "each on its own images" not in text
     assert "`iso_0.5_l1`: l1 of the smallest edit with a probability of the target of at least 0.5" in text
     with (tmp_path / "table.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["iso_0.5_reached"]) == 1.0
@@ -492,6 +493,14 @@ def test_equal_strength_is_compared_on_what_all_can_reach() -> None:
     assert found["walker"]["l1"].n_used == found["timid"]["l1"].n_used == 6
     assert found["walker"]["l1"].value == pytest.approx(found["timid"]["l1"].value)
     assert rows["walker"].measurements["iso_0.5_l1"].n_used == 12
+    titles = [table.title for table in evaluation_table.tables(result, [], [])]
+    assert titles[:2] == ["At equal confidence (0.5)", "At equal confidence (0.5), each on its own images"]
+    # Where one changes nothing there is no image in common, and the others are still shown.
+    result.rows[1].per_image["iso_0.5_reached"][:] = False
+    alone = evaluation_table.tables(result, [], [])[0]
+    assert alone.title == "At equal confidence (0.5), each on its own images"
+    assert "(n 12/12)" not in alone.lines[0][2]
+    assert alone.lines[0][2]
     none = evaluate({"still": Still(classifier)}, toy_batches(), measures=Measures(iso=(0.5,), curve_steps=0))
     assert only(none.rows).measurements["iso_0.5_l1"].status != "ok"
     assert at_equal_strength(none, 0.5)[0] == 0
