@@ -11,6 +11,7 @@ the unpacked data sets.
 from __future__ import annotations
 
 import argparse
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,21 +66,30 @@ SETS = {
 }
 
 
-def train(config: str, task: Task, output: Path, label: str, epochs: int | None, *options: str) -> Path:
-    """Trains one run unless it is there; returns its best checkpoint."""
-    done = output / f"{label}.seconds"
+def train(config: str, task: Task, output: Path, label: str, epochs: int | None, *options: str) -> Path | None:
+    """Trains one run unless it is there; returns its best checkpoint, None where the method refuses."""
+    done, refused = output / f"{label}.seconds", output / f"{label}.refused"
+    if refused.exists():
+        return None
     if not done.exists():
         length = () if epochs is None else ("--trainer.max_epochs", str(epochs))
-        seconds = run(
-            *("train.py", "--config", config, *task.data, "--output", str(output), "--run", label, "--overwrite"),
-            *("--trainer.enable_progress_bar", "false", *length, *options),
-        )
+        try:
+            seconds = run(
+                *("train.py", "--config", config, *task.data, "--output", str(output), "--run", label, "--overwrite"),
+                *("--trainer.enable_progress_bar", "false", *length, *options),
+            )
+        except subprocess.CalledProcessError as error:
+            # One sentence on the screen says why, such as a calibration that does not hold.
+            if error.returncode != 2:
+                raise
+            refused.touch()
+            return None
         done.write_text(f"{seconds:.0f}\n")
     return output / label / "best.ckpt"
 
 
 def train_all(task: Task, output: Path) -> list[Path]:
-    """The classifier of a set and every method on it; returns the checkpoints in the order of the table."""
+    """The classifier of a set and every method on it; returns the checkpoints there are, in the order of the table."""
     classifier = output / "classifier.pt"
     train(
         *("classifier_synthetic.yaml", task, output, "classifier", None, "--model.architecture", "pooled"),
@@ -98,7 +108,7 @@ def train_all(task: Task, output: Path) -> list[Path]:
     )
     stylex = train("stylex_synthetic.yaml", task, output, "stylex", task.stylex, *explained)
     lens = train("steerable_lens_synthetic.yaml", task, output, "steerable_lens", None, *explained)
-    return [dxai, mirror, diff, stylex, lens]
+    return [checkpoint for checkpoint in (dxai, mirror, diff, stylex, lens) if checkpoint is not None]
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explanation, decides_for, draw_part
+from cfe_lightning.explanation import Explanation, decides_for, draw_part, seed_of
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
 from cfe_lightning.saved_change import measure
 
@@ -61,8 +60,7 @@ class ExplanationWriter(BasePredictionWriter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Seeds the batch and starts its clock."""
-        digest = hashlib.sha256("\n".join(batch["name"]).encode("utf-8", "surrogateescape")).digest()
-        torch.manual_seed(int.from_bytes(digest[:4], "big"))
+        torch.manual_seed(seed_of(batch["name"]))
         self._started = _clock(pl_module.device)
 
     def write_on_batch_end(
@@ -82,7 +80,9 @@ class ExplanationWriter(BasePredictionWriter):
             seconds = (_clock(pl_module.device) - self._started) / count
             classifier = pl_module.classifier
             assert isinstance(classifier, FrozenClassifier), "every explainer has one"
-            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds)
+            num_slices = pl_module.num_slices
+            assert isinstance(num_slices, int), "every explainer says how many"
+            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds, num_slices)
         self.output.append(trainer.global_rank, rows)
         if self._progress is not None:
             self._progress.update(len(rows))
@@ -106,6 +106,7 @@ class ExplanationWriter(BasePredictionWriter):
         names: Sequence[str],
         sources: Sequence[Sequence[int]],
         seconds: float,
+        num_slices: int = 1,
     ) -> list[Row]:
         """Saves the pictures of a batch and returns its rows.
 
@@ -115,9 +116,10 @@ class ExplanationWriter(BasePredictionWriter):
             names: The B names.
             sources: The B files' sizes and modification times.
             seconds: Time per image.
+            num_slices: Of images that are montages.
         """
         judged = _judge(explanation, classifier)
-        measured = measure(explanation, classifier, judged.newly_decided())
+        measured = measure(explanation, classifier, judged.newly_decided(), num_slices)
         pictures, gains = _pictures(explanation)
         finite = _finite(explanation).tolist()
 

@@ -20,17 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.manifest import GLOBAL_PICTURE, GLOBAL_SCHEMA, OutputFolder, Row
+from cfe_lightning.manifest import GLOBAL_PICTURE, GLOBAL_SCHEMA, MAX_PICTURED, OutputFolder, Row
 from cfe_lightning.saved_change import frame_mask, strongest_region
+from cfe_lightning.whole_file import whole_file
 
 #: Images of one pair that enter its means, drawn evenly over the manifest.
 MAX_IMAGES = 2000
-#: Pairs with pictures and examples; of the others there are numbers.
-MAX_PICTURED = 12
 NUM_TYPICAL = 3
 #: Alarm: a pixel of the frame changes more than this many times as strongly as a pixel inside it, in the mean and in
 #: at least half of the images. Subjects are mostly inside, and a change without any place has the ratio 1.
@@ -49,7 +47,7 @@ def write_global(output: OutputFolder, *, num_slices: int = 1, max_images: int =
 
     Args:
         output: The output folder of an explanation run, its rows merged.
-        num_slices: Of images that are montages; each slice has its own border.
+        num_slices: Of images that are montages; each slice has its own border and ninths.
         max_images: How many images of a pair enter its means.
     """
     path, folder = output.path / "global.json", output.path / "global"
@@ -76,9 +74,8 @@ def write_global(output: OutputFolder, *, num_slices: int = 1, max_images: int =
     _remove_stale(folder, {output.path / picture["file"] for pair in pairs for picture in pair["pictures"].values()})
     if pairs:
         content = {"schema": GLOBAL_SCHEMA, "max_images": max_images, "frame_ratio": FRAME_RATIO, "pairs": pairs}
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 class _Mean:
@@ -140,7 +137,9 @@ class _Mean:
         area = 1.0 if self.frame is None else float(self.frame.double().mean())
         measured = self.total > 0 and area < 1
         num_pixels = 0 if self.frame is None else self.num_used * self.frame.numel()
-        where, where_share = (None, None) if self.strength is None else strongest_region(self.strength[None, None])[0]
+        where, where_share = None, None
+        if self.strength is not None:
+            ((where, where_share),) = strongest_region(self.strength[None, None], self.num_slices)
         return {
             "num_used": self.num_used,
             "num_left_out": self.num_left_out,
@@ -211,23 +210,13 @@ def _changes(output: OutputFolder, counts: Counter[Pair], max_images: int) -> It
 
 
 def _change(row: Row, root: Path) -> Tensor | None:
-    read = [_read(root / row["folder"] / row["files"][key], root) for key in ("image", "counterfactual")]
-    before, after = read
-    if before is None or after is None or before.shape != after.shape:
-        return None
-    return (after - before) / 2
-
-
-def _read(path: Path, root: Path) -> Tensor | None:
-    """A saved picture, [C, H, W] in [-1, 1]; None unless it is a PNG of this folder."""
     try:
-        if not path.resolve().is_relative_to(root):
-            return None
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return images.from_pil(picture, 1 if picture.mode == "L" else 3)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+        before, after = (
+            images.read_saved(root / row["folder"] / row["files"][key], root)[0] for key in ("image", "counterfactual")
+        )
+    except images.UnreadableImageError:
         return None
+    return (after - before) / 2 if before.shape == after.shape else None
 
 
 def _remove_stale(folder: Path, written: set[Path]) -> None:

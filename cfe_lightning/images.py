@@ -341,6 +341,33 @@ def save_image(image: Tensor, path: Path) -> str:
     return pixel_digest(picture)
 
 
+def read_saved(path: Path, root: Path) -> tuple[Tensor, str]:
+    """Reads a PNG that ``save_image`` left somewhere below a folder.
+
+    Args:
+        path: The file.
+        root: The folder, resolved; what lies elsewhere is not opened.
+
+    Returns:
+        The image, [C, H, W] in [-1, 1], and its ``pixel_digest``.
+
+    Raises:
+        UnreadableImageError: If it cannot be read; the message is what to say after the file's name.
+    """
+    try:
+        if not path.resolve().is_relative_to(root):
+            raise UnreadableImageError("lies outside the folder")
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            return from_pil(picture, 1 if picture.mode == "L" else 3), pixel_digest(picture)
+    except UnreadableImageError:
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableImageError("is missing") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError("cannot be read as the PNG that was saved") from error
+
+
 def pixel_digest(picture: Image.Image) -> str:
     """What tells the pixels of a picture from all others, however the file is compressed; 32 hexadecimal digits."""
     digest = hashlib.sha256(f"{picture.mode} {picture.width} {picture.height}".encode())

@@ -156,6 +156,10 @@ def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation
     """
     image, label = batch["image"], batch["label"]
     explanation = explainer.explain(image)
+    shown = explanation.counterfactual
+    # Before the map: infinite values are cut off to the range of images there, as they are below.
+    if shown is not None and not shown.isfinite().all():
+        raise ValueError("gave a counterfactual that is not finite")
     where = pointed_at(explanation)
     if not where.isfinite().all():
         raise ValueError("gave an explanation that is not finite")
@@ -168,8 +172,8 @@ def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation
         "l1": nothing,
         "flip": nothing,
     }
-    if explanation.counterfactual is not None:
-        shown = explanation.counterfactual.clamp(-1, 1)
+    if shown is not None:
+        shown = shown.clamp(-1, 1)
         wanted = (label + 1) % explanation.logits.shape[1]
         right = (explanation.predicted == label) & (explanation.target == wanted)
         values["truth_l1"] = torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan)

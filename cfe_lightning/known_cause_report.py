@@ -23,6 +23,7 @@ from cfe_lightning.known_cause import BLIND, USES, VALUES, Bench, MarkUse, Verdi
 from cfe_lightning.metrics.pointing import pointed_at
 from cfe_lightning.metrics.statistics import Measurement, summarise
 from cfe_lightning.report import content_policy, html_template
+from cfe_lightning.whole_file import whole_file
 
 #: Picture of the right answer in a cell's folder; those of explainers are named after them.
 TRUTH = "truth"
@@ -225,7 +226,13 @@ def _scenes(bench: Bench, folder: Path) -> list[dict[str, Any]]:
         rows = [
             (
                 "right for the cue" if name == TRUTH else name,
-                [_embedded(folder / u.cell.name / f"{name}.png") for u in ends],
+                # Of an explainer that failed now, an earlier call may have left a picture.
+                [
+                    _embedded(folder / u.cell.name / f"{name}.png")
+                    if name == TRUTH or (u.cell.name, name) in bench.values
+                    else ""
+                    for u in ends
+                ],
             )
             for name in (TRUTH, *bench.explainers)
         ]
@@ -248,7 +255,5 @@ def _text(measurement: Measurement, *, interval: bool) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(text)

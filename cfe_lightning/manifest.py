@@ -24,11 +24,12 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from cfe_lightning.measured_sentence import measured_sentence
+from cfe_lightning.whole_file import whole_file
 
 SCHEMA = 1
 #: Of atlas.json, and the pictures beside it that a writer has left, whole or not.
@@ -37,6 +38,8 @@ ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
 #: Of global.json, likewise.
 GLOBAL_SCHEMA = 1
 GLOBAL_PICTURE = re.compile(r"\d+-(change|strength)\.png|\..+\.part")
+#: Pairs of global.json with pictures and examples; of the others there are numbers. As many the page shows.
+MAX_PICTURED = 12
 #: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
 COLUMNS = (
     *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
@@ -128,7 +131,8 @@ class OutputFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         if self.header() is None:
-            self._replace(self.manifest_path, lambda file: _write_lines(file, [header]))
+            with whole_file(self.manifest_path) as file:
+                _write_lines(file, [header])
         self.merge()
 
     def header(self) -> dict[str, Any] | None:
@@ -164,17 +168,14 @@ class OutputFolder:
         header = self.header()
         assert header is not None, "prepare() writes the header before any process appends"
         files = {path: path.open("rb") for path in (self.manifest_path, *parts)}
-
-        def write(file: TextIO) -> None:
-            _write_lines(file, [header])
-            for name in sorted(places, key=lambda name: name.split("/")):
-                path, offset = places[name]
-                files[path].seek(offset)
-                file.write(files[path].readline().decode())
-            _write_lines(file, [{"end": len(places)}])
-
         try:
-            self._replace(self.manifest_path, write)
+            with whole_file(self.manifest_path) as file:
+                _write_lines(file, [header])
+                for name in sorted(places, key=lambda name: name.split("/")):
+                    path, offset = places[name]
+                    files[path].seek(offset)
+                    file.write(files[path].readline().decode())
+                _write_lines(file, [{"end": len(places)}])
         finally:
             for opened in files.values():
                 opened.close()
@@ -191,18 +192,16 @@ class OutputFolder:
         for row in self.rows():
             extra |= dict.fromkeys(key for key in _cells(row) if key not in COLUMNS)
         columns = [*COLUMNS, *sorted(extra)]
-
-        def write(file: TextIO) -> None:
+        with whole_file(self.path / "manifest.csv") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(map(_cells, self.rows()))
 
-        self._replace(self.path / "manifest.csv", write)
-
     def write_summary(self, **facts: Any) -> dict[str, Any]:
         """Writes summary.json, the statistics of the merged rows after the given facts, and returns it."""
         summary = {**(self.header() or {}), **facts, **summarise(self.rows())}
-        self._replace(self.path / "summary.json", lambda file: file.write(json.dumps(summary, indent=2) + "\n"))
+        with whole_file(self.path / "summary.json") as file:
+            file.write(json.dumps(summary, indent=2) + "\n")
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -215,11 +214,15 @@ class OutputFolder:
 
     def write_verification(self, content: dict[str, Any]) -> None:
         """Writes verification.json."""
-        self._replace(self.path / "verification.json", lambda file: file.write(json.dumps(content, indent=2) + "\n"))
+        with whole_file(self.path / "verification.json") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
 
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
         for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE), ("global", GLOBAL_PICTURE)):
+            if (self.path / folder).is_symlink():  # what it leads to is not of the output folder
+                (self.path / folder).unlink()
+                continue
             for directory, _, names in os.walk(self.path / folder, topdown=False):
                 for name in names:
                     if picture.fullmatch(name):
@@ -241,13 +244,6 @@ class OutputFolder:
         # The header goes last: without it the folder could no longer be recognised as ours.
         for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
             path.unlink(missing_ok=True)
-
-    def _replace(self, path: Path, write: Callable[[TextIO], object]) -> None:
-        """Writes a file that appears whole or not at all."""
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            write(file)
-        temporary.replace(path)
 
 
 def image_folder(name: str) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cfe_lightning.report_values import short_percent
+
 #: How the mild transformations of ``metrics.robustness`` are called in a sentence.
 _TREATMENTS = {"jpeg90": "JPEG", "blur1": "blur", "down_up": "shrinking"}
+#: Rows hold no more.
+_MOST_DIGITS = 6
 #: Regions that do not stand after "in the".
 _PLACES = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
 
@@ -32,7 +36,7 @@ def measured_sentence(row: Mapping[str, Any]) -> str | None:
     if row.get("changed_area") is None:
         return None
     target = f"'{row['target']}'"
-    before, after = _probability(row["p_target_before"]), _probability(row["p_target_saved"])
+    before, after = _probabilities(row)
     if row["predicted"] == row["target"]:
         return f"Taken for {target} already ({before}): nothing to flip."
     if row.get("where") is None:
@@ -50,17 +54,19 @@ def _about_attribution(row: Mapping[str, Any]) -> str | None:
     if where is None:
         return None
     return (
-        f"The attribution is {where}." if share is None else f"{percent(share)} of the attribution lies {place(where)}."
+        f"The attribution is {where}."
+        if share is None
+        else f"{short_percent(share)} of the attribution lies {place(where)}."
     )
 
 
 def _change(row: Mapping[str, Any]) -> str:
     """How much changed, and where."""
     share, where = row.get("where_share"), row["where"]
-    area = f"Changing {percent(row['changed_area'])} of the pixels"
+    area = f"Changing {short_percent(row['changed_area'])} of the pixels"
     if row["changed_area"] == 0:
         area = "Changing no pixel by more than 8 of 255 grey levels"
-    held = where if share is None else f"{percent(share)} of the change {place(where)}"
+    held = where if share is None else f"{short_percent(share)} of the change {place(where)}"
     return f"{area}, {held},"
 
 
@@ -97,17 +103,20 @@ def place(where: str) -> str:
     return _PLACES.get(where, f"in the {where}")
 
 
-def _probability(p: float) -> str:
-    """Two digits, neither 0 nor 1 unless it is."""
-    if 0 < p < 0.005:
-        return "<0.01"
-    return ">0.99" if 0.995 <= p < 1 else f"{p:.2f}"
+def _probabilities(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The target's probability before and after, with two digits; of a flip with as many as tell the two apart."""
+    for digits in range(2, _MOST_DIGITS + 1):
+        before, after = (_probability(row[key], digits) for key in ("p_target_before", "p_target_saved"))
+        if before != after:
+            return before, after
+        if not row.get("flipped_saved"):
+            break
+    return _probability(row["p_target_before"]), _probability(row["p_target_saved"])
 
 
-def percent(share: float) -> str:
-    """A share as a reader wants it: one digit after the point below 10 %, neither 0 nor 100 % unless it is."""
-    if 0 < share < 0.0005:
-        return "<0.1%"
-    if 0.995 <= share < 1:
-        return ">99%"
-    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
+def _probability(p: float, digits: int = 2) -> str:
+    """Neither 0 nor 1 unless it is."""
+    smallest = 10.0**-digits
+    if 0 < p < smallest / 2:
+        return f"<{smallest:.{digits}f}"
+    return f">{1 - smallest:.{digits}f}" if 1 - smallest / 2 <= p < 1 else f"{p:.{digits}f}"

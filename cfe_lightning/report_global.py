@@ -8,14 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cfe_lightning.manifest import GLOBAL_SCHEMA
-from cfe_lightning.measured_sentence import percent, place
-from cfe_lightning.report_values import finite, text
+from cfe_lightning.manifest import GLOBAL_SCHEMA, MAX_PICTURED
+from cfe_lightning.measured_sentence import place
+from cfe_lightning.report_values import finite, short_percent, text
 
 #: The only files that a global view may name: what it says becomes an address in the page.
 _FILE = re.compile(r"global/\d+-(change|strength)\.png")
-#: Pairs and alarms on the page; the others stay in global.json.
-MAX_SHOWN = 12
 
 
 def read_global(path: Path) -> dict[str, Any] | None:
@@ -42,10 +40,10 @@ def read_global(path: Path) -> dict[str, Any] | None:
             "ratio": f"{ratio:g}",
             "images": f"{sum(finite(pair['num_flipped']) for pair in view['pairs']):,.0f}",
             "num_pairs": len(pairs),
-            "more_alarms": max(0, sum(pair["alarm"] for pair in pairs) - MAX_SHOWN),
-            "pairs": [pair for pair in pairs if pair["pictures"]][:MAX_SHOWN],
+            "more_alarms": max(0, sum(pair["alarm"] for pair in pairs) - MAX_PICTURED),
+            "pairs": [pair for pair in pairs if pair["pictures"]][:MAX_PICTURED],
             # Of pairs without a card, too: an alarm is not to be missed.
-            "alarms": [pair for pair in pairs if pair["alarm"]][:MAX_SHOWN],
+            "alarms": [pair for pair in pairs if pair["alarm"]][:MAX_PICTURED],
         }
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -80,10 +78,16 @@ def _pair(pair: dict[str, Any], ratio: float) -> dict[str, Any]:
         "alarm": bool(pair["alarm"]) and share is not None,
         "alarm_text": ""
         if share is None or area is None
-        else f"{percent(share)} of the change lies near the border ({percent(area)} of the area; in {framed:,.0f} of "
-        f"{used:,.0f} images more than {ratio:g} times as strong as inside), where usually nothing of the subject is: "
-        "look for marks, frames or text.",
+        else _alarm(share, area, f"{framed:,.0f} of {used:,.0f}", ratio),
     }
+
+
+def _alarm(share: float, area: float, framed: str, ratio: float) -> str:
+    return (
+        f"{short_percent(share)} of the change lies near the border ({short_percent(area)} of the area; in {framed} "
+        f"images more than {ratio:g} times as strong as inside), where usually nothing of the subject is: look for "
+        "marks, frames or text."
+    )
 
 
 def _counted(used: float, flipped: float, left_out: float) -> str:
@@ -107,24 +111,29 @@ def _place(pair: dict[str, Any]) -> dict[str, str] | None:
     where, share = pair["where"], pair["where_share"]
     if where is None:
         return None
-    value = text(where) if share is None else f"{percent(finite(share))} {place(text(where))}"
+    value = text(where) if share is None else f"{short_percent(finite(share))} {place(text(where))}"
     return {
         "title": "Where",
         "value": value,
         "detail": "",
-        "note": "the ninth of the picture that holds most of the change",
+        "note": "the ninth of the picture, or of the slices of a montage, that holds most of the change",
     }
 
 
 def _border(share: float, area: float) -> dict[str, str]:
     inside = (1 - share) / (1 - area)
     ratio = share / area / inside if inside > 0 else math.inf
-    times = (
-        "no change inside" if inside <= 0 else f"{'<0.01' if 0 < ratio < 0.01 else f'{ratio:.2g}'}× as strong as inside"
-    )
+    times = "no change inside" if inside <= 0 else f"{_times(ratio)}× as strong as inside"
     return {
         "title": "Near the border",
-        "value": percent(share),
-        "detail": f"of the change, on {percent(area)} of the area: {times}",
+        "value": short_percent(share),
+        "detail": f"of the change, on {short_percent(area)} of the area: {times}",
         "note": "within an eighth of the edge",
     }
+
+
+def _times(ratio: float) -> str:
+    """Two significant digits, and never a power of ten."""
+    if 0 < ratio < 0.01:
+        return "<0.01"
+    return f"{ratio:.2g}" if ratio < 9.95 else f"{ratio:,.0f}"

@@ -29,10 +29,15 @@ def signed(value: float) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share in percent, neither 0 nor 100 % unless it is."""
+    shown = f"{100 * share:.{digits}f}"
     smallest = 10.0**-digits
-    value = 100 * share
-    if 0 < value < smallest / 2:
+    if share > 0 and float(shown) == 0:
         return f"<{smallest:g}%"
-    if 100 - smallest / 2 < value < 100:
+    if share < 1 and float(shown) == 100:
         return f">{100 - smallest:g}%"
-    return f"{value:.{digits}f}%"
+    return f"{shown}%"
+
+
+def short_percent(share: float) -> str:
+    """``percent`` for a sentence: one digit after the point below 10 % and none from there on."""
+    return percent(share, 1 if share < 0.0995 else 0)

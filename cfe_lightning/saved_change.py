@@ -5,6 +5,7 @@ Source: evaluation, sections 3.4 and 4.3. Images [B, C, H, W] in [-1, 1], maps [
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explanation, decides_for
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.metrics import counterfactual as measures
-from cfe_lightning.metrics.robustness import TRANSFORMATIONS
+from cfe_lightning.metrics.robustness import TRANSFORMATIONS, survives
 
 #: The ninths of a picture, row by row.
 REGIONS = (
@@ -32,15 +33,20 @@ FRAME = 1 / 8
 
 # Saved levels are whole: more than eight of them is more than eight and a half, which no rounding of floats touches.
 _VISIBLE = 8.5 / 255
+# Of a share of a map.
+_DECIMALS = 9
 
 
-def measure(explanation: Explanation, classifier: FrozenClassifier, flipped: Tensor | None) -> list[dict[str, Any]]:
+def measure(
+    explanation: Explanation, classifier: FrozenClassifier, flipped: Tensor | None, num_slices: int = 1
+) -> list[dict[str, Any]]:
     """What the manifest says of every saved change, besides the decisions.
 
     Args:
         explanation: The batch's explanation.
         classifier: Judges the transformed pixels.
         flipped: Whose saved counterfactual is a flip, [B] bool; None where there are no counterfactuals.
+        num_slices: Of images that are montages.
 
     Returns:
         B dictionaries: ``changed_area``, the share of pixels of which a channel changed by more than eight levels;
@@ -55,13 +61,15 @@ def measure(explanation: Explanation, classifier: FrozenClassifier, flipped: Ten
         for _ in range(len(explanation))
     ]
     # On the CPU, where the files come from: other devices divide otherwise in the last place, or know no float64.
-    attribution = _finite(explanation.attribution).cpu().clamp_min(0)
-    for row, (where, share) in zip(rows, strongest_region(attribution), strict=True):
+    attribution = _made_finite(explanation.attribution).cpu().clamp_min(0)
+    for row, (where, share) in zip(rows, strongest_region(attribution, num_slices), strict=True):
         row |= {"attribution_where": where, "attribution_share": share}
     if explanation.counterfactual is None or flipped is None:
         return rows
-    before, after = (images.saved(_finite(image).cpu()) for image in (explanation.image, explanation.counterfactual))
-    places = strongest_region(measures.change_map(before, after))
+    before, after = (
+        images.saved(_made_finite(image).cpu()) for image in (explanation.image, explanation.counterfactual)
+    )
+    places = strongest_change(before, after, num_slices)
     for row, area, (where, share) in zip(rows, changed_area(before, after).tolist(), places, strict=True):
         row |= {"changed_area": area, "where": where, "where_share": share}
     chosen = flipped.nonzero()[:, 0].tolist()
@@ -75,32 +83,47 @@ def changed_area(before: Tensor, after: Tensor) -> Tensor:
     return measures.changed_area(before, after, _VISIBLE)
 
 
-def strongest_region(strength: Tensor) -> list[tuple[str | None, float | None]]:
+def strongest_change(before: Tensor, after: Tensor, num_slices: int = 1) -> list[tuple[str | None, float | None]]:
+    """``strongest_region`` of the change between images with whole levels."""
+    return strongest_region(measures.change_map(before, after), num_slices)
+
+
+def strongest_region(strength: Tensor, num_slices: int = 1) -> list[tuple[str | None, float | None]]:
     """The ninth of the picture that holds most of a map [B, 1, H, W], and its share of the whole.
+
+    Args:
+        strength: The map.
+        num_slices: Of a montage; its slices are laid upon each other, so that a ninth is one of every slice.
 
     Returns:
         B pairs: a name of ``REGIONS`` and the share; ``SPREAD`` and None where the strongest ninth holds less than
         twice its share of the area; None twice where the map is zero.
     """
+    strength = images.cut_montage(strength.double(), num_slices).sum(dim=1)
     height, width = strength.shape[-2:]
     rows, columns = _thirds(height).to(strength.device), _thirds(width).to(strength.device)
-    mass = torch.einsum("bhw,ih,jw->bij", strength[:, 0].double(), rows, columns).flatten(1)
+    mass = torch.einsum("bhw,ih,jw->bij", strength[:, 0], rows, columns).flatten(1)
     area = torch.einsum("ih,jw->ij", rows, columns).flatten() / (height * width)
     total = mass.sum(dim=1)
-    shares = mass / total.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    # Rounded: what is equal on paper is not decided by the last digit, which depends on the machine.
+    shares = (mass / total.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).round(decimals=_DECIMALS)
     found: list[tuple[str | None, float | None]] = []
     for whole, share, best in zip(total.tolist(), shares, shares.argmax(dim=1).tolist(), strict=True):
         if whole <= 0:
             found.append((None, None))
-        elif share[best] < CONCENTRATION * area[best]:
+        elif share[best] < CONCENTRATION * area[best] - 10**-_DECIMALS:
             found.append((SPREAD, None))
         else:
             found.append((REGIONS[best], float(share[best])))
     return found
 
 
+@lru_cache(maxsize=8)
 def frame_mask(height: int, width: int, num_slices: int = 1) -> Tensor:
-    """Which pixels lie within an eighth of the edge, at least one pixel, [H, W] bool; of every slice of a montage."""
+    """Which pixels lie within an eighth of the edge, at least one pixel, [H, W] bool; of every slice of a montage.
+
+    Whoever asks again gets the same tensor: it is not to be changed.
+    """
     side = images.montage_side(num_slices)
     down, across = (_near_the_ends(length // side) for length in (height, width))
     return (down[:, None] | across[None, :]).repeat(side, side)
@@ -118,26 +141,25 @@ def _thirds(length: int) -> Tensor:
     return torch.nn.functional.one_hot(third, 3).T.double()
 
 
-@torch.no_grad()
 def _survival(explanation: Explanation, classifier: FrozenClassifier, chosen: list[int]) -> list[dict[str, Any]]:
     """``survives`` and ``lost_under`` of the chosen images, all of them in one call for each transformation."""
     if not chosen:
         return []
     assert explanation.counterfactual is not None, "what flipped has a counterfactual"
-    before, after = (images.saved(_finite(image[chosen])) for image in (explanation.image, explanation.counterfactual))
+    before, after = (
+        images.saved(_made_finite(image[chosen])) for image in (explanation.image, explanation.counterfactual)
+    )
     source, target = explanation.predicted[chosen], explanation.target[chosen]
-    found: list[dict[str, Any]] = [{"survives": [], "lost_under": []} for _ in chosen]
-    for name in MILD:
-        transformed = TRANSFORMATIONS[name]
-        kept = decides_for(classifier(transformed(before)), source).tolist()
-        flips = decides_for(classifier(transformed(after)), target).tolist()
-        for row, own, flip in zip(found, kept, flips, strict=True):
-            if own:
-                row["survives" if flip else "lost_under"].append(name)
-    nothing: dict[str, Any] = {"survives": None, "lost_under": None}
-    return [row if row["survives"] or row["lost_under"] else nothing for row in found]
+    found = survives(classifier, before, after, source, target, MILD)
+    tried = {name: (kept.tolist(), flips.tolist()) for name, (kept, flips) in found.items()}
+    rows = []
+    for index in range(len(chosen)):
+        stays = {name: flips[index] for name, (kept, flips) in tried.items() if kept[index]}
+        kinds = (("survives", True), ("lost_under", False))
+        rows.append({key: [n for n, stay in stays.items() if stay == kind] if stays else None for key, kind in kinds})
+    return rows
 
 
-def _finite(image: Tensor) -> Tensor:
+def _made_finite(image: Tensor) -> Tensor:
     """Without what is no number: such an image fails, but not the batch that it is in."""
     return image.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)

@@ -1,6 +1,7 @@
 """Checks an output folder of ``explain.py`` against its manifest: are the pictures those, and is what is said true?
 
-Only the saved pictures and the classifier are needed; no method runs.
+Only the saved pictures and the classifier are needed; no method runs. Not checked are the transformations that a flip
+survives, which another machine's JPEG may decide otherwise, and where an attribution lies, whose picture is scaled.
 """
 
 from __future__ import annotations
@@ -10,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import decides_for
 from cfe_lightning.manifest import OutputFolder, Row
-from cfe_lightning.saved_change import changed_area
+from cfe_lightning.saved_change import changed_area, strongest_change
 
 #: Probabilities of the same pixels on another machine or in another batch; of pixels before they were rounded.
 SAVED_TOLERANCE = 2e-3
 ROUNDED_TOLERANCE = 0.1
-#: Of shares of pixels, which rows hold with six digits.
+#: Of shares of pixels and of the change, which rows hold with six digits.
 AREA_TOLERANCE = 1e-5
 
 
-def verify(output: Path, classifier: FrozenClassifier) -> Iterator[tuple[str, list[str]]]:
+def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> Iterator[tuple[str, list[str]]]:
     """Opens every picture again, asks the classifier again, and compares with the manifest, row by row.
 
     Args:
         output: A folder that ``explain.py`` wrote.
         classifier: The one that was explained, in eval mode.
+        num_slices: Of images that are montages.
 
     Yields:
         The name of every explained image and what is wrong with its row, nothing if all of it is confirmed.
@@ -43,7 +44,7 @@ def verify(output: Path, classifier: FrozenClassifier) -> Iterator[tuple[str, li
         if row["status"] != "ok":
             continue
         problems, pictures = _open(row, output)
-        yield row["name"], problems or _claims(row, pictures, classifier)
+        yield row["name"], problems or _claims(row, pictures, classifier, num_slices)
 
 
 def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:
@@ -52,20 +53,10 @@ def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:
     digests: dict[str, str] = row.get("digests", {})
     root = output.resolve()
     for key, file in row["files"].items():
-        path = output / row["folder"] / file
-        if not path.resolve().is_relative_to(root):
-            problems.append(f"{file} lies outside the folder")
-            continue
         try:
-            with Image.open(path, formats=["PNG"]) as picture:
-                picture.load()
-                digest = images.pixel_digest(picture)
-                pictures[key] = images.from_pil(picture, 1 if picture.mode == "L" else 3)
-        except FileNotFoundError:
-            problems.append(f"{file} is missing")
-            continue
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
-            problems.append(f"{file} cannot be read as the PNG that was saved")
+            pictures[key], digest = images.read_saved(output / row["folder"] / file, root)
+        except images.UnreadableImageError as error:
+            problems.append(f"{file} {error}")
             continue
         if digest != digests.get(key):
             problems.append(f"{file} has other pixels than those that were saved")
@@ -73,7 +64,7 @@ def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _claims(row: Row, pictures: dict[str, Tensor], classifier: FrozenClassifier) -> list[str]:
+def _claims(row: Row, pictures: dict[str, Tensor], classifier: FrozenClassifier, num_slices: int) -> list[str]:
     """What the classifier says otherwise than the row."""
     names = list(classifier.class_names)
     if row["predicted"] not in names or row["target"] not in names:
@@ -102,7 +93,7 @@ def _claims(row: Row, pictures: dict[str, Tensor], classifier: FrozenClassifier)
         flips = bool(decides_for(logits[1:2], torch.tensor([target])))
         if row["flipped_saved"] is not None and clear and flips != row["flipped_saved"]:
             problems.append(f"its saved counterfactual is {'a' if flips else 'no'} flip, which the row denies")
-        problems += _areas(row, pictures)
+        problems += _areas(row, pictures) + _places(row, pictures, num_slices)
     for key, index in (("predicted", predicted), ("target", target)):
         said = torch.tensor(row["curve"][key] if num_steps else [])
         if len(said) and float((rest[:, index] - said).abs().max()) > SAVED_TOLERANCE:
@@ -117,6 +108,21 @@ def _areas(row: Row, pictures: dict[str, Tensor]) -> list[str]:
         return []
     area = float(changed_area(pictures["image"][None], pictures["counterfactual"][None]))
     return [] if abs(claimed - area) <= AREA_TOLERANCE else [f"its changed area is {area:.4f}, not {claimed}"]
+
+
+def _places(row: Row, pictures: dict[str, Tensor], num_slices: int) -> list[str]:
+    """Whether the change lies where the row says; rows of earlier versions do not say it."""
+    if "where" not in row:
+        return []
+    ((where, share),) = strongest_change(pictures["image"][None], pictures["counterfactual"][None], num_slices)
+    claimed, claimed_share = row["where"], row.get("where_share")
+    if where == claimed and abs((share or 0) - (claimed_share or 0)) <= AREA_TOLERANCE:
+        return []
+    return [f"the place of its change is {_place(where, share)}, not {_place(claimed, claimed_share)}"]
+
+
+def _place(where: str | None, share: float | None) -> str:
+    return f"{where or 'nowhere'}{'' if share is None else f' ({share:.4f})'}"
 
 
 def _differing(

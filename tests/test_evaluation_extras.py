@@ -87,7 +87,9 @@ def test_diversity_is_the_distance_of_edits_with_other_random_numbers() -> None:
 
 def test_an_explanation_that_ignores_the_classifier_is_seen() -> None:
     torch.manual_seed(0)
-    classifier = FrozenClassifier(SimpleCnn(2, image_size=16), replace(toy_classifier().spec, head="fc", feature_map=None))
+    classifier = FrozenClassifier(
+        SimpleCnn(2, image_size=16), replace(toy_classifier().spec, head="fc", feature_map=None)
+    )
     explainers = {"random": build_baseline("random", classifier), "saliency": build_baseline("saliency", classifier)}
     measures = Measures(curve_steps=0, sanity=True)
     random, saliency = evaluate(explainers, toy_batches(), measures=measures).rows

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cfe_lightning import global_view
@@ -276,3 +277,21 @@ def test_a_folder_with_a_view_from_elsewhere_is_refused(tmp_path: Path, name: st
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"holds {name} that no run of explain.py left there"):
         OutputFolder(tmp_path).prepare(HEADER)
+
+
+def test_the_place_of_a_change_is_that_in_every_slice_of_a_montage(output: OutputFolder):
+    def inner(index: int) -> np.ndarray:
+        change = np.zeros((SIDE, SIDE), int)
+        change[3:5, 3:5] = change[3:5, 11:13] = change[11:13, 3:5] = change[11:13, 11:13] = 40
+        return change
+
+    add(output, 1, inner)
+    write_global(output, num_slices=4)
+    assert (content(output)["pairs"][0]["where"], content(output)["pairs"][0]["where_share"]) == ("centre", 1.0)
+
+
+def test_all_pairs_share_one_frame():
+    means = [global_view._Mean(1, pictured=False) for _ in range(3)]
+    for mean in means:
+        mean.add(torch.ones(1, SIDE, SIDE))
+    assert means[0].frame is means[1].frame is means[2].frame

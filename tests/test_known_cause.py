@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
@@ -155,6 +156,9 @@ class TestMeasure:
         assert values["flip"].max() == 0
         with pytest.raises(ValueError, match="gave an explanation that is not finite"):
             measure(Paints(classifier, torch.full((32, 32), math.nan), attribution_only=True), batch)
+        # The map of an infinite counterfactual is finite: it is cut off to the range of images.
+        with pytest.raises(ValueError, match="gave a counterfactual that is not finite"):
+            measure(Paints(classifier, torch.full((32, 32), math.inf)), batch)
 
     def test_the_exact_counterfactual_is_at_distance_zero_where_the_decision_is_right(
         self, batch: dict[str, Any]
@@ -257,3 +261,13 @@ class TestReport:
         assert " style=" not in page, "the content policy forbids it"
         # A dot per image of the two groups.
         assert page.count("h0") == 8
+
+    def test_no_picture_of_an_earlier_call_is_shown_for_what_failed_now(self, tmp_path: Path) -> None:
+        place = tmp_path / "cells/lesion_1_p0"
+        place.mkdir(parents=True)
+        for name in ("truth", "right", "mute"):
+            (place / f"{name}.png").write_bytes(name.encode())
+        save(small_bench(), tmp_path, {"seed": 3, "bench": "synthetic"}, tmp_path / "cells", 18 / 1024)
+        page = (tmp_path / "known_cause.html").read_text()
+        shown = {name: base64.b64encode(name.encode()).decode() in page for name in ("truth", "right", "mute")}
+        assert shown == {"truth": True, "right": True, "mute": False}

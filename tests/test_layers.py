@@ -50,10 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "checkpointing": {"callbacks"},
     "csv_log": set(),
     "environment": set(),
-    "manifest": {"metrics", "measured_sentence"},
-    "measured_sentence": set(),
+    "whole_file": set(),
+    "manifest": {"metrics", "measured_sentence", "whole_file"},
+    "measured_sentence": {"report_values"},
     "saved_change": {"explanation", "classifier", "images", "metrics"},
-    "global_view": {"images", "manifest", "saved_change"},
+    "global_view": {"images", "manifest", "saved_change", "whole_file"},
     "explanation_writer": {"explanation", "classifier", "images", "manifest", "saved_change"},
     "survey_file": {"atlas", "explainer"},
     "verification": {"explanation", "classifier", "images", "manifest", "saved_change"},
@@ -68,9 +69,11 @@ ALLOWED: dict[str, set[str]] = {
     "untrained": {"baselines", "classifier", "explainer", "methods"},
     "columns": set(),
     "tally": {
-        *("explanation", "classifier", "classifier_calls", "columns", "images", "instruments", "losses", "metrics"),
+        *("explanation", "classifier", "classifier_calls", "columns", "guarded_explainer", "images", "instruments"),
+        *("losses", "metrics"),
     },
-    "tally_summary": {"metrics", "tally"},
+    "guarded_explainer": {"explanation"},
+    "tally_summary": {"instruments", "metrics", "tally"},
     "evaluation": {
         *("explanation", "classifier", "evaluation_gallery", "evaluation_store", "images", "metrics", "tally"),
         "tally_summary",
@@ -81,14 +84,16 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation_gallery": {"explanation", "images", "report", "report_values"},
     "evaluation_report": {"evaluation", "evaluation_table", "metrics", "report"},
     "known_cause": {"classifier", "explanation", "metrics"},
-    "known_cause_report": {"known_cause", "evaluation_table", "explanation", "images", "metrics", "report"},
+    "known_cause_report": {
+        *("known_cause", "evaluation_table", "explanation", "images", "metrics", "report", "whole_file"),
+    },
     # The entry points may use everything but name no method: that is what configs are for.
     "cli": {
         "atlas", "baselines", "callbacks", "checkpointing", "classifier", "classifier_check", "classifier_sources",
         "cli", "csv_log", "data", "environment", "evaluation", "evaluation_gallery", "evaluation_report",
         "evaluation_store", "evaluation_table", "explainer", "explanation", "explanation_writer", "global_view",
         "images", "instruments", "known_cause", "known_cause_report", "manifest", "medical_files", "report",
-        "survey_file", "tally", "tally_summary", "untrained", "verification",
+        "survey_file", "tally", "tally_summary", "untrained", "verification", "whole_file",
     },
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file, summarise
+from cfe_lightning.whole_file import whole_file
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"], "input": "/photos", "target": None}
 
@@ -210,3 +211,27 @@ def test_the_summary_tells_run_facts_and_statistics(folder: OutputFolder):
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary["checkpoint_sha256"] == "aa"
     assert (summary["n_planned"], summary["n_done"], summary["device"]) == (3, 1, "cpu")
+
+
+@pytest.mark.parametrize(("name", "file"), [("images", "image.png"), ("atlas", "0-1.png"), ("global", "0-change.png")])
+def test_overwriting_removes_a_link_and_nothing_of_what_it_leads_to(folder: OutputFolder, name: str, file: str):
+    outside = folder.path.parent / "outside"
+    outside.mkdir()
+    (outside / file).write_bytes(b"precious")
+    (folder.path / name).symlink_to(outside)
+    folder.prepare(HEADER, overwrite=True)
+    assert not os.path.lexists(folder.path / name)
+    assert (outside / file).read_bytes() == b"precious"
+
+
+def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path: Path):
+    def stopped() -> None:
+        with whole_file(tmp_path / "x.txt") as file:
+            file.write("half")
+            raise KeyboardInterrupt
+
+    with whole_file(tmp_path / "x.txt") as file:
+        file.write("whole \udcff\n")
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (tmp_path / "x.txt").read_bytes() == b"whole \\udcff\n"

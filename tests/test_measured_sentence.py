@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from cfe_lightning.measured_sentence import measured_sentence, percent, place
+from cfe_lightning.measured_sentence import measured_sentence, place
+from cfe_lightning.report_values import percent, short_percent
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -77,6 +78,18 @@ NOT_FLIPPED = {"flipped": False, "flipped_saved": False, "survives": None, "lost
             "Nothing changed in the saved picture; rounding it to 8 bits moved 'cat' from 0.49 to 0.51.",
         ),
         (
+            {"survives": None, "p_target_before": 0.496, "p_target_saved": 0.504},
+            "Changing 3.1% of the pixels, 80% of the change in the upper left, moved 'cat' from 0.496 to 0.504.",
+        ),
+        (
+            {"survives": None, "p_target_before": 0.99981, "p_target_saved": 0.99992},
+            "Changing 3.1% of the pixels, 80% of the change in the upper left, moved 'cat' from 0.9998 to 0.9999.",
+        ),
+        (
+            {"survives": None, "p_target_before": 0.5, "p_target_saved": 0.5},
+            "Changing 3.1% of the pixels, 80% of the change in the upper left, moved 'cat' from 0.50 to 0.50.",
+        ),
+        (
             {"predicted": "cat", "flipped": None, "flipped_saved": None, "p_target_before": 0.93},
             "Taken for 'cat' already (0.93): nothing to flip.",
         ),
@@ -110,7 +123,13 @@ def test_what_was_not_measured_has_no_sentence():
 def test_shares_are_neither_nothing_nor_everything_unless_they_are():
     shares = (0, 0.0001, 0.0005, 0.031, 0.0994, 0.0996, 0.5, 0.9949, 0.9951, 1)
     shown = ["0.0%", "<0.1%", "0.1%", "3.1%", "9.9%", "10%", "50%", "99%", ">99%", "100%"]
-    assert [percent(share) for share in shares] == shown
+    assert [short_percent(share) for share in shares] == shown
+    shown = ["0%", "<1%", "<1%", "3%", "10%", "10%", "50%", "99%", ">99%", "100%"]
+    assert [percent(share, 0) for share in shares] == shown
+    # On the edge itself, too.
+    assert [percent(0.005, 0), percent(0.995, 0), percent(0.9995), short_percent(0.995)] == [
+        *("<1%", ">99%", ">99.9%", ">99%"),
+    ]
 
 
 def test_every_region_has_its_preposition():

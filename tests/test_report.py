@@ -567,6 +567,19 @@ def test_a_broken_global_view_is_refused_in_one_sentence(tmp_path: Path, change:
     assert str(raised.value).endswith("): remove it, or run explain.py again.")
 
 
+@pytest.mark.parametrize(
+    ("share", "times"), [(0.2, "1"), (0.9, "36"), (0.99, "396"), (0.9997, "13,329"), (0.7133, "10"), (0.7, "9.3")]
+)
+def test_how_much_stronger_the_border_is_reads_as_a_number(tmp_path: Path, share: float, times: str):
+    folder = with_global(tmp_path, [f"{index}.png" for index in range(3)])
+    view = json.loads((folder / "global.json").read_text())
+    view["pairs"] = view["pairs"][:1]
+    view["pairs"][0] |= {"frame_share": share, "frame_area": 0.2}
+    (folder / "global.json").write_text(json.dumps(view))
+    text = words(global_section(write_html(folder).read_text(encoding="utf-8")))
+    assert f"on 20% of the area: {times}× as strong as inside" in text
+
+
 needs_browser = pytest.mark.skipif(
     shutil.which("chromedriver") is None or not (shutil.which("chromium") or shutil.which("google-chrome")),
     reason="needs chromium and chromedriver on the path",

@@ -132,3 +132,30 @@ def test_an_image_that_is_not_finite_does_not_spoil_the_others():
         explained(image, counterfactual, torch.tensor([1, 1])), toy.toy_classifier(2), torch.tensor([True, False])
     )
     assert (rows[1]["changed_area"], rows[1]["where"]) == (pytest.approx(1 / 81), "upper left")
+
+
+def test_a_ninth_of_a_montage_is_one_of_every_slice():
+    # The lower right of all four slices: of the whole montage these lie in four different ninths.
+    strength = torch.zeros(1, 1, 18, 18)
+    for row in (8, 17):
+        for column in (8, 17):
+            strength[..., row, column] = 1
+    assert strongest_region(strength, 4) == [("lower right", 1.0)]
+    assert strongest_region(strength) != [("lower right", 1.0)]
+    image = level(100, 1, 3, 18, 18)
+    given = explained(image, image + strength * 80 / 255, torch.tensor([1]))
+    given.attribution = strength
+    (row,) = measure(given, toy.toy_classifier(2), torch.tensor([False]), num_slices=4)
+    assert (row["where"], row["where_share"]) == ("lower right", pytest.approx(1.0))
+    assert (row["attribution_where"], row["attribution_share"]) == ("lower right", 1.0)
+
+
+def test_the_last_digit_of_a_machine_decides_no_region():
+    tied = torch.zeros(2, 1, 9, 9, dtype=torch.float64)
+    tied[:, :, 1, 1], tied[:, :, 7, 7] = 1.0, torch.tensor([[1 + 1e-14], [1 - 1e-14]], dtype=torch.float64)
+    assert [where for where, _ in strongest_region(tied)] == ["upper left"] * 2
+
+
+def test_whoever_asks_for_a_frame_again_gets_the_same():
+    assert frame_mask(16, 8) is frame_mask(16, 8)
+    assert frame_mask(16, 8) is not frame_mask(16, 16)

@@ -1,6 +1,7 @@
 """``cfe-evaluate --bench``: trains classifiers with a planted shortcut and asks which explainers give it away.
 
-What is done is kept per cell and explainer, so a run that was stopped continues, and a later one adds to it.
+What is done is kept per cell and explainer, so a run that was stopped continues. Cells of other calls are kept; the
+``known_cause.*`` files cover what this call asks for.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cfe_lightning.cli import run_folder
 from cfe_lightning.cli.arguments import INTERRUPTED
-from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, load_config, shapes_of
+from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, load_config, shapes_of
 
 if TYPE_CHECKING:
     import torch
 
     from cfe_lightning.known_cause import Cell
 
+#: Test images of every cell, unless --limit says otherwise.
+_NUM_TEST = 64
+
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the bench to a command that has ``--output``, ``--baselines``, ``--limit`` and ``--seed``."""
-    group = parser.add_argument_group("known-cause bench (with --output, --baselines, --limit, --seed, --device)")
+    group = parser.add_argument_group(
+        "known-cause bench (with --output, --baselines, --limit, --seed, --device, --batch-size)",
+        f"Every classifier is tested on --limit images, {_NUM_TEST} by default.",
+    )
     group.add_argument(
         "--bench",
         choices=("synthetic",),
@@ -70,14 +77,21 @@ def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequ
         baselines: Names of baselines.
 
     Raises:
-        ValueError: If an option cannot be used, or a classifier cannot be trained.
+        ValueError: If an option cannot be used, a classifier cannot be trained, or memory runs out.
     """
     if options.checkpoint or options.data:
         raise ValueError("--bench trains its own explainers on built-in data: leave out --checkpoint and --data.")
     if options.output is None:
         raise ValueError("--bench keeps its trainings and results in a folder: add --output DIR.")
+    import torch
+
     try:
         return _run(options, device, baselines)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The device ran out of memory at --batch-size {options.batch_size}: the same command with a smaller one "
+            "does the rest."
+        ) from error
     except KeyboardInterrupt:
         sys.stderr.write(
             f"\ninterrupted: what is finished is kept in {options.output}, the same command again does the rest\n"
@@ -96,6 +110,7 @@ def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[
         raise ValueError("There is nothing to measure: name at least one of --methods and --baselines.")
     settings = _settings(options, methods, baselines)
     options.output.mkdir(parents=True, exist_ok=True)
+    keep_settings(options)
     tables = []
     for number, cell in enumerate(cells, start=1):
         work = BenchCell(cell, options, device, title=f"[{number}/{len(cells)}] {cell.name}")
@@ -125,7 +140,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             raise ValueError(f"--shortcuts are probabilities from 0 to 1, got {p:g}.")
     if not 0 < options.budget < math.inf:
         raise ValueError(f"--budget multiplies the length of trainings and must be above 0, got {options.budget:g}.")
-    options.limit = options.limit or 64
+    options.limit = options.limit or _NUM_TEST
     if options.limit < 2:
         raise ValueError(f"The bench needs at least one test image of each class: give --limit 2, not {options.limit}.")
     cells = [

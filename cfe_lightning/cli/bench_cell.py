@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cfe_lightning.cli import run_folder, train
 from cfe_lightning.cli.arguments import INTERRUPTED
+from cfe_lightning.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,8 @@ CLASSIFIER = "classifier_synthetic.yaml"
 #: Training images per config at budget 1: enough for shapes to be learned, minutes instead of hours for all cells.
 _SHARE = 1 / 3
 _NUM_VAL = 200
+#: Options that every training of an output folder shares.
+_SHARED = ("budget", "seed", "cue_agreement")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +68,17 @@ class BenchCell:
         """What moving the mark does to the classifier."""
         import torch
 
-        from cfe_lightning.known_cause import mark_use
+        from cfe_lightning.known_cause import MarkUse, mark_use
 
         data = self.shapes.dataset("test")
         moved = [data.render(index, int(data.labels[index]), 1 - data.mark_corner(index)) for index in range(len(data))]
-        images = (self.batch["image"], torch.stack(moved).to(self.device))
-        found = mark_use(self.cell, self.classifier, *images, self.batch["label"])
+        parts = []
+        for start in range(0, len(data), self.options.batch_size):
+            part = slice(start, start + self.options.batch_size)
+            images = (self.batch["image"][part], torch.stack(moved[part]).to(self.device))
+            parts.append(mark_use(self.cell, self.classifier, *images, self.batch["label"][part]))
+        keys = ("probability", "decision", "correct")
+        found = MarkUse(cell=self.cell, **{key: torch.cat([getattr(part, key) for part in parts]) for key in keys})
         self._say(
             f"accuracy {found.correct.double().mean():.3f}, use of the mark {found.probability.mean():.3f} "
             f"({found.verdict})"
@@ -81,7 +90,8 @@ class BenchCell:
         import torch
 
         texts = [config.read_text(encoding="utf-8") for config in configs if config is not None]
-        digest = _digest(name, texts, self.classifier.fingerprint(), self.options.limit, *self._training_settings())
+        measured = [self.classifier.fingerprint(), self.options.limit, self.options.batch_size]
+        digest = _digest(name, texts, *measured, *self._training_settings())
         path = self.folder / f"{name}.json"
         kept = _read(path)
         key = (self.cell.name, name)
@@ -127,10 +137,12 @@ class BenchCell:
             module = method.class_path.split(".")[-2]
             return build_untrained(module, self.classifier, method.arguments).to(self.device)
         overrides = ["--model.classifier.init_args.path", str(self.folder / "classifier.pt")]
+        beneath = [self.classifier.fingerprint()]
         if method.autoencoder is not None:
             base = self._train("autoencoder", method.autoencoder, ())
             overrides += ["--model.autoencoder", str(base / "best.ckpt")]
-        run = self._train(method.name, method.config, overrides, self.classifier.fingerprint())
+            beneath.append(method.autoencoder.read_text(encoding="utf-8"))
+        run = self._train(method.name, method.config, overrides, beneath)
         return load_explainer(run / "best.ckpt").to(self.device)
 
     def baseline(self, name: str) -> Explainer:
@@ -148,14 +160,15 @@ class BenchCell:
         self._train("classifier", config, ["--model.architecture", "pooled", "--model.output", str(path)])
         return load_classifier(str(path)).to(self.device)
 
-    def _train(self, name: str, config: Path, overrides: Sequence[str], explained: str = "") -> Path:
+    def _train(self, name: str, config: Path, overrides: Sequence[str], beneath: Sequence[str] = ()) -> Path:
         """Trains into ``<cell>/runs/<name>`` unless that is done with these settings, and returns the folder.
 
         Args:
             name: Of the run.
             config: What is trained.
             overrides: Of the config, besides the cell's data.
-            explained: Fingerprint of the classifier that is explained, if any: another one needs another training.
+            beneath: What tells the networks that it stands on from others, if any: the fingerprint of the classifier,
+                the config of the autoencoder. Others need another training.
 
         Raises:
             ValueError: If it cannot be trained.
@@ -163,7 +176,7 @@ class BenchCell:
         run = self.folder / "runs" / name
         # Wherever the folder lies.
         told = [override.replace(str(self.folder), "") for override in overrides]
-        digest = _digest(config.read_text(encoding="utf-8"), told, explained, *self._training_settings())
+        digest = _digest(config.read_text(encoding="utf-8"), told, *beneath, *self._training_settings())
         done = run / "trained.json"
         if _read(done).get("settings") == digest:
             return run
@@ -172,12 +185,8 @@ class BenchCell:
         started = time.perf_counter()
         arguments = ["--config", str(config), "--run", name, "--output", str(run.parent), "--overwrite"]
         arguments += ["--skip-classifier-check", *overrides, *self._data_overrides(config)]
-        with _quiet_training() as spoken:
-            code = train.main(arguments)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        if code != 0:
-            reason = spoken.getvalue().strip().rpartition("error: ")[2]
+        reason = _training_error(arguments)
+        if reason is not None:
             raise ValueError(f"{name} of {self.cell.name} could not be trained: {reason}")
         seconds = time.perf_counter() - started
         _write(done, {"settings": digest, "seconds": seconds})
@@ -209,8 +218,8 @@ class BenchCell:
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     def _training_settings(self) -> list[Any]:
-        options = self.options
-        return [self.cell.name, options.budget, options.seed, options.cue_agreement, _SHARE, _NUM_VAL]
+        version = importlib.metadata.version("cfe-lightning")
+        return [version, self.cell.name, *_shared(self.options).values(), _SHARE, _NUM_VAL]
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """All test images of the cell, and the picture of their right answer."""
@@ -248,11 +257,52 @@ def shapes_of(cell: Cell, options: argparse.Namespace, cue_agreement: float = 1.
     )
 
 
+def keep_settings(options: argparse.Namespace) -> None:
+    """Writes what all trainings of the output folder share into its ``bench.json``, once.
+
+    Raises:
+        ValueError: If the folder holds trainings by other settings: these would replace them.
+    """
+    path, asked = options.output / "bench.json", _shared(options)
+    kept = _read(path)
+    if not kept:
+        _write(path, asked)
+        return
+    others = [name for name in asked if kept.get(name) != asked[name]]
+    if others:
+        found, given = (
+            " and ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in others)
+            for settings in (kept, asked)
+        )
+        raise ValueError(
+            f"{options.output} holds a bench with {found}, and {given} was asked for, which would replace its "
+            "trainings: give another --output."
+        )
+
+
+def _shared(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in _SHARED}
+
+
 def load_config(config: Path) -> dict[str, Any]:
     """A config as plain data."""
     import yaml
 
     return yaml.safe_load(config.read_text(encoding="utf-8"))
+
+
+def _training_error(arguments: Sequence[str]) -> str | None:
+    """Trains, and returns why that failed, if it did."""
+    import torch
+
+    try:
+        with _quiet_training() as spoken:
+            code = train.main(arguments)
+    except torch.OutOfMemoryError:
+        return "the device ran out of memory"
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return None if code == 0 else spoken.getvalue().strip().rpartition("error: ")[2]
 
 
 @contextlib.contextmanager
@@ -285,7 +335,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, allow_nan=False))

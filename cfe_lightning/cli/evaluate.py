@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 #: Options that are about given checkpoints and data.
 _NOT_FOR_BENCH = (
     *("classifier", "second", "iso", "split", "protocol", "cycles", "diversity", "sanity", "weights", "attributes"),
-    *("asked", "fid_reference", "gallery", "curve_steps"),
+    *("asked", "fid_reference", "gallery", "curve_steps", "num_workers", "trusted"),
 )
+#: Options that are about the bench alone.
+_FOR_BENCH = ("cues", "cue_sizes", "shortcuts", "cue_agreement", "methods", "budget")
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +89,13 @@ def parser() -> argparse.ArgumentParser:
         default="all",
         help="populations: all images, or those of the published protocol of DiME and ACE (default: all)",
     )
-    parser.add_argument("--cycles", action="store_true", help="also ask again from the edits (12 more explanations)")
+    parser.add_argument("--cycles", action="store_true", help="also ask again from the edits (11 more explanations)")
     parser.add_argument(
-        "--diversity", metavar="N", type=count, default=0, help="also explain N times with other random numbers"
+        "--diversity",
+        metavar="N",
+        type=count,
+        default=0,
+        help="also compare N edits of every image, with different random numbers",
     )
     parser.add_argument(
         "--sanity", action="store_true", help="also explain for a classifier with random weights, twice"
@@ -157,10 +163,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.bench:
         if options.output is not None:
             _check_output(options.output)
-        given = [name for name in _NOT_FOR_BENCH if getattr(options, name) != parser().get_default(name)]
-        if given:
-            raise ValueError(f"--bench does not take --{' and --'.join(given)}: leave it out.".replace("_", "-"))
+        if given := _given(options, _NOT_FOR_BENCH):
+            raise ValueError(f"--bench does not take {given}: leave it out.")
         return run_bench(options, _device(options.device), _baseline_names(options.baselines))
+    if given := _given(options, _FOR_BENCH):
+        raise ValueError(f"Only the bench takes {given}: add --bench synthetic, or leave it out.")
     if not options.checkpoint or not options.data:
         raise ValueError("There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench.")
     folder = options.output or options.checkpoint[0].parent / "evaluated"
@@ -175,6 +182,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from cfe_lightning.evaluation_store import EvaluationStore
     from cfe_lightning.tally import Measures
 
+    if options.diversity == 1:
+        raise ValueError("--diversity compares edits of the same image: give at least 2, or 0 for none.")
     wanted = _baseline_names(options.baselines)
     device = _device(options.device)
     checkpoints = _load(options.checkpoint, options.trusted, device)
@@ -200,9 +209,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     explainers: dict[str, Explainer] = {**checkpoints, **baselines}
     chosen = _chosen(data, options)
     settings = _settings(options, checkpoints, judge, measures, section)
-    store = EvaluationStore(
-        folder, _digest([settings["config_hash"], options.batch_size, options.gallery, len(chosen)])
-    )
+    store = EvaluationStore(folder, _digest([settings, str(device), options.batch_size, options.gallery, len(chosen)]))
     gallery = Gallery()
     try:
         result = evaluation.evaluate(
@@ -228,8 +235,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     write_evaluation_html(result, tables, folder, facts, gallery.write(folder, result.class_names))
     store.clear()
-    sys.stdout.write(f"{tables[0].markdown()}\nwritten to {folder}\n")
+    table = tables[0].markdown().encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+    sys.stdout.write(f"{table.decode(sys.stdout.encoding or 'utf-8')}\nwritten to {folder}\n")
     return 0
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> str:
+    """Which of these options differ from their defaults, as the user writes them."""
+    defaults = parser()
+    given = [name for name in names if getattr(options, name) != defaults.get_default(name)]
+    return " and ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def _instruments(options: argparse.Namespace, device: torch.device) -> Instruments:

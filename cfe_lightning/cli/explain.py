@@ -209,7 +209,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{options.verify} holds no manifest.jsonl: give the --output of explain.py.")
     output.merge()
     classifier = _verifying_classifier(options, output)
-    verdicts = dict(tqdm(verify(options.verify, classifier), desc="verifying", unit="image", disable=None))
+    num_slices = (output.header() or {}).get("num_slices", 1)
+    verdicts = dict(tqdm(verify(options.verify, classifier, num_slices), desc="verifying", unit="image", disable=None))
     problems = {name: found for name, found in verdicts.items() if found}
     output.write_verification(
         {
@@ -398,6 +399,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
         "method": f"{kind.__module__}.{kind.__qualname__}",
         "version": importlib.metadata.version("cfe-lightning"),
         "classes": list(explainer.classifier.class_names),
+        **({"num_slices": explainer.num_slices} if explainer.num_slices > 1 else {}),
         "input": str(options.input.resolve()),
         "target": options.target,
         "window": options.window,

@@ -5,7 +5,7 @@ Source: evaluation, section 3.4. Images [B, C, H, W] in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -55,7 +55,12 @@ TRANSFORMATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def survives(
-    judge: Callable[[Tensor], Tensor], image: Tensor, counterfactual: Tensor, source: Tensor, target: Tensor
+    judge: Callable[[Tensor], Tensor],
+    image: Tensor,
+    counterfactual: Tensor,
+    source: Tensor,
+    target: Tensor,
+    names: Iterable[str] = tuple(TRANSFORMATIONS),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For every transformation whether the image's own decision survives it, and whether the flip does too.
 
@@ -67,12 +72,14 @@ def survives(
         counterfactual: After.
         source: Decisions before, [B].
         target: Decisions asked for, [B].
+        names: Of the transformations.
 
     Returns:
         By name, [B] bool twice.
     """
     found = {}
-    for name, transformed in TRANSFORMATIONS.items():
+    for name in names:
+        transformed = TRANSFORMATIONS[name]
         kept = decides_for(judge(transformed(image)), source)
         found[name] = (kept, kept & decides_for(judge(transformed(counterfactual)), target))
     return found

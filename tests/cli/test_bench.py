@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_files_and_nothing_done_twice(
     assert f"written to {tmp_path}" in printed.out
     assert "[2/2] lesion_1.4_p1: classifier trained in" in printed.err
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"cells", "known_cause.csv", "known_cause.html", "known_cause.json", "known_cause.md"}
+    assert names == {"bench.json", "cells", "known_cause.csv", "known_cause.html", "known_cause.json", "known_cause.md"}
     cell = tmp_path / "cells/lesion_1.4_p0"
     assert {"classifier.pt", "random.json", "random.png", "steerable_lens.json", "truth.png"} < {
         path.name for path in cell.iterdir()
@@ -70,13 +71,28 @@ def test_files_and_nothing_done_twice(
         patch.undo()
         patch.setattr(train, "main", refuse)
         assert run(*arguments, "--limit", "6") == 0
-    assert rows(tmp_path)["lesion_1.4_p0", "random"]["n"] == "6"
+        assert rows(tmp_path)["lesion_1.4_p0", "random"]["n"] == "6"
+        # And so is another number of images at a time.
+        capsys.readouterr()
+        assert run(*arguments, "--limit", "6", "--batch-size", "4") == 0
+        assert "lesion_1.4_p0: random explained in" in capsys.readouterr().err
 
-    # Another seed has nothing in common with what is there.
+    # Another seed would replace what is there.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(*arguments, "--seed", "1", "--budget", "2") == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} holds a bench with --budget 0.03 and --seed 0, and --budget 2.0 and --seed 1 was asked "
+        "for, which would replace its trainings: give another --output.\n"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    # What another version has trained is trained again.
+    real = importlib.metadata.version
     with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: f"{real(name)}.after")
         patch.setattr(train, "main", refuse)
         with pytest.raises(AssertionError, match="this was done before"):
-            run(*arguments, "--seed", "1")
+            run(*arguments)
 
 
 def test_an_interrupted_training_is_done_again(
@@ -122,6 +138,90 @@ def test_methods_are_found_by_config_or_module() -> None:
     assert base.name == "diffusion_autoencoder_synthetic.yaml"
 
 
+def bench_cell_in(folder: Path, *arguments: str) -> bench_cell.BenchCell:
+    """A cell whose classifier nobody has trained."""
+    cell = object.__new__(bench_cell.BenchCell)
+    cell.options = evaluate.parser().parse_args(["--bench", "synthetic", "--output", str(folder), *arguments])
+    cell.cell, cell.device, cell.folder, cell.title = (
+        Cell(cue="lesion", cue_size=1.0, p=1.0),
+        torch.device("cpu"),
+        folder,
+        "x",
+    )
+    return cell
+
+
+def test_another_autoencoder_trains_what_stands_on_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def trains(arguments: list[str]) -> int:
+        trained.append(arguments[arguments.index("--run") + 1])
+        (tmp_path / "runs" / trained[-1]).mkdir(parents=True, exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(train, "main", trains)
+    monkeypatch.setattr("cfe_lightning.explainer.load_explainer", lambda path: torch.nn.Identity())
+    cell = bench_cell_in(tmp_path)
+    cell.classifier = SimpleNamespace(fingerprint=lambda: "aa")  # type: ignore[assignment]
+    configs = {name: tmp_path / f"{name}.yaml" for name in ("agent", "base")}
+    for path in configs.values():
+        path.write_text("data: {}\n")
+    method = bench_cell.Method(
+        name="agent",
+        config=configs["agent"],
+        class_path="x.y.Z",
+        arguments={},
+        needs_training=True,
+        autoencoder=configs["base"],
+    )
+    cell.method(method)
+    cell.method(method)
+    assert trained == ["autoencoder", "agent"]
+    configs["base"].write_text("data: {}\nmodel: {}\n")
+    cell.method(method)
+    assert trained == ["autoencoder", "agent"] * 2
+
+
+def test_the_use_of_the_mark_is_measured_a_batch_at_a_time(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def judge(image: torch.Tensor) -> torch.Tensor:
+        seen.append(len(image))
+        value = image[:, :, 2, 2].mean(dim=1)
+        return torch.stack([4 * value, -4 * value], dim=1)
+
+    found = {}
+    for size in ("4", "32"):
+        cell = bench_cell_in(tmp_path, "--limit", "10", "--batch-size", size)
+        cell.shapes = bench_cell.shapes_of(cell.cell, cell.options)
+        cell.batch, cell.classifier = cell._batch(), judge  # type: ignore[assignment]
+        found[size] = cell.use()
+    assert seen == [4, 4, 4, 4, 2, 2, 10, 10]
+    assert torch.equal(found["4"].probability, found["32"].probability)
+    assert torch.equal(found["4"].decision, found["32"].decision)
+    assert torch.equal(found["4"].correct, found["32"].correct)
+    assert found["4"].cell == cell.cell
+
+
+def test_too_little_memory_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "_run", fails)
+    assert run("--output", tmp_path) == 2
+    assert capsys.readouterr().err == (
+        "error: The device ran out of memory at --batch-size 32: the same command with a smaller one does the rest.\n"
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "main", fails)
+    assert run("--output", tmp_path, *SMALL) == 2
+    assert capsys.readouterr().err == (
+        "error: classifier of lesion_1.4_p0 could not be trained: the device ran out of memory\n"
+    )
+
+
 def test_budget_multiplies_what_a_config_asks_for(tmp_path: Path) -> None:
     options = evaluate.parser().parse_args(["--bench", "synthetic", "--output", str(tmp_path), "--budget", "0.5"])
     cell = object.__new__(bench_cell.BenchCell)
@@ -150,6 +250,7 @@ def test_budget_multiplies_what_a_config_asks_for(tmp_path: Path) -> None:
         (("--methods", ""), "There is nothing to measure: name at least one of --methods and --baselines."),
         (("--limit", "1"), "at least one test image of each class: give --limit 2, not 1."),
         (("--iso", "0.9", "--fid-reference", "x"), "--bench does not take --iso and --fid-reference: leave it out."),
+        (("--num-workers", "2", "--trusted", "x"), "--bench does not take --num-workers and --trusted: leave it out."),
         (("--checkpoint", "best.ckpt"), "leave out --checkpoint and --data."),
     ],
 )
@@ -173,7 +274,8 @@ def test_help_loads_nothing_heavy(module: ModuleType) -> None:
         for alias in node.names
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy <= {"cfe_lightning.cli", "cfe_lightning.cli.arguments", "cfe_lightning.cli.bench_cell"}
+    light = {"cfe_lightning.cli", "cfe_lightning.cli.arguments", "cfe_lightning.cli.bench_cell"}
+    assert heavy <= light | {"cfe_lightning.whole_file"}
 
 
 def test_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,3 +287,15 @@ def test_without_a_bench_checkpoints_and_data_are_needed(capsys: pytest.CaptureF
     assert evaluate.main(["--data", "somewhere"]) == 2
     expected = "There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench."
     assert expected in capsys.readouterr().err
+
+
+def test_without_a_bench_its_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--checkpoint", "x.ckpt", "--data", "x", "--cue-sizes", "1", "--budget", "2"]) == 2
+    expected = "error: Only the bench takes --cue-sizes and --budget: add --bench synthetic, or leave it out.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_help_names_what_the_bench_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(evaluate.parser().format_help().split())
+    assert "(with --output, --baselines, --limit, --seed, --device, --batch-size)" in said
+    assert "on --limit images, 64 by default" in said

@@ -405,6 +405,9 @@ def test_patients_are_explained_as_montages(tmp_path: Path, capsys: pytest.Captu
     assert rows["carl"]["error"].startswith("1.png: ")
     # Ten comes after nine, and the slices are those in the middle of every quarter.
     slices = [images.read_image(patients / "ward" / "anna" / f"{i + 5}.png", 3, size=8) for i in middle_slices(6, 4)]
+    header = OutputFolder(out).header()
+    assert header is not None
+    assert header["num_slices"] == 4
     expected = images.tile_montage(torch.stack(slices)[None])[0]
     assert torch.equal(images.read_image(out / rows["ward/anna"]["image"], 3), images.saved(expected))
     done = content(out)

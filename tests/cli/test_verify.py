@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import toy
 from PIL import Image
+from torch import Tensor
 
-from cfe_lightning import images
+from cfe_lightning import images, verification
 from cfe_lightning.cli import explain
 
 
@@ -166,3 +167,38 @@ def test_another_changed_area_is_found_and_rows_without_one_are_confirmed(out: P
     (problem,) = problems(out)["3.png"]
     assert problem.startswith("its changed area is ")
     assert problem.endswith(", not 0.5")
+
+
+@pytest.mark.parametrize("changes", [{"where": "bottom", "where_share": 0.9}, {"where": None, "where_share": None}])
+def test_another_place_of_the_change_is_found(out: Path, changes: dict[str, Any]) -> None:
+    edit(out, "3.png", **changes)
+    assert verify(out) == explain.FAILED_ROWS
+    assert list(problems(out)) == ["3.png"]
+    (problem,) = problems(out)["3.png"]
+    assert problem.startswith("the place of its change is ")
+    assert problem.endswith(", not bottom (0.9000)" if changes["where"] else ", not nowhere")
+
+
+def test_rows_of_earlier_versions_say_no_place_and_are_confirmed(out: Path) -> None:
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("changed_area", "where", "where_share"):
+            line.pop(key, None)
+    (out / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert verify(out) == 0
+
+
+def test_places_in_montages_are_those_in_every_slice(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def place(before: Tensor, after: Tensor, num_slices: int) -> list[tuple[str, float]]:
+        asked.append(num_slices)
+        return [("centre", 1.0)]
+
+    monkeypatch.setattr(verification, "strongest_change", place)
+    header, *rest = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text(json.dumps(json.loads(header) | {"num_slices": 4}) + "\n" + "".join(rest))
+    edit(out, "3.png", where="centre", where_share=1.0)
+    assert verify(out) == explain.FAILED_ROWS
+    assert asked == [4] * 7
+    assert "3.png" not in problems(out)

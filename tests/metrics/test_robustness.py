@@ -67,3 +67,9 @@ def test_transformations_are_mild_and_stay_in_range() -> None:
     place = torch.arange(64.0) - 32
     deviation = (profile.sum(dim=0) * place.square()).sum().sqrt()
     assert abs(float(deviation) - 0.5) < 0.1
+
+
+def test_only_what_is_asked_for_is_tried() -> None:
+    dark, bright = torch.full((2, 1, 16, 16), -0.5), torch.full((2, 1, 16, 16), 0.5)
+    found = survives(by_brightness, dark, bright, torch.zeros(2).long(), torch.ones(2).long(), ("blur1", "quant8"))
+    assert list(found) == ["blur1", "quant8"]
