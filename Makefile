@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python explain.py --checkpoint $(DEMO)/dxai_synthetic/best.ckpt --input $(DEMO)/photos --output $(DEMO)/explained
 	$(BIN)/cfe-evaluate --checkpoint $(DEMO)/dxai_synthetic/best.ckpt \
 		--data dxai_synthetic.yaml --baselines integrated_gradients,grad_cam,random --limit 200 --output $(DEMO)/evaluated
-	@echo "Open $(DEMO)/explained/report.html in a browser."
+	@echo "Open $(DEMO)/explained/report.html and $(DEMO)/evaluated/report.html in a browser."
 
 test: install
 	$(BIN)/ruff check .
