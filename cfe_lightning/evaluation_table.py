@@ -166,8 +166,8 @@ def _agreement_table(evaluation: Evaluation) -> Table | None:
         heading=["explainer", *names],
         lines=lines,
         note="Rank correlation of the changes (beyond a method's own rendering; of the attribution, where nothing is "
-        "changed), mean over images: 1 the same places, 0 unrelated ones. Several seeds of one method should agree with "
-        "each other, or its pictures say more about the seed than about the classifier.",
+        "changed), mean over images: 1 the same places, 0 unrelated ones. Several seeds of one method should agree, or "
+        "its pictures say more about the seed than about the classifier.",
     )
 
 
