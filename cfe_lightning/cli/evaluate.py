@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -26,7 +26,7 @@ from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.data import Dataset, Subset
+    from torch.utils.data import ConcatDataset, Dataset, Subset
 
     from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.data.image_data import ImageData, Sample
@@ -209,7 +209,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     explainers: dict[str, Explainer] = {**checkpoints, **baselines}
     chosen = _chosen(data, options)
     settings = _settings(options, checkpoints, judge, measures, section)
-    store = EvaluationStore(folder, _digest([settings, str(device), options.batch_size, options.gallery, len(chosen)]))
+    store = EvaluationStore(
+        folder, _digest([settings, str(device), options.batch_size, options.gallery, _names(chosen)])
+    )
     gallery = Gallery()
     try:
         result = evaluation.evaluate(
@@ -409,6 +411,13 @@ def _chosen(data: ImageData, options: argparse.Namespace) -> Subset[Sample]:
     data.setup("test")
     every: ConcatDataset[Sample] = ConcatDataset(_datasets(data, options.split))
     return Subset(every, sample_indices(len(every), options.limit, options.seed))
+
+
+def _names(chosen: Subset[Sample]) -> list[str]:
+    """The images by name where files say so; generated ones are told apart by their settings and number."""
+    parts = cast("ConcatDataset[Sample]", chosen.dataset).datasets
+    every = [name for part in parts for name in getattr(part, "names", [""] * len(cast("Sized", part)))]
+    return [every[index] for index in chosen.indices]
 
 
 def _batches(chosen: Subset[Sample], options: argparse.Namespace, finished: int) -> Iterator[dict[str, Any]]:

@@ -355,3 +355,24 @@ def test_extras_are_measured_and_wrong_ones_are_one_sentence(
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
         assert sentence in error
+
+
+def test_an_interrupted_evaluation_does_not_go_on_with_other_images(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, sample in enumerate(ToyData(num_images=6).dataset("test")):  # type: ignore[arg-type]
+        save_image(sample["image"], tmp_path / f"photos/test/stripe {int(sample['label'])}/{index}.png")
+    add, calls = EvaluationStore.add, []
+
+    def killing(self: EvaluationStore, state: dict[str, object]) -> None:
+        add(self, state)
+        calls.append(state["names"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationStore, "add", killing)
+    arguments = ("--checkpoint", checkpoint, "--data", tmp_path / "photos", "--batch-size", 2, "--output")
+    assert run(*arguments, tmp_path / "out") == 130
+    (tmp_path / "photos/test/stripe 0/0.png").rename(tmp_path / "photos/test/stripe 0/another.png")
+    assert run(*arguments, tmp_path / "out") == 0
+    assert len(calls) == 2 + 3
