@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.manifest import ATLAS_PICTURE, ATLAS_SCHEMA
+from cfe_lightning.whole_file import whole_file
 
 #: Sides that a cell of a picture has at least, in pixels; smaller images are enlarged by a whole factor.
 SMALLEST_CELL = 48
@@ -149,9 +150,8 @@ def write_atlas(atlas: Atlas, output: Path) -> None:
         if ATLAS_PICTURE.fullmatch(stale.name):
             stale.unlink()
     content = {"schema": ATLAS_SCHEMA, "title": atlas.title, "note": atlas.note, "pairs": pairs}
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:

@@ -22,9 +22,6 @@ class Columns:
         self._length: dict[str, int] = {}
         self._handed_over: dict[str, int] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Appends rows [B, ...] by column name."""
         for name, new in rows.items():

@@ -22,6 +22,7 @@ from cfe_lightning import images
 from cfe_lightning.explanation import Explanation, decides_for
 from cfe_lightning.report import content_policy, html_template
 from cfe_lightning.report_values import percent
+from cfe_lightning.whole_file import whole_file
 
 #: Smaller pictures are enlarged by a whole factor to about this side: every pixel is then seen as the square it is.
 _SHOWN = 144
@@ -219,11 +220,8 @@ class Gallery:
             style=Markup(style),
             policy=content_policy(style),
         )
-        temporary = folder / ".gallery.html.part"
-        # Names of files may be no UTF-8.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with whole_file(path) as file:
             file.writelines(parts)
-        temporary.replace(path)
         return path
 
     def _sections(self, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -295,14 +293,16 @@ class Gallery:
         image, parts, edited = explanation.image, explanation.parts, explanation.counterfactual
         columns: list[tuple[list[_Picture], list[_Picture] | None]] = []
         if edited is not None:
-            columns.append((self._kept("counterfactual", edited), self._coloured("change", _change(image, edited))))
+            columns.append(
+                (self._kept("counterfactual", edited), self._coloured("change", images.visible_change(image, edited)))
+            )
         if "distinct" in parts and (edited is not None or _is_attribution(parts["distinct"], explanation.attribution)):
             distinct = parts["distinct"].float()
             without = self._kept("without this part", image - distinct)
             columns.append((without, self._coloured("distinct part", distinct / 2)))
         elif "reconstruction" in parts and edited is not None:
             rendering = parts["reconstruction"]
-            change = self._coloured("changed beyond it", _change(rendering, edited))
+            change = self._coloured("changed beyond it", images.visible_change(rendering, edited))
             columns.append((self._kept("rendering alone", rendering), change))
         if not columns:
             columns.append((self._kept("attribution", images.heat_map(explanation.attribution.float())), None))
@@ -324,11 +324,6 @@ class Gallery:
             _Picture(title=title, pixels=pixels.clone(), peak=peak)
             for pixels, peak in zip(images.to_uint8(shown).cpu(), peaks or [None] * len(batch), strict=True)
         ]
-
-
-def _change(image: Tensor, edited: Tensor) -> Tensor:
-    """What was added, on [0, 1] units; what leaves the range cannot be seen and does not count."""
-    return images.to_unit(edited.float()).clamp(0, 1) - images.to_unit(image.float()).clamp(0, 1)
 
 
 def _is_attribution(distinct: Tensor, attribution: Tensor) -> bool:

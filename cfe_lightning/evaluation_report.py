@@ -17,6 +17,7 @@ from cfe_lightning.evaluation_table import Table
 from cfe_lightning.metrics.faithfulness import STRENGTHS
 from cfe_lightning.metrics.path import RESAMPLED
 from cfe_lightning.report import content_policy, html_template
+from cfe_lightning.whole_file import whole_file
 
 #: Of the drawing area, in units of the SVG.
 _LEFT, _TOP, _WIDTH, _HEIGHT = 34.0, 8.0, 258.0, 120.0
@@ -79,10 +80,8 @@ def write_evaluation_html(
         policy=content_policy(style),
     )
     path = folder / "report.html"
-    temporary = folder / ".report.html.part"
-    # Names of files may be no UTF-8.
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(page)
     return path
 
 

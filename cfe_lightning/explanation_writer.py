@@ -238,7 +238,7 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
         judged_saved = classifier(images.saved(counterfactual.float())).float()
         saved = judged_saved.softmax(dim=1).cpu()
         flipped_saved = decides_for(judged_saved, explanation.target).cpu()
-        change = _change(explanation.image, counterfactual)
+        change = images.visible_change(explanation.image, counterfactual)
         distance = change.abs().mean(dim=(1, 2, 3)).cpu()
         scale = change.abs().amax(dim=(1, 2, 3)).cpu()
     if steps is not None:
@@ -265,18 +265,15 @@ def _judge(explanation: Explanation, classifier: FrozenClassifier) -> _Judged:
     )
 
 
-def _change(image: Tensor, counterfactual: Tensor) -> Tensor:
-    """What was added, on [0, 1] units; what leaves the range cannot be seen and does not count."""
-    return images.to_unit(counterfactual.float()).clamp(0, 1) - images.to_unit(image.float()).clamp(0, 1)
-
-
 def _pictures(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every picture to be saved by file name, [B, C, H, W] in [-1, 1], and the gains of the differences, [B]."""
     pictures = {"image.png": explanation.image, "attribution.png": images.heat_map(explanation.attribution.float())}
     gains: dict[str, Tensor] = {}
     if explanation.counterfactual is not None:
         pictures["counterfactual.png"] = explanation.counterfactual
-        pictures["difference.png"] = images.signed_difference(_change(explanation.image, explanation.counterfactual))
+        pictures["difference.png"] = images.signed_difference(
+            images.visible_change(explanation.image, explanation.counterfactual)
+        )
     if explanation.steps is not None:
         # One strip, first step on the left: a file per step would make folders of a million files.
         pictures["steps.png"] = torch.cat(explanation.steps.unbind(dim=1), dim=3)

@@ -306,6 +306,11 @@ def to_unit(image: Tensor) -> Tensor:
     return image * 0.5 + 0.5
 
 
+def visible_change(image: Tensor, edited: Tensor) -> Tensor:
+    """What was added, on [0, 1] units; what leaves the range cannot be seen and does not count."""
+    return to_unit(edited.float()).clamp(0, 1) - to_unit(image.float()).clamp(0, 1)
+
+
 def to_uint8(image: Tensor) -> Tensor:
     """[-1, 1] to bytes, clamped and rounded to the nearest level (truncation can undo a flip)."""
     return _levels(image).to(torch.uint8)

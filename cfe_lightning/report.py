@@ -24,6 +24,7 @@ from cfe_lightning.manifest import OutputFolder, Row
 from cfe_lightning.measured_sentence import measured_sentence
 from cfe_lightning.report_atlas import read_atlas
 from cfe_lightning.report_global import read_global
+from cfe_lightning.whole_file import whole_file
 
 #: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
 EMBEDDED_BYTES = 16 * 2**20
@@ -77,10 +78,8 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         rows=_rows(folder, files, embedded_bytes),
     )
     path = output / "report.html"
-    temporary = output / ".report.html.part"
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.writelines(parts)
-    temporary.replace(path)
     return path
 
 

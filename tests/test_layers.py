@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "classifier_check": {"classifier"},
     "classifier_training": {"classifier", "classifier_tracing"},
     # The answer and who gives it; atlas is an answer about a whole data set.
-    "atlas": {"images", "manifest"},
+    "atlas": {"images", "manifest", "whole_file"},
     "explanation": {"classifier", "images"},
     "explainer": {"explanation", "classifier", "class_paths", "atlas"},
     # Parts of one method may import each other; a test below sees to it that methods do not.
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "explanation_writer": {"explanation", "classifier", "images", "manifest", "saved_change"},
     "survey_file": {"atlas", "explainer"},
     "verification": {"explanation", "classifier", "images", "manifest", "saved_change"},
-    "report": {"manifest", "measured_sentence", "report_atlas", "report_global", "report_values"},
+    "report": {"manifest", "measured_sentence", "report_atlas", "report_global", "report_values", "whole_file"},
     "report_atlas": {"manifest", "report_values"},
     "report_global": {"manifest", "measured_sentence", "report_values"},
     "report_values": set(),
@@ -81,8 +81,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation_store": {"classifier"},
     "evaluation_comparison": {"evaluation", "metrics", "tally_summary"},
     "evaluation_table": {"evaluation", "evaluation_comparison", "metrics"},
-    "evaluation_gallery": {"explanation", "images", "report", "report_values"},
-    "evaluation_report": {"evaluation", "evaluation_table", "metrics", "report"},
+    "evaluation_gallery": {"explanation", "images", "report", "report_values", "whole_file"},
+    "evaluation_report": {"evaluation", "evaluation_table", "metrics", "report", "whole_file"},
     "known_cause": {"classifier", "explanation", "metrics"},
     "known_cause_report": {
         *("known_cause", "evaluation_table", "explanation", "images", "metrics", "report", "whole_file"),

@@ -50,6 +50,20 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["explainer"]: row for row in csv.DictReader(stream)}
 
 
+def stop_after_two(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Ctrl-C once two batches are kept; returns the names of all batches that are kept from now on."""
+    add, calls = EvaluationStore.add, list[object]()
+
+    def stopping(self: EvaluationStore, state: dict[str, object]) -> None:
+        add(self, state)
+        calls.append(state["names"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaluationStore, "add", stopping)
+    return calls
+
+
 def test_config_and_baselines(
     checkpoint: Path,
     config: Path,
@@ -295,15 +309,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_files(
         "0.9",
     )
     assert run(*arguments, "--output", tmp_path / "whole") == 0
-    add, calls = EvaluationStore.add, []
-
-    def killing(self: EvaluationStore, state: dict[str, object]) -> None:
-        add(self, state)
-        calls.append(state["names"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(EvaluationStore, "add", killing)
+    calls = stop_after_two(monkeypatch)
     assert run(*arguments, "--output", tmp_path / "killed") == 130
     assert "the same command again does the rest" in capsys.readouterr().err
     assert not (tmp_path / "killed/table.csv").exists()
@@ -362,15 +368,7 @@ def test_an_interrupted_evaluation_does_not_go_on_with_other_images(
 ) -> None:
     for index, sample in enumerate(ToyData(num_images=6).dataset("test")):  # type: ignore[arg-type]
         save_image(sample["image"], tmp_path / f"photos/test/stripe {int(sample['label'])}/{index}.png")
-    add, calls = EvaluationStore.add, []
-
-    def killing(self: EvaluationStore, state: dict[str, object]) -> None:
-        add(self, state)
-        calls.append(state["names"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(EvaluationStore, "add", killing)
+    calls = stop_after_two(monkeypatch)
     arguments = ("--checkpoint", checkpoint, "--data", tmp_path / "photos", "--batch-size", 2, "--output")
     assert run(*arguments, tmp_path / "out") == 130
     (tmp_path / "photos/test/stripe 0/0.png").rename(tmp_path / "photos/test/stripe 0/another.png")
