@@ -25,8 +25,11 @@ from torch.utils.data import default_collate
 
 from cfe_lightning.drawing import draw_samples, draw_table
 from cfe_lightning.explanation import Explanation
+from cfe_lightning.whole_file import whole_path
 
 log = logging.getLogger(__name__)
+
+_WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 def iteration(trainer: pl.Trainer) -> int:
@@ -136,9 +139,8 @@ class SampleGrid(pl.Callback):
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
+        with whole_path(path) as temporary:
+            picture.save(temporary, format="PNG")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key="samples", images=[picture], step=step, caption=[f"after {step} batches"])
@@ -199,6 +201,23 @@ class Throughput(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock again."""
         self._paused += time.perf_counter()
+
+
+class FreshMetrics(pl.Callback):
+    """Logs of every training batch only what was measured in it.
+
+    Lightning repeats the last value of what is not measured in every batch until the epoch ends: a penalty that is due
+    now and then, the throughput. A resumed run cannot know it, so its log would differ.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forgets the batch before; means over an epoch go on."""
+        assert trainer._results is not None, "there are results while batches are trained on"
+        for metric in trainer._results.values():
+            if not metric.meta.on_epoch:
+                metric.reset()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -287,16 +306,41 @@ class WandbRun(pl.Callback):
         return checkpoint.get("callbacks", {}).get("WandbRun", {}).get("id")
 
 
+def wandb_is_installed() -> bool:
+    """Whether there is W&B to log to; a run goes on without it, and that is said in one line."""
+    try:
+        # The name is asked for, too: without the package, a folder wandb/ that runs have left is imported.
+        from wandb import init  # noqa: F401
+    except ImportError as error:
+        log.warning("W&B cannot be used (%s): metrics.csv and samples/ hold all there is to log.", error)
+        return False
+    return True
+
+
 def wandb_must_be_offline() -> bool:
     """Whether W&B could only ask for a key or wait for a network, which is said in one line.
 
     A ``WANDB_MODE`` of the user is respected, but ``online`` is W&B's default anyway and helps no run without a key.
+
+    Raises:
+        ValueError: If a setting of W&B in the environment cannot be used.
     """
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in _WANDB_MODES:
+        raise ValueError(f"WANDB_MODE={mode!r} is no mode of W&B: choose from {', '.join(_WANDB_MODES)}, or unset it.")
+    if mode != "online":
         return False
     import wandb
 
-    host = str(wandb.setup().settings.base_url)
+    try:
+        host = str(wandb.setup().settings.base_url)
+    except ValueError as error:
+        # A report of pydantic's: a headline, then setting, reason and technical remarks.
+        why = " ".join(str(error).partition("\n")[2].partition("[type=")[0].split()) or str(error)
+        raise ValueError(
+            f"W&B refuses one of its environment variables WANDB_... ({why}): correct or unset it, or train with "
+            "--trainer.logger false."
+        ) from error
     reason = None
     try:
         if not wandb.login(prompt=False, verify=False):

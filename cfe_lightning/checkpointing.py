@@ -1,14 +1,15 @@
-"""Checkpoints that survive a kill and continue bit for bit: atomic files, ``last.ckpt``, random states, Ctrl-C."""
+"""Checkpoints that survive a kill and continue bit for bit: atomic files, ``last.ckpt``, random states, signals."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,25 +17,60 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.fetchers import _DataFetcher
 
-from cfe_lightning.callbacks import iteration
+from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, name_of, silence_trainer
+from cfe_lightning.whole_file import whole_path
 
 log = logging.getLogger(__name__)
 
+#: A reason to stop beside the signals, more urgent than any of them.
+_READING_FAILED = 1000
+#: Where Lightning waits for batches.
+_FETCHING = (_DataFetcher.__iter__.__code__, _DataFetcher.__next__.__code__)
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old file and renames: a kill at any moment leaves the old checkpoint or the new one."""
+    """Writes beside the old file and renames: whatever happens leaves the old checkpoint or the new one, whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves plain data and tensors to a local file."""
+        """Saves plain data and tensors to a local file.
+
+        Raises:
+            OSError: If the file cannot be written; it names the file.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+        with whole_path(path) as temporary, temporary.open("wb") as file:
+            with _complaint_of_the_system():
+                torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _keep_name(path)
+
+
+@contextlib.contextmanager
+def _complaint_of_the_system() -> Iterator[None]:
+    """PyTorch's writer hides why a file could not be written."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror) from error
+
+
+def _keep_name(path: Path) -> None:
+    """A new name outlives a power failure only once its folder is written; not every file system lets one ask."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class RandomState(pl.Callback):
@@ -96,18 +132,24 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-class TrainingStoppedError(RuntimeError):
-    """The user asked for the end by Ctrl-C; ``last.ckpt`` is up to date."""
+class OtherProcessFailedError(ValueError):
+    """Another process of the same run could not go on and says why; ``last.ckpt`` is up to date."""
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` after every epoch, every ``every_n_batches`` and when the user or a cluster stops the run.
+    """Keeps ``last.ckpt`` and ends the run when a signal asks for it, after the batch in flight and with nothing lost.
 
     Lightning's ``ModelCheckpoint(save_last=True)`` writes only when the best has improved, and counts optimiser steps.
-    A checkpoint is always taken between two batches, never inside one, so resuming repeats nothing.
+    Here a checkpoint is always taken between two batches and never inside one: when the next batch has been read and
+    nothing was done with it, before every validation, and after every epoch. What is resumed repeats no batch, leaves
+    out no validation, and finds the row of its last batch in ``metrics.csv``.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 raise ``StopRequested`` in all processes after the same batch, whichever of
+    them was told; before the first batch they do so at once. Where the next batch cannot be read, ``last.ckpt`` is
+    written first, too.
 
     Args:
-        every_n_batches: Training batches between two writes within an epoch; None writes after epochs only.
+        every_n_batches: Training batches between two writes within an epoch; None writes for validations and epochs.
         dirpath: The folder of ``last.ckpt``; None takes the trainer's ``default_root_dir``.
     """
 
@@ -116,54 +158,171 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_batches must be positive or null, got {every_n_batches}.")
         self.every_n_batches = every_n_batches
         self.dirpath = dirpath
-        self._stop = False
-        self._stop_agreed = False
-        self._due = False
+        self._signals = StopSignals("stopping after this batch and saving last.ckpt (Ctrl-C again: without it)")
+        self._child_handler: Any = None
+        self._saved: int | None = None
+        self._between = False
+        self._agreed = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listens to signals until the run ends, in Lightning's place."""
+        if stage == "fit":
+            silence_trainer(trainer)
+            self._agreed = False
+            self._signals.__enter__()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listens to Ctrl-C until training ends, when Lightning puts all signal handlers back as they were."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._on_interrupt)
+        """Lets a loader process that dies be noticed where it is waited for.
+
+        PyTorch's own handler raises wherever the program happens to be, also in the middle of an optimiser step.
+        """
+        resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path(trainer).resolve()
+        self._saved = _finished(trainer) if resumed else None
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            self._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a stopped run only here: a validation or epoch end after the last batch has been completed and saved."""
-        if self._stop_agreed:
-            raise TrainingStoppedError(f"Training stopped after {iteration(trainer) - 1} batches.")
+        """Saves when it is time and ends a run that was asked to stop; this batch is none of the finished ones."""
+        self._signals.patient = True
+        scheduled = self.every_n_batches is not None and _finished(trainer) % self.every_n_batches == 0
+        self._stop_or_save(trainer, due=scheduled)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves before every validation, which may be long or fail; what is resumed here begins with it."""
+        if not trainer.sanity_checking:
+            self._stop_or_save(trainer, due=True)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Saves when it is time, or when any process was asked to stop."""
-        step = iteration(trainer)
-        self._stop_agreed = self._agree_to_stop(trainer, step)
-        # Lightning ends a run that was sent SIGTERM after this batch; several processes do not learn of it together.
-        terminated = trainer.world_size == 1 and trainer.received_sigterm
-        scheduled = self.every_n_batches is not None and step % self.every_n_batches == 0
-        self._due = self._stop_agreed or terminated or scheduled
-        if self._due:
-            self._save(trainer)
+        """Ends a run that was asked to stop; all was saved before this validation."""
+        if not trainer.sanity_checking:
+            self._stop_or_save(trainer, due=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves again when a validation followed the batch, or resuming would leave it out."""
-        if self._due and not trainer.sanity_checking:
+        """Saves again, so that the validation is not repeated; at the end of an epoch that follows at once."""
+        if not trainer.sanity_checking and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves after every epoch."""
         self._save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is in flight any more."""
+        self._signals.patient = False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the signals to whoever had them before."""
+        self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Saves what is finished where only reading the next batch has failed."""
+        try:
+            if self._signals.patient and not self._agreed and _in_fetching(exception):
+                # The others have their batch and are about to ask. A scheduler may tell loader processes to end, too.
+                reason = self._agree(trainer, self._signals.received or _READING_FAILED)
+                self._save_between(trainer)
+                if reason != _READING_FAILED:
+                    raise _stopped(trainer, reason) from exception
+            elif not (self._agreed and isinstance(exception, StopRequested | OtherProcessFailedError)):
+                end_launched(trainer)
+        finally:
+            self._leave()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Counts as finished what is finished: not the batch that was only read, not the validation to come."""
+        if not self._between:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]
+        for counts in (batches["total"], batches["current"]):
+            counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
+        if not trainer.validating:
+            batches["is_last_batch"] = False
+            for loader in loops["state_dict"].get("combined_loader", []):
+                loader["delivered"] = batches["current"]["completed"]
+        else:
+            # As if the run had died in the first validation batch: Lightning then validates before it goes on.
+            progress = loops["epoch_loop.val_loop.batch_progress"]
+            before = progress["total"]["completed"]
+            progress["total"] = {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+            progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["is_last_batch"] = False
+
+    def _leave(self) -> None:
+        self._signals.__exit__()
+        if self._child_handler is not None:
+            signal.signal(signal.SIGCHLD, self._child_handler)
+            self._child_handler = None
+
+    def _stop_or_save(self, trainer: pl.Trainer, *, due: bool) -> None:
+        reason = self._agree(trainer, self._signals.received)
+        if reason not in (0, _READING_FAILED) and not self._complete(trainer):
+            self._agreed = False
+            return
+        if due or reason:
+            self._save_between(trainer)
+        if reason:
+            raise _stopped(trainer, reason)
+
+    def _agree(self, trainer: pl.Trainer, reason: int) -> int:
+        """The most urgent reason to stop of all processes, 0 for none."""
+        if trainer.world_size > 1:
+            # Lightning has just waited for all of them and for the device, so that this costs little more.
+            told = torch.tensor(reason, device=trainer.strategy.root_device)
+            reason = int(trainer.strategy.reduce(told, reduce_op="max"))
+        self._agreed = reason != 0
+        return reason
+
+    def _complete(self, trainer: pl.Trainer) -> bool:
+        """Whether no gradients are being accumulated: they would be lost, because no checkpoint holds them."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        last = trainer.validating and progress.is_last_batch  # Lightning steps after the last batch in any case
+        return last or progress.current.processed % trainer.accumulate_grad_batches == 0  # type: ignore[attr-defined]
+
+    def _save_between(self, trainer: pl.Trainer) -> None:
+        """Saves the state after the last finished batch, unless that is what ``last.ckpt`` holds."""
+        if self._complete(trainer) and _finished(trainer) not in (0, self._saved):
+            self._between = True
+            try:
+                self._save(trainer)
+            finally:
+                self._between = False
+
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
+        try:
+            trainer.save_checkpoint(self.path(trainer))
+        except OSError:
+            end_launched(trainer)  # they wait for this file
+            raise
+        self._saved = _finished(trainer)
 
-    def _agree_to_stop(self, trainer: pl.Trainer, step: int) -> bool:
-        if trainer.world_size == 1:
-            return self._stop
-        # Asking the others after every batch would cost more than waiting a few batches does.
-        return step % 10 == 0 and trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+    def path(self, trainer: pl.Trainer) -> Path:
+        """Where ``last.ckpt`` is."""
+        return Path(self.dirpath or trainer.default_root_dir) / "last.ckpt"
 
-    def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        self._stop = True
-        log.warning("Stopping after this batch and saving last.ckpt; press Ctrl-C again to stop at once without it.")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def _finished(trainer: pl.Trainer) -> int:
+    """Training batches finished, whenever it is asked."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+def _stopped(trainer: pl.Trainer, reason: int) -> BaseException:
+    """What ends the run where all processes have agreed to."""
+    batches = f"Training stopped after {_finished(trainer)} batches"
+    if reason == _READING_FAILED:
+        return OtherProcessFailedError(f"{batches}, because another process failed.")
+    return StopRequested(reason, f"{batches} by {name_of(reason)}.")
+
+
+def _in_fetching(error: BaseException) -> bool:
+    """Whether an exception comes from reading a batch, between two batches."""
+    trace = error.__traceback__ if isinstance(error, Exception) else None
+    while trace is not None and trace.tb_frame.f_code not in _FETCHING:
+        trace = trace.tb_next
+    return trace is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,17 @@ ALLOWED_PACKAGES = ("cfe_lightning", "torchvision")
 #: The class that runs a stored TorchScript or torch.export program, and the word by which a user trusts it.
 EXPORTED_NETWORK = "cfe_lightning.networks.exported.ExportedNetwork"
 TRUST_EXPORTED = "exported_program"
+_ONLY: ContextVar[tuple[str, ...] | None] = ContextVar("only_trusted", default=None)
+
+
+@contextmanager
+def only_trusted(trusted: Sequence[str]) -> Iterator[None]:
+    """While a stranger's config is built, nothing but this says what is trusted: not the arguments it holds itself."""
+    token = _ONLY.set(tuple(trusted))
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
 
 
 def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
@@ -27,6 +40,7 @@ def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable
     Raises:
         ValueError: If the package is not allowed, or the path names no module class and no torchvision builder.
     """
+    trusted = _vouched_for(trusted)
     package, _, _ = class_path.partition(".")
     if package not in (*ALLOWED_PACKAGES, *trusted):
         raise ValueError(
@@ -48,10 +62,25 @@ def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable
     owner, _, _ = found.__module__.partition(".")
     if package in ALLOWED_PACKAGES and owner not in (*ALLOWED_PACKAGES, *trusted):
         raise ValueError(f"{class_path!r} is a class of {owner}, which was not to be expected there.")
-    if f"{found.__module__}.{found.__qualname__}" == EXPORTED_NETWORK and TRUST_EXPORTED not in trusted:
+    if f"{found.__module__}.{found.__qualname__}" == EXPORTED_NETWORK:
+        check_exported_trusted(trusted)
+    return found
+
+
+def check_exported_trusted(trusted: Sequence[str]) -> None:
+    """Refuses to load a TorchScript or torch.export program that nobody has vouched for.
+
+    Raises:
+        ValueError: If ``exported_program`` is not among the trusted words.
+    """
+    if TRUST_EXPORTED not in _vouched_for(trusted):
         raise ValueError(
             "The file holds a TorchScript or torch.export program, which can do anything on this machine when it is "
             f"loaded: if you trust its author, pass trusted=[{TRUST_EXPORTED!r}] (on the command line --trusted "
             f"{TRUST_EXPORTED})."
         )
-    return found
+
+
+def _vouched_for(trusted: Sequence[str]) -> Sequence[str]:
+    only = _ONLY.get()
+    return trusted if only is None else only

@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
-from pickle import UnpicklingError
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,9 +26,16 @@ from cfe_lightning.classifier_tracing import (
     trace_levels,
     why_no_feature_map,
 )
+from cfe_lightning.precision import single
+from cfe_lightning.tensor_file import LargerThanFileError, no_larger_than, read_tensors
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
+#: Fields of a spec that are text, and those that may be missing or null.
+_TEXTS = ("class_path", "head", "feature_map", "label")
+_OPTIONAL = ("head", "feature_map", "label")
+#: Side of an image in pixels beyond which no file is believed.
+_LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +107,27 @@ class ClassifierSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClassifierSpec:
-        """The inverse of ``to_dict``; lists become tuples."""
+        """The inverse of ``to_dict``; lists become tuples.
+
+        Raises:
+            ValueError: If a field is missing, unknown or of another kind, or no classifier can be meant.
+        """
+        if unknown := data.keys() - cls.__slots__:
+            raise ValueError(f"the classifier has a field {min(unknown)!r} that this version does not know")
+        for key in _TEXTS:
+            if not isinstance(data.get(key), str | (NoneType if key in _OPTIONAL else str)):
+                raise ValueError(f"{key} of the classifier is no text but {data.get(key)!r:.80}")
+        for key, kind in (("class_names", str), ("mean", (int, float)), ("std", (int, float))):
+            if not isinstance(data.get(key), list | tuple) or not all(isinstance(one, kind) for one in data[key]):
+                raise ValueError(f"{key} of the classifier is {data.get(key)!r:.80}")
+        size = data.get("image_size")
+        if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE:
+            raise ValueError(f"image_size of the classifier is {size!r:.80}, not between 1 and {_LARGEST_SIDE}")
+        if not all(isfinite(number) for number in (*data["mean"], *data["std"])):
+            raise ValueError("mean or std of the classifier is no finite number")
+        arguments = data.get("init_args")
+        if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+            raise ValueError(f"init_args of the classifier is {arguments!r:.80}")
         tuples = {key: tuple(data[key]) for key in ("class_names", "mean", "std")}
         return cls(**{**data, **tuples})
 
@@ -211,6 +239,7 @@ class FrozenClassifier(nn.Module):
             ValueError: If the network has no linear layer to stop before.
         """
         ((inputs, _),), _ = self._watch([self._layer("head", self.spec.head)], image)
+        inputs = single(inputs)
         return inputs if inputs.ndim == 2 else inputs.mean(dim=(2, 3))
 
     def head(self, features: Tensor) -> Tensor:
@@ -362,6 +391,7 @@ class FrozenClassifier(nn.Module):
         return FrozenClassifier(self.network, replace(self.spec, label=label))
 
     def _exclusive(self, logits: Tensor) -> Tensor:
+        logits = single(logits)
         if logits.ndim == 1:
             logits = logits[:, None]
         if self.spec.label is not None:
@@ -430,13 +460,6 @@ def _match_channels(image: Tensor, channels: int) -> Tensor:
     return (image * weights).sum(dim=1, keepdim=True)
 
 
-def why_unreadable(error: Exception) -> str:
-    """What ``torch.load`` said of a file, in few words; without its advice to load pickles unsafely."""
-    if isinstance(error, UnpicklingError):
-        return "it is no file of PyTorch, or holds more than plain data and tensors"
-    return " ".join(str(error).split())[:200]
-
-
 def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:
     """Builds the spec's network without weights.
 
@@ -445,9 +468,18 @@ def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Modul
     """
     kind = resolve_class_path(spec.class_path, trusted)
     try:
-        return kind(**spec.init_args)
-    except TypeError as error:
-        raise ValueError(f"{spec.class_path} cannot be built with init_args {spec.init_args}: {error}.") from error
+        network = kind(**spec.init_args)
+    except LargerThanFileError:
+        raise
+    # Every network refuses in its own words what it was not made for.
+    except Exception as error:
+        raise ValueError(
+            f"{spec.class_path} cannot be built with init_args {spec.init_args!s:.300}: "
+            f"{str(error) or type(error).__name__}."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{spec.class_path} is no network but a {type(network).__name__}.")
+    return network
 
 
 def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassifier:
@@ -469,19 +501,79 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
             "or take your own network with cfe_lightning.classifier_sources.wrap_classifier."
         )
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        spec = ClassifierSpec.from_dict(content["classifier"])
-        weights = content["state_dict"]
-    except Exception as error:
-        reason = why_unreadable(error)
+        content = read_tensors(file)
+        spec = ClassifierSpec.from_dict(_part(content, "classifier"))
+        weights = _part(content, "state_dict")
+    except ValueError as error:
         raise ValueError(
-            f"{file} is not a classifier file of cfe_lightning ({reason}): for a plain state dict use "
+            f"{file} is not a classifier file of cfe_lightning ({str(error).rstrip('.')}): for a plain state dict use "
             "cfe_lightning.classifier_sources.wrap_classifier or torchvision_classifier."
         ) from error
-    network = build_network(spec, trusted or ())
+    with no_larger_than(file):
+        network = build_network(spec, trusted or ())
+    fill(network, weights, str(file), spec.class_path)
+    classifier = FrozenClassifier(network, spec)
+    check_outputs(classifier, str(file))
+    return classifier
+
+
+def check_outputs(classifier: FrozenClassifier, file: str) -> None:
+    """Refuses a file whose network does not take the images or give the classes that its description says.
+
+    Args:
+        classifier: With the file's weights.
+        file: Its name, for the message.
+
+    Raises:
+        ValueError: If one image is not answered by one number for each class; one sentence.
+    """
+    spec, network = classifier.spec, classifier.network
+    image = probe_image(network, spec.channels, spec.image_size, batch_size=1)
+    try:
+        with torch.no_grad():
+            output = network(image)
+    # Every network refuses in its own words what it was not made for.
+    except Exception as error:
+        raise ValueError(
+            f"The network in {file} cannot take the images {list(image.shape)} that its description asks for: "
+            f"{' '.join(str(error).split())[:300]}."
+        ) from error
+    names = len(spec.class_names)
+    outputs = output.numel() if isinstance(output, Tensor) else 0
+    if outputs != names and not (outputs == 1 and names == 2):
+        raise ValueError(
+            f"The network in {file} has {outputs} outputs, but its description names {names} classes: use a file that "
+            "train.py or save() wrote."
+        )
+
+
+def fill(network: nn.Module, weights: dict[str, Any], file: str, kind: str) -> None:
+    """Loads a file's weights into the network that was built for them.
+
+    Args:
+        network: What was built from the same file.
+        weights: Tensors by name.
+        file: Where they are from, for the message.
+        kind: What the network is, likewise.
+
+    Raises:
+        ValueError: If names or shapes are others; one sentence.
+    """
+    odd = next((name for name, value in weights.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(f"The weights in {file} do not fit {kind}: {odd!r:.80} is a {type(weights[odd]).__name__}.")
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"The weights in {file} do not fit {spec.class_path}: {reason}") from error
-    return FrozenClassifier(network, spec)
+    # Networks may read their weights in their own way.
+    except Exception as error:
+        raise ValueError(f"The weights in {file} do not fit {kind}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _part(content: Any, key: str) -> dict[str, Any]:
+    """A dictionary of a file, by text."""
+    if isinstance(content, dict) and {"explainer", "classifier"} <= content.keys():
+        raise ValueError("it is the checkpoint of an explainer")
+    part = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+        raise ValueError(f"it holds no {key.replace('_', ' ')}")
+    return part

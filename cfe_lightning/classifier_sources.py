@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from cfe_lightning.class_paths import EXPORTED_NETWORK, resolve_class_path
+from cfe_lightning.class_paths import (
+    EXPORTED_NETWORK,
+    TRUST_EXPORTED,
+    check_exported_trusted,
+    resolve_class_path,
+)
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier_tracing import probe_image, returns_probabilities, trace_layers
 from cfe_lightning.classifier_weights import load_weights
@@ -199,6 +204,7 @@ def exported_classifier(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no exported program {path}.")
+    check_exported_trusted([TRUST_EXPORTED])
     try:
         network = ExportedNetwork(Path(path).read_bytes())
     # The loaders raise nearly anything on files that are broken or of another version.

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, prepare
 from cfe_lightning.classifier_tracing import probe_image, trace_layers
+from cfe_lightning.processes import log_training
 
 _OURS = "cfe_lightning.networks.classifiers"
 
@@ -144,8 +145,7 @@ class ClassifierTraining(pl.LightningModule):
         logits = self(image)
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         correct = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
-        self.log("train/loss", loss, batch_size=len(logits))
-        self.log("train/accuracy", correct, batch_size=len(logits), prog_bar=True)
+        log_training(self, {"loss": loss, "accuracy": correct}, len(logits), prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

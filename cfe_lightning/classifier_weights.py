@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from cfe_lightning.tensor_file import read_tensors
 
 #: Keys below which training scripts put the weights.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
@@ -52,16 +53,15 @@ def read_weights(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file of weights {file}.")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content = read_tensors(file, any_age=True)
+    except ValueError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise ValueError(
+                f"{file} holds more than tensors, such as a whole pickled model, and opening that could run its code: "
+                "write the weights alone, with torch.save(network.state_dict(), ...)."
+            ) from error
         raise ValueError(
-            f"{file} holds more than tensors, such as a whole pickled model, and opening that could run its code: "
-            "write the weights alone, with torch.save(network.state_dict(), ...)."
-        ) from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file} cannot be read as weights ({reason}): write them with torch.save(network.state_dict(), ...)."
+            f"{file} cannot be read as weights ({error}): write them with torch.save(network.state_dict(), ...)."
         ) from error
     if isinstance(content, dict) and "classifier" in content and "state_dict" in content:
         raise ValueError(f"{file} is a classifier file of cfe_lightning: read it with load_classifier.")

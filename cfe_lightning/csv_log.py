@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from cfe_lightning.whole_file import naming, whole_file
+
 
 class CsvLog(Logger):
     """Appends to a CSV file; continuing a file first drops the steps that a resumed run is about to log again.
+
+    The first of them is kept and completed: a run may go on with the validation that follows a step.
 
     Lightning's ``CSVLogger`` deletes the file of the run that is being continued.
 
@@ -62,19 +67,27 @@ class CsvLog(Logger):
             self._columns += new
             self._write(rows)
             self._row_start = self.path.stat().st_size
-        with self.path.open("r+", newline="") as file:
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, self._columns).writerow(self._row)
+        with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._row_start)
+            # In one piece and before anything is cut off: a kill must not cost what the row held already.
+            file.write(line.getvalue().encode())
+            file.flush()
             file.truncate()
-            csv.DictWriter(file, self._columns).writerow(self._row)
 
     def _start(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns = ["step"]
         rows: list[dict[str, str]] = []
         if self._resume and self.path.is_file():
-            rows = [row for row in self._read() if int(row["step"]) < step]
-            self._columns = list(rows[0]) if rows else self._columns
+            known = [row for row in self._read() if int(row["step"]) <= step]
+            self._columns = list(known[0]) if known else self._columns
+            rows = [row for row in known if int(row["step"]) < step]
+            for row in known[len(rows) :]:
+                self._row = {name: value for name, value in row.items() if value} | {"step": step}
         self._write(rows)
+        self._row_start = self.path.stat().st_size
 
     def _read(self) -> list[dict[str, str]]:
         with self.path.open(newline="") as file:
@@ -82,9 +95,7 @@ class CsvLog(Logger):
             return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        with temporary.open("w", newline="") as file:
+        with whole_file(self.path) as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.path)

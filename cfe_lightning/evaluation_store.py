@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfe_lightning.classifier import why_unreadable
+from cfe_lightning.tensor_file import read_tensors
 
 
 class EvaluationStore:
@@ -40,10 +40,10 @@ class EvaluationStore:
         """
         while (path := self._path(self._count)).is_file():
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
+                state = read_tensors(path)
+            except ValueError as error:
                 raise ValueError(
-                    f"{path} of an interrupted evaluation cannot be read ({why_unreadable(error)}): delete the folder "
+                    f"{path} of an interrupted evaluation cannot be read ({error}): delete the folder "
                     f"{self.folder} to measure anew."
                 ) from error
             self._count += 1

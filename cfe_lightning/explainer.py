@@ -13,17 +13,21 @@ from typing import Any, ClassVar, Literal, Union, final, get_args, get_origin, g
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from packaging.version import InvalidVersion, Version
+from torch import Tensor, nn
 
 from cfe_lightning.atlas import Atlas
+from cfe_lightning.back_off import BackOff
 from cfe_lightning.classifier import (
     ClassifierSpec,
     FrozenClassifier,
     build_network,
+    check_outputs,
+    fill,
     resolve_class_path,
-    why_unreadable,
 )
 from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.tensor_file import no_larger_than, read_tensors
 
 #: Keys of a checkpoint that only a resumed training needs.
 RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
@@ -43,6 +47,7 @@ class ExplainerModule(pl.LightningModule, ABC):
             ``explain.py --method`` takes it as it is.
         caution: What every reader of its explanations has to keep in mind, a sentence for the report; None for nothing.
         num_slices: Slices of a patient that are tiled into one image, see ``data.patient_slices``; 1 for images.
+        back_off: Explains a batch in parts where memory is short; knows how many images fit.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -60,10 +65,18 @@ class ExplainerModule(pl.LightningModule, ABC):
         self.image_size = classifier.spec.image_size
         self.channels = classifier.spec.channels
         self.num_slices = 1
+        self.back_off = BackOff()
 
     @abstractmethod
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for ``default_target``."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The building blocks of the networks, largest share of the work, to be compiled or recomputed one by one.
+
+        None may lie inside another; ``acceleration`` says what is done with them.
+        """
+        return []
 
     def default_target(self, logits: Tensor) -> Tensor:
         """The class that is asked for where none is named, logits [B, K] -> [B]: the runner-up."""
@@ -87,8 +100,8 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:
-        """Explains one batch of the batch contract; ``target`` is used where the batch has one."""
-        return self.explain(batch["image"], batch.get("target"))
+        """Explains one batch of the batch contract, for its ``target`` if it has one; in parts if memory is short."""
+        return self.back_off(self.explain, batch["image"], batch.get("target"))
 
     @final
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -128,33 +141,39 @@ def load_explainer(
             "last.ckpt that train.py wrote under checkpoints/<run>/."
         )
     try:
-        class_path, version = checkpoint["explainer"]["class_path"], checkpoint["explainer"]["version"]
+        class_path = checkpoint["explainer"]["class_path"]
         spec = ClassifierSpec.from_dict(checkpoint["classifier"])
-        arguments = dict(checkpoint["hyper_parameters"])
+        arguments, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        if not (isinstance(class_path, str) and _has_names(arguments) and _has_names(weights)):
+            raise ValueError("a part of it is of another form")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not an explainer checkpoint that train.py wrote: {error!r}.") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ValueError(f"{path} is not an explainer checkpoint that train.py wrote: {reason}.") from error
     kind = resolve_class_path(class_path, trusted)
     if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
         raise ValueError(f"{path} names {class_path}, which is not an explainer.")
     changes = changes or {}
     check_arguments(kind, changes)
-    classifier = FrozenClassifier(build_network(spec, trusted), spec)
-    try:
-        explainer = kind(classifier, **(arguments | dict(changes)))
-    except TypeError as error:
-        raise ValueError(
-            f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
-            f"({importlib.metadata.version('cfe-lightning')}): {error}."
-        ) from error
-    try:
-        explainer.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"The weights in {path} (written by version {version}) do not fit {kind.__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+    version = checkpoint["explainer"].get("version")
+    with no_larger_than(path):
+        classifier = FrozenClassifier(build_network(spec, trusted), spec)
+        try:
+            explainer = kind(classifier, **(arguments | dict(changes)))
+        except ValueError:  # a sentence of the method's own
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
+                f"({importlib.metadata.version('cfe-lightning')}): {str(error) or type(error).__name__}."
+            ) from error
+    fill(explainer, weights, f"{path} (written by version {version})", kind.__name__)
+    check_outputs(explainer.classifier, str(path))
     explainer.eval()
     return explainer
+
+
+def _has_names(part: Any) -> bool:
+    return isinstance(part, dict) and all(isinstance(name, str) for name in part)
 
 
 def check_arguments(kind: type[ExplainerModule], arguments: Mapping[str, Any]) -> None:
@@ -205,18 +224,42 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, no checkpoint, or holds anything but plain data and tensors.
+        ValueError: If the file is truncated, no checkpoint, holds anything but plain data and tensors, or was written
+            by a newer version of this package.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}: give a .ckpt file that train.py wrote.")
+        held = f"{path} is no file" if path.exists() else f"There is no checkpoint {path}"
+        raise FileNotFoundError(f"{held}: give a .ckpt file that train.py wrote.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = why_unreadable(error)
-        raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or not plain data): {reason}") from error
+        checkpoint = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (truncated, or not plain data): {error}; give the best.ckpt or "
+            "last.ckpt of a run of train.py."
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint written by train.py.")
+    for part in ("explainer", "autoencoder"):
+        if isinstance(checkpoint.get(part), dict) and "version" in checkpoint[part]:
+            _check_version(checkpoint[part]["version"], path)
     return checkpoint
+
+
+def _check_version(written: Any, path: Path) -> None:
+    """Refuses a newer version: what this one would make of its file, nobody knows."""
+    ours = importlib.metadata.version("cfe-lightning")
+    try:
+        newer = Version(written) > Version(ours)
+    except (InvalidVersion, TypeError) as error:
+        raise ValueError(
+            f"{path} does not say which version of cfe_lightning wrote it but {written!r:.80}: give the best.ckpt or "
+            "last.ckpt of a run of train.py."
+        ) from error
+    if newer:
+        raise ValueError(
+            f"{path} was written by version {written} of cfe_lightning, newer than this {ours}: upgrade "
+            f"to {written} or later."
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -139,6 +139,28 @@ class Explanation:
 
         return Explanation(**{one.name: chosen(getattr(self, one.name)) for one in fields(self)})
 
+    @staticmethod
+    def joined(explanations: Sequence[Explanation]) -> Explanation:
+        """One explanation of all images, of at least one of the same method; a caveat that one lacks does not hold."""
+        first = explanations[0]
+        if len(explanations) == 1:
+            return first
+        caveats = dict.fromkeys(clause for one in explanations for clause in one.caveats)
+
+        def together(name: str) -> Any:
+            values = [getattr(one, name) for one in explanations]
+            if isinstance(values[0], dict):
+                return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+            return None if values[0] is None else torch.cat(values)
+
+        given = {one.name: together(one.name) for one in fields(first) if one.name != "caveats"}
+        none = [torch.zeros_like(one.target, dtype=torch.bool) for one in explanations]
+        held = {
+            clause: torch.cat([one.caveats.get(clause, no) for one, no in zip(explanations, none, strict=True)])
+            for clause in caveats
+        }
+        return Explanation(**given, caveats=held)
+
     @property
     def predicted(self) -> Tensor:
         """The classifier's class of ``image``, [B] int64."""

@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explanation, decides_for, draw_part, seed_of
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
 from cfe_lightning.saved_change import measure
+from cfe_lightning.stop_signals import end_launched, silence_trainer
 
 Batch = dict[str, Any]
 
@@ -47,6 +47,10 @@ class ExplanationWriter(BasePredictionWriter):
         self._started = 0.0
         self._progress: tqdm[Any] | None = None
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves signals to the command: it drops the batch in flight, of which no row is written."""
+        silence_trainer(trainer)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the progress of the first process, which is about that of all."""
@@ -86,9 +90,6 @@ class ExplanationWriter(BasePredictionWriter):
         self.output.append(trainer.global_rank, rows)
         if self._progress is not None:
             self._progress.update(len(rows))
-        # Lightning catches SIGTERM and asks for it while training only.
-        if trainer.received_sigterm:
-            raise SIGTERMException
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Waits until every process has written its last row."""
@@ -96,8 +97,9 @@ class ExplanationWriter(BasePredictionWriter):
         trainer.strategy.barrier("explanations written")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the terminal tidy after an interruption."""
+        """Leaves the terminal tidy after an interruption, and no process that waits for this one."""
         self._close()
+        end_launched(trainer)
 
     def save(
         self,
@@ -122,12 +124,15 @@ class ExplanationWriter(BasePredictionWriter):
         measured = measure(explanation, classifier, judged.newly_decided(), num_slices)
         pictures, gains = _pictures(explanation)
         finite = _finite(explanation).tolist()
+        root = self.output.path.resolve()
 
         def save_one(index: int) -> Row:
             row: Row = {"name": names[index], "source": list(sources[index]), "status": "ok"}
             if not finite[index]:
                 return row | {"status": "failed", "error": "The explanation holds values that are not finite."}
             folder = image_folder(names[index])
+            if not (self.output.path / folder).resolve().is_relative_to(root):
+                raise ValueError(f"{self.output.path / folder} leads out of the output folder: remove that link.")
             # What an interrupted run was just writing here.
             for unfinished in (self.output.path / folder).glob(".*.part"):
                 unfinished.unlink()

@@ -29,7 +29,8 @@ MAX_PIXELS = 100_000_000
 
 #: Pillow opens more, but hands some of it (EPS) to other programs: a stranger's file must not choose those.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_STRIP_PIXELS = 1 << 20
+#: Floating point of one strip stays in a core's cache.
+_STRIP_PIXELS = 1 << 18
 #: Longer side that a video has at least.
 _SMALLEST_VIDEO = 256
 
@@ -219,13 +220,14 @@ def _resize_in_strips(values: np.ndarray, size: int) -> Tensor:
     ``size`` x 50 million on the way.
     """
     tall = values.shape[0] > values.shape[1]
-    if tall:
-        values = values.swapaxes(0, 1)
-    rows = max(_STRIP_PIXELS // values.shape[1], 1)
+    shorter, longer = sorted(values.shape[:2])
+    thickness = max(_STRIP_PIXELS // longer, 1)
     strips = []
-    for top in range(0, values.shape[0], rows):
-        strip = _to_tensor(values[top : top + rows])[None]
-        strips.append(_interpolate(strip, strip.shape[2], size))
+    for start in range(0, shorter, thickness):
+        part = slice(start, start + thickness)
+        # A tall picture is turned strip by strip, in the cache: as a whole it would be read against its memory's grain.
+        strip = _to_tensor(values[:, part].copy().swapaxes(0, 1) if tall else values[part])
+        strips.append(_interpolate(strip[None], strip.shape[1], size))
     # Rounding of the filter's weights may leave the range by one unit in the last place.
     image = _interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
     return image.transpose(1, 2).contiguous() if tall else image

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from cfe_lightning.precision import single
+
 
 def adversarial_loss(logits: Tensor, real: bool) -> Tensor:
     """Non-saturating logistic loss of critic logits that should say real (or fake): mean softplus, any shape -> []."""
+    logits = single(logits)
     return F.softplus(-logits if real else logits).mean()
 
 
@@ -48,7 +51,7 @@ def relative_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -
     """Mean squared difference of feature maps in units of the reference's mean square, averaged over the maps, []."""
     terms = [
         F.mse_loss(mine, other) / other.detach().square().mean().clamp_min(1e-8)
-        for mine, other in zip(features, reference, strict=True)
+        for mine, other in zip(map(single, features), map(single, reference), strict=True)
     ]
     return torch.stack(terms).mean()
 
@@ -78,7 +81,7 @@ class Lpips:
         """As the call, of every image, [B]."""
         self.network.to(image.device)
         shape = (-1, 3, -1, -1)
-        return self.network(image.expand(shape), other.expand(shape)).flatten()
+        return single(self.network(image.expand(shape), other.expand(shape)).flatten())
 
     def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
         """Fills the network from the state dictionary of torchvision's ``features``: ``0.weight``, ``0.bias``, ...
@@ -105,14 +108,17 @@ def _differing(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
 def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
     """KL divergence from the teacher's to the student's softmax, logits [B, K] -> mean over the batch, []."""
     return F.kl_div(
-        F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1), log_target=True, reduction="batchmean"
+        F.log_softmax(single(student), dim=1),
+        F.log_softmax(single(teacher), dim=1),
+        log_target=True,
+        reduction="batchmean",
     )
 
 
 def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
     # Rounding can leave an undecided classifier a hair below zero.
-    return (-math.log(logits.shape[1]) - F.log_softmax(logits, dim=1).mean(dim=1)).clamp_min(0)
+    return (-math.log(logits.shape[1]) - F.log_softmax(single(logits), dim=1).mean(dim=1)).clamp_min(0)
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:

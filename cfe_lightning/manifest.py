@@ -4,6 +4,7 @@ The folder holds::
 
     manifest.jsonl          header, then one row per image: what resuming and the report read
     manifest.<rank>.jsonl   rows of the run in progress, one file per process; merged into manifest.jsonl
+    manifest.<i>of<n>-<rank>.jsonl   rows of one shard; the run without shards merges them
     manifest.csv            the same rows as a table
     summary.json            counts and means
     report.html             see ``cfe_lightning.report``
@@ -26,8 +27,9 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from cfe_lightning.manifest_row import is_row
 from cfe_lightning.measured_sentence import measured_sentence
 from cfe_lightning.whole_file import whole_file
 
@@ -66,6 +68,26 @@ QUANTISATION_GAP = 0.005
 Row = dict[str, Any]
 Source = list[int]
 
+
+class Shard(NamedTuple):
+    """One of several runs that share an input without knowing of each other.
+
+    Attributes:
+        number: This one, from 1 to ``total``.
+        total: How many there are.
+    """
+
+    number: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.number}of{self.total}"
+
+    def own(self, batches: list[list[str]]) -> list[list[str]]:
+        """Every ``total``-th batch: whole batches, so that each meets the images that it meets without shards."""
+        return batches[self.number - 1 :: self.total]
+
+
 _OURS = (
     "manifest.jsonl",
     "manifest.csv",
@@ -83,6 +105,8 @@ _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _LONGEST_COMPONENT = 80
 _LONGEST_FOLDER = 160
+#: Merged rows that one line closes: whoever reads them holds so many at a time.
+_ROWS_TOGETHER = 256
 
 
 class OutputFolder:
@@ -90,10 +114,13 @@ class OutputFolder:
 
     Args:
         path: The folder; need not exist yet.
+        shard: The run is one of several that write here at the same time: it reads and writes its own rows only, and
+            merges nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shard: Shard | None = None) -> None:
         self.path = path
+        self.shard = shard
         self.manifest_path = path / "manifest.jsonl"
 
     def prepare(self, header: dict[str, Any], overwrite: bool = False) -> None:
@@ -104,7 +131,8 @@ class OutputFolder:
             overwrite: Remove what an earlier run wrote, and nothing else, instead of continuing it.
 
         Raises:
-            ValueError: If the folder is a file, holds files of these names from elsewhere, or another run's results.
+            ValueError: If the folder is a file, holds files of these names from elsewhere, links, or another run's
+                results.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"The output {self.path} is a file: give a folder.")
@@ -112,14 +140,16 @@ class OutputFolder:
         earlier = self.header()
         if earlier is None:
             foreign = [name for name in _OURS if os.path.lexists(self.path / name)]
-            if foreign:
+            # What another shard has begun since is no stranger's.
+            earlier = self.header()
+            if foreign and earlier is None:
                 raise ValueError(
                     f"The output folder {self.path} holds {' and '.join(foreign)} that no run of explain.py left "
                     "there: give another --output."
                 )
         elif overwrite:
             self._remove()
-        elif earlier != header:
+        if earlier is not None and not overwrite and earlier != header:
             changed = [key for key in (*header, *earlier) if header.get(key) != earlier.get(key)]
             described = ", ".join(
                 f"{key} was {_short(earlier.get(key))} and is now {_short(header.get(key))}"
@@ -130,31 +160,47 @@ class OutputFolder:
                 "--output, or pass --overwrite to start again."
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        for entry in os.scandir(self.path):
+            if entry.is_symlink():
+                raise ValueError(
+                    f"{entry.path} is a link, so results would be written elsewhere: remove it, or give another "
+                    "--output."
+                )
         if self.header() is None:
-            with whole_file(self.manifest_path) as file:
+            # Shards that begin together write the same line, each from a file of its own.
+            with whole_file(self.manifest_path, owner=str(self.shard or "")) as file:
                 _write_lines(file, [header])
-        self.merge()
+        if self.shard is None:
+            self.merge()
+        for path in self._shard_parts():
+            with path.open("ab") as file:  # closes the batch that a kill tore, so that it takes none with it
+                file.write(b'\n{"end": -1}\n')
 
     def header(self) -> dict[str, Any] | None:
         """What the run that wrote this folder was, or None where there was no run."""
         try:
             with self.manifest_path.open(encoding="utf-8") as file:
                 header = json.loads(file.readline())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         return header if isinstance(header, dict) and "schema" in header else None
 
     def append(self, rank: int, rows: Sequence[Row]) -> None:
         """Records a finished batch of one process; call it when the pictures are on the disk."""
         content = "".join(json.dumps(line) + "\n" for line in (*rows, {"end": len(rows)}))
+        process = str(rank) if self.shard is None else f"{self.shard}-{rank}"
         # Opened anew each time: the file may have been merged and removed by a second run on the same folder.
-        with (self.path / f"manifest.{rank}.jsonl").open("ab") as file:
+        with (self.path / f"manifest.{process}.jsonl").open("ab") as file:
             file.write(content.encode())
 
     def rows(self) -> Iterator[Row]:
-        """The merged rows, ordered by name."""
-        for _, row in _committed(self.manifest_path):
-            yield row
+        """The merged rows, ordered by name; then those of this shard, as they were written."""
+        for path in (self.manifest_path, *self._shard_parts()):
+            for _, row in _committed(path):
+                yield row
+
+    def _shard_parts(self) -> list[Path]:
+        return [] if self.shard is None else sorted(self.path.glob(f"manifest.{self.shard}-*.jsonl"))
 
     def merge(self) -> None:
         """Moves the rows of all processes into manifest.jsonl, each name once; a later row replaces an earlier one."""
@@ -171,11 +217,13 @@ class OutputFolder:
         try:
             with whole_file(self.manifest_path) as file:
                 _write_lines(file, [header])
-                for name in sorted(places, key=lambda name: name.split("/")):
-                    path, offset = places[name]
-                    files[path].seek(offset)
-                    file.write(files[path].readline().decode())
-                _write_lines(file, [{"end": len(places)}])
+                ordered = sorted(places, key=lambda name: name.split("/"))
+                for first in range(0, len(ordered), _ROWS_TOGETHER):
+                    some = ordered[first : first + _ROWS_TOGETHER]
+                    for path, offset in map(places.__getitem__, some):
+                        files[path].seek(offset)
+                        file.write(files[path].readline().decode())
+                    _write_lines(file, [{"end": len(some)}])
         finally:
             for opened in files.values():
                 opened.close()
@@ -208,7 +256,7 @@ class OutputFolder:
         """What summary.json says; nothing where there is none."""
         try:
             content = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -240,7 +288,7 @@ class OutputFolder:
                 "global.json",
             )
         ]
-        unfinished = [self.path / f".{name}.part" for name in _OURS]
+        unfinished = [path for name in _OURS for path in self.path.glob(f".{name}.*part")]
         # The header goes last: without it the folder could no longer be recognised as ours.
         for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
             path.unlink(missing_ok=True)
@@ -358,14 +406,19 @@ def _committed(path: Path) -> Iterator[tuple[int, Row]]:
         for line in file:
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 content = {}
-            if "end" in content:
+            if isinstance(content, dict) and "end" in content:
                 if content["end"] == len(batch):
                     yield from batch
                 batch = []
-            elif "name" in content:
+            elif is_row(content):
                 batch.append((offset, content))
+            elif not (isinstance(content, dict) and ("schema" in content or not content)):
+                raise ValueError(
+                    f"{path} holds a line that explain.py did not write ({line[:40].decode(errors='replace')!r}...): "
+                    "give another --output, or start again with --overwrite."
+                )
             offset += len(line)
 
 

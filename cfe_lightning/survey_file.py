@@ -6,8 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import pickle
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from cfe_lightning.atlas import write_atlas
 from cfe_lightning.explainer import ExplainerModule, sha256_of
+from cfe_lightning.tensor_file import read_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class SurveyFile(pl.Callback):
 
     Args:
         checkpoint: The file that the explainer came from.
-        output: Where ``atlas.json`` goes, if the explainer has an atlas.
+        output: Where ``atlas.json`` goes, if the explainer has an atlas; None draws none.
     """
 
-    def __init__(self, checkpoint: Path, output: Path) -> None:
+    def __init__(self, checkpoint: Path, output: Path | None) -> None:
         self.checkpoint = checkpoint
         self.output = output
 
@@ -68,15 +69,21 @@ class SurveyFile(pl.Callback):
         assert isinstance(pl_module, ExplainerModule), "explain.py loads nothing else"
         if trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
-            if not (self.output / "atlas.json").is_file() and (atlas := pl_module.atlas()) is not None:
-                write_atlas(atlas, self.output)
+            if self.output is not None:
+                _draw_atlas(pl_module, self.output)
         trainer.strategy.barrier("survey made")
         if not trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
 
 
+def _draw_atlas(explainer: ExplainerModule, output: Path) -> None:
+    if not (output / "atlas.json").is_file() and (atlas := explainer.atlas()) is not None:
+        write_atlas(atlas, output)
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
+    # A name of its own: shards of one folder may make the same survey at the same time.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         torch.save(content, temporary)
         temporary.replace(path)
@@ -87,7 +94,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """What the file holds, as plain data; nothing if there is none or it is no survey."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        content = read_tensors(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import decides_for
-from cfe_lightning.manifest import OutputFolder, Row
+from cfe_lightning.manifest import SCHEMA, OutputFolder, Row
 from cfe_lightning.saved_change import changed_area, strongest_change
 
 #: Probabilities of the same pixels on another machine or in another batch; of pixels before they were rounded.
@@ -39,12 +39,36 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
 
     Raises:
         FileNotFoundError: If the folder holds no manifest.
+        ValueError: If it is of another version or about other classes, or rows are lost.
     """
-    for row in OutputFolder(output).rows():
+    folder = OutputFolder(output)
+    header, names = folder.header() or {}, list(classifier.class_names)
+    if header.get("schema") != SCHEMA or header.get("classes", names) != names:
+        raise ValueError(
+            f"{output} was written by another version (schema {header.get('schema')!r}, here {SCHEMA}) or is about "
+            "other classes than those of the classifier: give the --output of this explain.py."
+        )
+    num_explained = 0
+    for row in folder.rows():
         if row["status"] != "ok":
             continue
+        num_explained += 1
+        yield row["name"], _problems(row, output, classifier, num_slices)
+    expected = folder.summary().get("n_done", num_explained)
+    if num_explained != expected or not num_explained:
+        raise ValueError(
+            f"{folder.manifest_path} holds {num_explained} explained images, summary.json says {expected}: rows are "
+            "lost or the run is not finished, and the same command of explain.py does what is missing."
+        )
+
+
+def _problems(row: Row, output: Path, classifier: FrozenClassifier, num_slices: int) -> list[str]:
+    """What is wrong with one row, nothing if all of it is confirmed."""
+    try:
         problems, pictures = _open(row, output)
-        yield row["name"], problems or _claims(row, pictures, classifier, num_slices)
+        return problems or _claims(row, pictures, classifier, num_slices)
+    except KeyError as error:
+        return [f"it does not say its {error}"]
 
 
 def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:

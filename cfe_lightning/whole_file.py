@@ -1,4 +1,4 @@
-"""Text files that appear whole or not at all; needs no torch."""
+"""Files that appear whole or not at all; needs no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,50 @@ from typing import TextIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
+def whole_file(path: Path, owner: str = "") -> Iterator[TextIO]:
     """Opens a file to be written in UTF-8; it takes its name once all of it is there.
 
     Whatever interrupts that leaves an earlier file as it was. Half characters, as names of files hold them, become
     escapes.
+
+    Args:
+        path: The file.
+        owner: Who writes, where several may write the same file at the same time: the last one counts.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (
+        whole_path(path, owner) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         yield file
-    temporary.replace(path)
+
+
+@contextmanager
+def whole_path(path: Path, owner: str = "") -> Iterator[Path]:
+    """A path beside ``path`` for any kind of file, which takes its name once all of it is there.
+
+    Whatever goes wrong leaves an earlier file as it was, and nothing that fills a disk; a complaint of the system
+    names the file.
+
+    Args:
+        path: The file.
+        owner: See ``whole_file``.
+    """
+    temporary = path.with_name(f".{path.name}{owner and f'.{owner}'}.part")
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets a complaint of the system name the file: a disk that is full does not say for whom."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise

@@ -29,12 +29,12 @@ def write_hostile_folder(folder: Path, num_files: int) -> tuple[set[str], set[st
     (folder / "folder.png").mkdir()
     for round_ in range(1000):
         prefix = f"{round_}/" if round_ else ""
-        for name, content in _readable(round_).items():
+        for name, content in readable(round_).items():
             good.add(_write(folder, prefix + name, content))
-        for name, content in _broken().items():
+        for name, content in broken().items():
             bad.add(_write(folder, prefix + name, content))
-        for name in _strange_names():
-            good.add(_write(folder, prefix + name, _encoded(_picture(round_), "PNG")))
+        for name in strange_names():
+            good.add(_write(folder, prefix + name, encoded(_picture(round_), "PNG")))
         for name, target in ((LOOPS, LOOPS), ("gone.png", "nowhere.png")):
             os.symlink(target, folder / prefix / name)
             bad.add(prefix + name)
@@ -55,13 +55,13 @@ def _picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def _encoded(picture: Image.Image, form: str, **options: object) -> bytes:
+def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format=form, **options)
     return buffer.getvalue()
 
 
-def _readable(seed: int) -> dict[str, bytes]:
+def readable(seed: int) -> dict[str, bytes]:
     picture = _picture(seed)
     rotated = Image.Exif()
     rotated[0x0112] = 6
@@ -72,30 +72,30 @@ def _readable(seed: int) -> dict[str, bytes]:
     nan = np.full((16, 16), np.nan, np.float32)
     nan[0] = 1.0
     return {
-        "plain.png": _encoded(picture, "PNG"),
-        "UPPER.JPG": _encoded(picture, "JPEG"),
-        "wrong_ending.jpg": _encoded(picture, "PNG"),
-        "cmyk.jpg": _encoded(picture.convert("CMYK"), "JPEG"),
-        "grey16.png": _encoded(grey16, "PNG"),
-        "float.tif": _encoded(Image.fromarray(nan), "TIFF"),
-        "palette.png": _encoded(palette, "PNG", transparency=3),
-        "grey_alpha.png": _encoded(picture.convert("LA"), "PNG"),
-        "rgba.png": _encoded(picture.convert("RGBA"), "PNG"),
-        "bits.png": _encoded(picture.convert("1"), "PNG"),
-        "animated.gif": _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        "animated.webp": _encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
-        "pages.tiff": _encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
-        "pixel.png": _encoded(_picture(seed, 1, 1), "PNG"),
-        "wide.png": _encoded(_picture(seed, 20000, 1), "PNG"),
-        "tall.png": _encoded(_picture(seed, 1, 20000), "PNG"),
-        "rotated.jpg": _encoded(picture, "JPEG", exif=rotated),
-        "trailing_garbage.jpg": _encoded(picture, "JPEG") + b"\0" * 1000,
-        "folder.png/inside.png" if not seed else "inside.png": _encoded(picture, "PNG"),
+        "plain.png": encoded(picture, "PNG"),
+        "UPPER.JPG": encoded(picture, "JPEG"),
+        "wrong_ending.jpg": encoded(picture, "PNG"),
+        "cmyk.jpg": encoded(picture.convert("CMYK"), "JPEG"),
+        "grey16.png": encoded(grey16, "PNG"),
+        "float.tif": encoded(Image.fromarray(nan), "TIFF"),
+        "palette.png": encoded(palette, "PNG", transparency=3),
+        "grey_alpha.png": encoded(picture.convert("LA"), "PNG"),
+        "rgba.png": encoded(picture.convert("RGBA"), "PNG"),
+        "bits.png": encoded(picture.convert("1"), "PNG"),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "animated.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "pages.tiff": encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+        "pixel.png": encoded(_picture(seed, 1, 1), "PNG"),
+        "wide.png": encoded(_picture(seed, 20000, 1), "PNG"),
+        "tall.png": encoded(_picture(seed, 1, 20000), "PNG"),
+        "rotated.jpg": encoded(picture, "JPEG", exif=rotated),
+        "trailing_garbage.jpg": encoded(picture, "JPEG") + b"\0" * 1000,
+        "folder.png/inside.png" if not seed else "inside.png": encoded(picture, "PNG"),
     }
 
 
-def _broken() -> dict[str, bytes]:
-    jpeg, png = _encoded(_picture(0), "JPEG"), _encoded(_picture(0), "PNG")
+def broken() -> dict[str, bytes]:
+    jpeg, png = encoded(_picture(0), "JPEG"), encoded(_picture(0), "PNG")
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     return {
@@ -111,7 +111,7 @@ def _broken() -> dict[str, bytes]:
     }
 
 
-def _strange_names() -> list[str]:
+def strange_names() -> list[str]:
     return [
         "quote\"'.png",
         "line\nbreak\r.png",

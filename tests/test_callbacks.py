@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import types
@@ -17,8 +18,10 @@ from PIL import Image
 from toy import FixedToyExplainer, ToyData, ToyExplainer, toy_classifier, toy_images, toy_trainer
 
 from cfe_lightning import callbacks
-from cfe_lightning.callbacks import EMA, NonFiniteGuard, NonFiniteLossError, SampleGrid, Throughput
+from cfe_lightning.callbacks import EMA, FreshMetrics, NonFiniteGuard, NonFiniteLossError, SampleGrid, Throughput
 from cfe_lightning.checkpointing import LastCheckpoint
+from cfe_lightning.csv_log import CsvLog
+from cfe_lightning.data.image_data import Sample
 from cfe_lightning.drawing import draw_samples
 from cfe_lightning.explanation import Explanation
 
@@ -213,6 +216,26 @@ def test_throughput_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.Mo
     fit(tmp_path, Clock(), Throughput(every_n_batches=2), Rates(), max_epochs=2, val_check_interval=3)
     # Batches of 4 images in 2 seconds.
     assert set(Rates.values) == {2.0}
+
+
+class Rare(ToyExplainer):
+    """Measures something in every second batch, and a mean over the epoch in all of them."""
+
+    def training_step(self, batch: Sample, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.log("train/mean", float(batch_idx), on_step=False, on_epoch=True, batch_size=1)
+        if batch_idx % 2 == 0:
+            self.log("train/rare", float(batch_idx))
+
+
+def test_what_was_not_measured_in_a_batch_is_not_logged_for_it(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "metrics.csv")
+    trainer = toy_trainer(tmp_path, [FreshMetrics()], logger=log, log_every_n_steps=1)
+    trainer.fit(Rare(toy_classifier()), ToyData())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["train/rare"] for row in rows] == ["0.0", "", "2.0", ""]
+    assert all(row["train/class"] for row in rows)
+    assert [row["train/mean"] for row in rows] == ["", "", "", "1.5"]
 
 
 class Breaks(ToyExplainer):

@@ -1,23 +1,29 @@
-"""last.ckpt: whole after a kill, up to date after Ctrl-C, and continued bit for bit from wherever it was written."""
+"""last.ckpt: whole after a kill, up to date after a signal, and continued bit for bit from wherever it was written."""
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
 import random
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from toy import ToyData, ToyExplainer, toy_classifier, toy_trainer
+from toy import ToyData, ToyDataset, ToyExplainer, toy_classifier, toy_trainer
 
-from cfe_lightning import checkpointing
+from cfe_lightning import checkpointing, stop_signals
 from cfe_lightning.callbacks import EMA, iteration
-from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState, TrainingStoppedError
+from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
+from cfe_lightning.classifier_training import ClassifierTraining
+from cfe_lightning.images import UnreadableImageError
+from cfe_lightning.stop_signals import SIGNALS, StopRequested
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 
@@ -37,26 +43,33 @@ class Events(pl.Callback):
 
 
 class KeepEvery(Checkpoint):
-    """Copies what LastCheckpoint has written at every chance it has."""
+    """Copies whatever LastCheckpoint writes, named after the number of events that belong to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, events: Events) -> None:
         self.folder = folder
-        self.copies: list[Path] = []
+        self.events = events
+        self.copies: dict[Path, int] = {}
+        self.seen = 0
 
-    def _copy(self, trainer: pl.Trainer, name: str) -> None:
-        copy = self.folder / f"{iteration(trainer):02d}-{name}.ckpt"
-        shutil.copy(self.folder / "last.ckpt", copy)
-        self.copies.append(copy)
+    def _copy(self, name: str, *, begun: int = 0) -> None:
+        last = self.folder / "last.ckpt"
+        if last.is_file() and last.stat().st_mtime_ns != self.seen:
+            self.seen = last.stat().st_mtime_ns
+            copy = self.folder / f"{len(self.copies):02d}-{name}.ckpt"
+            shutil.copy(last, copy)
+            self.copies[copy] = len(self.events.events) - begun
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._copy(trainer, "batch")
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._copy("batch", begun=1)
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._copy("before-validation")
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not trainer.sanity_checking:
-            self._copy(trainer, "validation")
+        self._copy("after-validation")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._copy(trainer, "epoch")
+        self._copy("epoch")
 
 
 def run(
@@ -65,6 +78,8 @@ def run(
     resume: Path | None = None,
     workers: int = 0,
     keep: LastCheckpoint | None = None,
+    events: Events | None = None,
+    data: ToyData | None = None,
     **arguments: Any,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Trains the toy method with two optimisers, averaged weights and augmentation; returns last.ckpt and events."""
@@ -73,7 +88,7 @@ def run(
         torch.manual_seed(1)
         folder.mkdir()
         shutil.copy(resume, folder / "last.ckpt")
-    events = Events()
+    events = events or Events()
     trainer = toy_trainer(
         folder,
         [events, EMA(0.9), RandomState(), keep or LastCheckpoint(every_n_batches=1), *added],
@@ -82,7 +97,7 @@ def run(
         **arguments,
     )
     explainer = ToyExplainer(toy_classifier())
-    data = ToyData(horizontal_flip=True, num_images=12, num_workers=workers)
+    data = data or ToyData(horizontal_flip=True, num_images=12, num_workers=workers)
     trainer.fit(explainer, data, ckpt_path=resume, weights_only=True)
     return torch.load(folder / "last.ckpt", weights_only=True), events.events
 
@@ -103,86 +118,218 @@ def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
     ids=["validation after epochs", "validation every 2 batches"],
 )
 def test_resuming_from_any_checkpoint_equals_the_straight_run(tmp_path: Path, validation: dict[str, Any]) -> None:
-    keep = KeepEvery(tmp_path / "straight")
-    expected, events = run(tmp_path / "straight", keep, **validation)
-    assert len([event for event in events if event == "validation"]) == (3 if validation else 2)
-    for copy in keep.copies:
+    known = Events()
+    keep = KeepEvery(tmp_path / "straight", known)
+    expected, events = run(tmp_path / "straight", keep, events=known, **validation)
+    assert events.count("validation") == (3 if validation else 2)
+    assert {copy.stem[3:] for copy in keep.copies} >= {"batch", "before-validation", "epoch"}
+    for copy, done in keep.copies.items():
         resumed, rest = run(tmp_path / copy.stem, resume=copy, **validation)
         assert_same_end(expected, resumed)
-        # Nothing is repeated and nothing left out, but for a validation between a batch and the kill right after it.
-        followed_by_validation = (
-            copy.name.endswith("batch.ckpt") and copy.with_name(copy.name.replace("batch", "validation")) in keep.copies
-        )
-        done = len(events) - len(rest)
-        assert rest == events[done:]
-        assert events[done - 1] == "validation" if followed_by_validation else done > 0
+        # Nothing is repeated and nothing is left out.
+        assert rest == events[done:], copy.stem
 
 
 def test_loader_processes_do_not_change_the_run(tmp_path: Path) -> None:
     expected, events = run(tmp_path / "straight")
-    keep = KeepEvery(tmp_path / "workers")
-    actual, same_events = run(tmp_path / "workers", keep, workers=1)
+    known = Events()
+    keep = KeepEvery(tmp_path / "workers", known)
+    actual, same_events = run(tmp_path / "workers", keep, workers=1, events=known)
     assert same_events == events
     assert_same_end(expected, actual)
-    resumed, _ = run(tmp_path / "resumed", resume=tmp_path / "workers" / "02-batch.ckpt", workers=1)
+    resumed, _ = run(tmp_path / "resumed", resume=tmp_path / "workers" / "01-batch.ckpt", workers=1)
     assert_same_end(expected, resumed)
 
 
 class Press(pl.Callback):
-    """Presses Ctrl-C during a batch."""
+    """Sends a signal in the middle of a training batch, or in the validation that follows it."""
 
-    def __init__(self, batch: int, times: int = 1, key: signal.Signals = signal.SIGINT) -> None:
+    def __init__(self, batch: int, number: int = signal.SIGINT, *, times: int = 1, validating: bool = False) -> None:
         self.batch = batch
+        self.number = number
         self.times = times
-        self.key = key
+        self.validating = validating
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if iteration(trainer) == self.batch:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if iteration(trainer) == self.batch and not self.validating:
             for _ in range(self.times):
-                signal.raise_signal(self.key)
+                signal.raise_signal(self.number)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if iteration(trainer) == self.batch and self.validating:
+            signal.raise_signal(self.number)
+            self.validating = False
 
 
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("batch", [2, 3], ids=["mid-epoch", "last of the epoch"])
-def test_ctrl_c_finishes_the_batch_saves_and_continues_bit_for_bit(tmp_path: Path, batch: int) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+def test_a_signal_stops_after_the_batch_and_the_run_continues_bit_for_bit(
+    tmp_path: Path, batch: int, number: signal.Signals
+) -> None:
+    before = handlers()
     expected, events = run(tmp_path / "straight")
-    assert signal.getsignal(signal.SIGINT) is handler
-    with pytest.raises(TrainingStoppedError, match=f"Training stopped after {batch} batches"):
-        run(tmp_path / "stopped", Press(batch))
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert handlers() == before
+    keep = LastCheckpoint(dirpath=str(tmp_path / "stopped"))
+    with pytest.raises(StopRequested, match=f"Training stopped after {batch} batches by") as stop:
+        run(tmp_path / "stopped", Press(batch, number), keep=keep)
+    assert stop.value.exit_code == 128 + number
+    assert handlers() == before
     resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
     assert_same_end(expected, resumed)
-    # Events before: the batches, and the validation of the epoch that the last one completes.
-    assert rest == events[batch + (batch == 3) :]
+    # The validation of the epoch that the third batch completes is still to come.
+    assert rest == events[batch:]
+
+
+def test_a_signal_during_a_validation_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    expected, events = run(tmp_path / "straight")
+    with pytest.raises(StopRequested, match="after 3 batches by SIGTERM"):
+        run(tmp_path / "stopped", Press(3, signal.SIGTERM, validating=True))
+    resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
+    assert_same_end(expected, resumed)
+    assert rest == events[3:]
+
+
+class PressBefore(pl.Callback):
+    """Sends a signal while a run is prepared."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda *_: signal.raise_signal(signal.SIGUSR1))
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_sanity_check_start", "on_validation_start", "on_train_start"])
+def test_a_signal_before_the_first_batch_ends_at_once(tmp_path: Path, hook: str) -> None:
+    before = handlers()
+    with pytest.raises(StopRequested, match=r"^Stopped by SIGUSR1\.$"):
+        toy_trainer(tmp_path, [PressBefore(hook), LastCheckpoint()]).fit(ToyExplainer(toy_classifier()), ToyData())
+    assert handlers() == before
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_only_a_second_ctrl_c_ends_the_batch_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # At the same moment it is a launcher that hands it on.
+    for number, folder in ((signal.SIGINT, "once"), (signal.SIGTERM, "told twice")):
+        with pytest.raises(StopRequested, match="after 2 batches"):
+            run(tmp_path / folder, Press(2, number, times=2))
+        assert torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["global_step"] == 4
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        assert capfd.readouterr().err.count(f"{name}: stopping after this batch and saving last.ckpt") == 1
+    monkeypatch.setattr(stop_signals, "_SAME_PRESS", -1.0)
+    with pytest.raises(StopRequested, match=r"^Stopped by Ctrl-C\.$"):
+        run(tmp_path / "twice", Press(2, times=2))
+    assert torch.load(tmp_path / "twice" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_accumulated_gradients_are_stepped_with_before_a_run_stops(tmp_path: Path) -> None:
+    def fit(folder: str, *added: pl.Callback, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        pl.seed_everything(0, verbose=False)
+        callbacks = [*added, LastCheckpoint(dirpath=str(tmp_path / folder))]
+        trainer = toy_trainer(tmp_path / folder, callbacks, accumulate_grad_batches=2, max_epochs=1)
+        training = ClassifierTraining(output=str(tmp_path / "classifier.pt"), architecture="pooled")
+        trainer.fit(training, ToyData(num_images=24), ckpt_path=resume, weights_only=True)
+        return training.state_dict()
+
+    expected = fit("straight")
+    with pytest.raises(StopRequested, match="after 4 batches"):
+        fit("stopped", Press(3, signal.SIGTERM))
+    resumed = fit("resumed", resume=tmp_path / "stopped" / "last.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
+class Fragile(ToyDataset):
+    """Images that are gone once a file says so, in whatever process they are read."""
+
+    gone: ClassVar[str] = ""
+
+    def __getitem__(self, index: int) -> Any:
+        if self.gone and index == 5 and Path(self.gone).exists() and self.split in Path(self.gone).read_text():
+            raise UnreadableImageError("The image 5.png cannot be used (it is gone).")
+        return super().__getitem__(index)
+
+
+class FragileData(ToyData):
+    def dataset(self, split: Any) -> Fragile:
+        return Fragile(split, self.num_images, self.image_size, self.channels, len(self.class_names))
+
+
+class Lose(pl.Callback):
+    """Loses an image of a split after the first batch."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if iteration(trainer) == 1:
+            Path(Fragile.gone).write_text(self.split)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_that_is_gone_costs_no_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, workers: int
+) -> None:
+    monkeypatch.setattr(Fragile, "gone", str(tmp_path / "gone"))
+
+    def data() -> FragileData:
+        return FragileData(horizontal_flip=True, num_images=12, num_workers=workers)
+
+    expected, events = run(tmp_path / "straight", data=data())
+    known = Events()
+    keep = LastCheckpoint(dirpath=str(tmp_path / "stopped"))
+    with pytest.raises(UnreadableImageError, match=r"The image 5\.png cannot be used"):
+        run(tmp_path / "stopped", Lose(split), keep=keep, events=known, data=data())
+    assert 0 < len(known.events) < len(events)
+    (tmp_path / "gone").unlink()
+    resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt", data=data())
+    assert_same_end(expected, resumed)
+    assert rest == events[len(known.events) :]
+
+
+class KillWorker(pl.Callback):
+    """Kills the process that reads images in the middle of a batch, as the system does where memory is short.
+
+    Args:
+        number: Of the signal that ends the run, too, as a scheduler sends it to all processes of a job.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if iteration(trainer) == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+                # Until it is dead, and without taking the news from PyTorch.
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            if self.number is not None:
+                signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_a_loader_process_that_dies_costs_no_batch(tmp_path: Path, number: int | None) -> None:
+    expected, events = run(tmp_path / "straight")
+    known = Events()
+    keep = LastCheckpoint(dirpath=str(tmp_path / "stopped"))
+    raised: Any = (RuntimeError, "DataLoader worker") if number is None else (StopRequested, "by SIGTERM")
+    with pytest.raises(raised[0], match=raised[1]):
+        run(tmp_path / "stopped", KillWorker(number), keep=keep, events=known, workers=1)
+    resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
+    assert_same_end(expected, resumed)
+    assert rest == events[len(known.events) :]
 
 
 def test_a_validation_after_the_last_batch_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best")
-    keep = LastCheckpoint()
-    trainer = toy_trainer(tmp_path, [Press(2), best, keep], val_check_interval=2, num_sanity_val_steps=0)
-    with pytest.raises(TrainingStoppedError):
-        trainer.fit(ToyExplainer(toy_classifier()), ToyData())
+    trainer = toy_trainer(tmp_path, [best, LastCheckpoint()], val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(ToyExplainer(toy_classifier()), ToyData())
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["callbacks"][best.state_key]["best_model_score"] == best.best_model_score
     assert best.best_model_score is not None
-
-
-@pytest.mark.parametrize("batch", [2, 3], ids=["mid-epoch", "last of the epoch"])
-def test_a_terminated_run_continues_bit_for_bit(tmp_path: Path, batch: int) -> None:
-    expected, events = run(tmp_path / "straight")
-    keep = LastCheckpoint(dirpath=str(tmp_path / "stopped"))
-    with pytest.raises(SystemExit):
-        run(tmp_path / "stopped", Press(batch, key=signal.SIGTERM), keep=keep)
-    resumed, rest = run(tmp_path / "resumed", resume=tmp_path / "stopped" / "last.ckpt")
-    assert_same_end(expected, resumed)
-    assert rest == events[batch + (batch == 3) :]
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        run(tmp_path, Press(2, times=2))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further presses and leaves it at that
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +346,22 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monke
     monkeypatch.undo()
     assert torch.load(path, weights_only=True) == {"step": 1}
     AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt") as error:
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG
+    assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -223,9 +386,10 @@ def test_last_checkpoint_without_interval_writes_after_epochs(tmp_path: Path) ->
         def save_checkpoint(self, checkpoint: dict[str, Any], *arguments: Any, **options: Any) -> None:
             saved.append(checkpoint["global_step"])
 
-    trainer = toy_trainer(tmp_path, [LastCheckpoint()], plugins=[Count()], max_epochs=2, val_check_interval=1)
+    trainer = toy_trainer(tmp_path, [LastCheckpoint()], plugins=[Count()], max_epochs=2)
     trainer.fit(ToyExplainer(toy_classifier()), ToyData(num_images=8))
-    assert saved == [4, 8]
+    # Before the validation and at the end of each epoch.
+    assert saved == [4, 4, 8, 8]
 
 
 def test_an_interval_must_be_positive() -> None:

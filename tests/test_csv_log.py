@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
+
 from cfe_lightning.csv_log import CsvLog
 
 
@@ -41,8 +43,54 @@ def test_a_resumed_run_continues_where_its_checkpoint_was(tmp_path: Path) -> Non
     assert [(row["step"], row["loss"], row["old"], row["new"]) for row in rows(path)] == [
         ("0", "0.0", "1.0", ""),
         ("1", "1.0", "1.0", ""),
-        ("2", "20.0", "", "7.0"),
+        # The first step again is completed, not replaced: only its validation may be logged again.
+        ("2", "20.0", "1.0", "7.0"),
     ]
+
+
+def test_a_run_that_goes_on_with_a_validation_keeps_the_row_of_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    killed = CsvLog(path)
+    killed.log_metrics({"loss": 0.0}, step=0)
+    killed.log_metrics({"loss": 1.0}, step=1)
+    resumed = CsvLog(path, resume=True)
+    resumed.log_metrics({"val/loss": 2.0}, step=1)
+    resumed.log_metrics({"loss": 3.0}, step=2)
+    assert [tuple(row.values()) for row in rows(path)] == [("0", "0.0", ""), ("1", "1.0", "2.0"), ("2", "3.0", "")]
+
+
+def test_a_kill_while_a_row_is_completed_leaves_what_it_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path)
+    log.log_metrics({"loss": 1.0, "val/loss": 1.0}, step=0)
+    log.log_metrics({"loss": 2.0}, step=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.log_metrics({"val/loss": 2.0}, step=1)
+    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path)
+    log.log_metrics({"loss": 1.0}, step=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.csv"):
+            log.log_metrics({"loss": 2.0}, step=1)
+        with pytest.raises(OSError, match=r"metrics\.csv"):
+            log.log_metrics({"other": 2.0}, step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+    CsvLog(path, resume=True).log_metrics({"loss": 2.0}, step=1)
+    assert [row["loss"] for row in rows(path)] == ["1.0", "2.0"]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import pickle
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,21 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_explainer(tmp_path / "gone.ckpt")
 
 
-def test_a_newer_version_with_an_unknown_option(checkpoint: Path) -> None:
-    changed(checkpoint, explainer={"class_path": "toy.ToyExplainer", "version": "9.1"}, hyper_parameters={"novel": 1})
+def test_a_newer_version_is_refused_even_where_it_would_load(checkpoint: Path) -> None:
+    changed(checkpoint, explainer={"class_path": "toy.FixedToyExplainer", "version": "9.1"})
+    ours = importlib.metadata.version("cfe-lightning")
+    assert message(checkpoint) == (
+        f"{checkpoint} was written by version 9.1 of cfe_lightning, newer than this {ours}: upgrade to 9.1 or later."
+    )
+    changed(checkpoint, explainer={"class_path": "toy.FixedToyExplainer", "version": ["9"]})
+    assert "does not say which version of cfe_lightning wrote it but ['9']" in message(checkpoint)
+
+
+def test_an_older_version_with_an_option_that_is_gone(checkpoint: Path) -> None:
+    changed(checkpoint, explainer={"class_path": "toy.ToyExplainer", "version": "0.0.1"}, hyper_parameters={"old": 1})
     text = message(checkpoint)
-    assert "was written by version 9.1 of cfe_lightning and cannot be read by this one" in text
-    assert "'novel'" in text
+    assert "was written by version 0.0.1 of cfe_lightning and cannot be read by this one" in text
+    assert "'old'" in text
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,13 @@ def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert (tmp_path / "x.txt").read_bytes() == b"whole \\udcff\n"
+
+
+def test_merged_rows_are_closed_in_parts_so_that_readers_hold_few(tmp_path: Path):
+    folder = OutputFolder(tmp_path)
+    folder.prepare({"classes": []})
+    folder.append(0, [{"name": f"{index:04d}.png", "status": "failed", "error": "x"} for index in range(600)])
+    folder.merge()
+    closed = [json.loads(line)["end"] for line in folder.manifest_path.read_text().splitlines() if '"end"' in line]
+    assert closed == [256, 256, 88]
+    assert [row["name"] for row in folder.rows()] == [f"{index:04d}.png" for index in range(600)]

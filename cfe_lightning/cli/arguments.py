@@ -27,6 +27,14 @@ def positive(text: str) -> int:
     return value
 
 
+def shard(text: str) -> tuple[int, int]:
+    """i/n, one of n parts, counted from 1."""
+    index, slash, number = text.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
+        raise argparse.ArgumentTypeError(f"must be one of several parts counted from 1, as 3/8, got {text!r}")
+    return int(index), int(number)
+
+
 def probabilities(text: str) -> list[float]:
     """Numbers between 0 and 1, separated by commas."""
     try:
@@ -45,7 +53,7 @@ def assignment(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

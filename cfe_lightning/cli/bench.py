@@ -7,7 +7,6 @@ What is done is kept per cell and explainer, so a run that was stopped continues
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import math
 import sys
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cfe_lightning.cli import run_folder
 from cfe_lightning.cli.arguments import INTERRUPTED
-from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, load_config, shapes_of
+from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, shapes_of
+from cfe_lightning.stop_signals import StopRequested
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:
-    """Runs the bench and returns the exit code: 0 measured, 130 interrupted.
+    """Runs the bench and returns the exit code: 0 measured, 128 + signal interrupted.
 
     Args:
         options: Of ``add_bench_options`` and of the command.
@@ -92,11 +92,11 @@ def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequ
             f"The device ran out of memory at --batch-size {options.batch_size}: the same command with a smaller one "
             "does the rest."
         ) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested) as stop:
         sys.stderr.write(
             f"\ninterrupted: what is finished is kept in {options.output}, the same command again does the rest\n"
         )
-        return INTERRUPTED
+        return getattr(stop, "exit_code", INTERRUPTED)
 
 
 def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:
@@ -158,16 +158,21 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 
 def _method(name: str) -> Method:
     """The config of a method: by its file name, or by the module that the method is in."""
+    from cfe_lightning.class_paths import resolve_class_path
+    from cfe_lightning.cli.config_file import load_config
     from cfe_lightning.explainer import ExplainerModule
 
     folder = run_folder.find_configs([CLASSIFIER])[0].parent
     found: dict[str, Path] = {}
+    needs_training: dict[Path, bool] = {}
     for path in sorted(folder.glob("*_synthetic.yaml")):
         model = load_config(path)["model"]
-        if not issubclass(_class(model["class_path"]), ExplainerModule):
+        kind = resolve_class_path(model["class_path"])
+        if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
             continue
         stem = path.name.removesuffix("_synthetic.yaml")
         found[stem] = path
+        needs_training[path] = kind.needs_training
         found.setdefault(model["class_path"].split(".")[-2], path)
     if name not in found:
         raise ValueError(f"There is no method {name!r} for the bench: choose from {', '.join(found)}.")
@@ -181,15 +186,10 @@ def _method(name: str) -> Method:
         config=config,
         class_path=model["class_path"],
         arguments=arguments,
-        needs_training=_class(model["class_path"]).needs_training,
+        needs_training=needs_training[config],
         # A config names the checkpoint of what it stands on, and a run is named after its config.
         autoencoder=None if base is None else run_folder.find_configs([f"{Path(base).parent.name}.yaml"])[0],
     )
-
-
-def _class(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _settings(options: argparse.Namespace, methods: Sequence[Method], baselines: Sequence[str]) -> dict[str, Any]:

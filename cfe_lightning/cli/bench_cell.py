@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cfe_lightning.cli import run_folder, train
-from cfe_lightning.cli.arguments import INTERRUPTED
+from cfe_lightning.stop_signals import StopRequested
 from cfe_lightning.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ class BenchCell:
 
     def _data_overrides(self, config: Path) -> list[str]:
         """The cell's training data, and one epoch of a share of all images that the config would show."""
+        from cfe_lightning.cli.config_file import load_config
+
         content = load_config(config)
         data, trainer = content["data"].get("init_args", {}), content.get("trainer", {})
         shown = data.get("num_train", 4000) * trainer.get("max_epochs", 1)
@@ -284,24 +286,12 @@ def _shared(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _SHARED}
 
 
-def load_config(config: Path) -> dict[str, Any]:
-    """A config as plain data."""
-    import yaml
-
-    return yaml.safe_load(config.read_text(encoding="utf-8"))
-
-
 def _training_error(arguments: Sequence[str]) -> str | None:
     """Trains, and returns why that failed, if it did."""
-    import torch
-
-    try:
-        with _quiet_training() as spoken:
-            code = train.main(arguments)
-    except torch.OutOfMemoryError:
-        return "the device ran out of memory"
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
+    with _quiet_training() as spoken:
+        code = train.main(arguments)
+    if code > 128:
+        raise StopRequested(code - 128)
     return None if code == 0 else spoken.getvalue().strip().rpartition("error: ")[2]
 
 

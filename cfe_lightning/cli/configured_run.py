@@ -16,14 +16,24 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from cfe_lightning.callbacks import NonFiniteGuard, Throughput, WandbRun, wandb_must_be_offline
+from cfe_lightning.callbacks import (
+    FreshMetrics,
+    NonFiniteGuard,
+    Throughput,
+    WandbRun,
+    wandb_is_installed,
+    wandb_must_be_offline,
+)
 from cfe_lightning.checkpointing import AtomicCheckpointIO, LastCheckpoint, RandomState
 from cfe_lightning.classifier_check import check_classifier
+from cfe_lightning.cli.config_file import classes_of, in_our_words, load_config
+from cfe_lightning.cli.resumed import Begun, check_checkpoint, load_training, not_resumable
 from cfe_lightning.csv_log import CsvLog
 from cfe_lightning.data.image_data import ImageData
-from cfe_lightning.explainer import ExplainerModule, load_checkpoint
+from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.processes import is_first_process, launched_processes
+from cfe_lightning.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -38,37 +48,46 @@ class ConfiguredRun(LightningCLI):
         overrides: Command line arguments over all of them.
         folder: Where the run writes.
         checkpoint_path: What is resumed, if anything.
+        trusted: Packages besides those of ``classes_of`` whose classes config and overrides may name.
 
     Raises:
         ValueError: If config or overrides are wrong, or the checkpoint does not fit; one sentence.
     """
 
     def __init__(
-        self, configs: Sequence[Path], overrides: Sequence[str], folder: Path, checkpoint_path: Path | None
+        self,
+        configs: Sequence[Path],
+        overrides: Sequence[str],
+        folder: Path,
+        checkpoint_path: Path | None,
+        trusted: Sequence[str] = (),
     ) -> None:
         _quiet()
+        for path in configs:
+            load_config(path)
         self.folder = folder
         self.checkpoint_path = checkpoint_path
-        self.checkpoint: dict[str, Any] = load_checkpoint(checkpoint_path) if checkpoint_path else {}
+        self.checkpoint: dict[str, Any] = load_training(checkpoint_path) if checkpoint_path else {}
         self.continues = checkpoint_path is not None and checkpoint_path.resolve().parent == folder.resolve()
         try:
-            super().__init__(
-                pl.LightningModule,
-                ImageData,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                parser_kwargs={"prog": "train.py", "exit_on_error": False, "allow_abbrev": False},
-                args=[*(argument for path in configs for argument in ("--config", str(path))), *overrides],
-                run=False,
-            )
+            with classes_of(trusted):
+                super().__init__(
+                    pl.LightningModule,
+                    ImageData,
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    save_config_callback=None,
+                    seed_everything_default=0,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    parser_kwargs={"prog": "train.py", "exit_on_error": False, "allow_abbrev": False},
+                    args=[*(argument for path in configs for argument in ("--config", str(path))), *overrides],
+                    run=False,
+                )
         except ArgumentError as error:
-            raise ValueError(f"{_shortened(str(error))} (--print_config shows every option)") from error
+            raise ValueError(f"{in_our_words(str(error))} (--print_config shows every option)") from error
         except (ValueError, MisconfigurationException) as error:
-            raise ValueError(_shortened(str(error))) from error
+            raise ValueError(in_our_words(str(error))) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets our defaults."""
@@ -83,9 +102,15 @@ class ConfiguredRun(LightningCLI):
         """Keeps the config as the user gave it, then tells W&B where the run is."""
         self.config_text = self.parser.dump(self.config, skip_none=False)
         loggers = self.config.trainer.logger
+        kept = []
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+                if not wandb_is_installed():
+                    continue
                 self._prepare_wandb(logger.init_args)
+            kept.append(logger)
+        # Lightning takes a list of loggers, but no list that says whether there are any.
+        self.config.trainer.logger = kept if isinstance(loggers, list) else next(iter(kept), False)
 
     def _prepare_wandb(self, arguments: Namespace) -> None:
         if is_first_process() and not arguments.offline and wandb_must_be_offline():
@@ -105,8 +130,13 @@ class ConfiguredRun(LightningCLI):
             if isinstance(callback, ModelCheckpoint):
                 if callback.save_last:
                     raise ValueError("ModelCheckpoint's save_last would write beside our last.ckpt: remove save_last.")
+                if callback.filename and Path(callback.filename).name != callback.filename:
+                    raise ValueError(
+                        f"ModelCheckpoint's filename {callback.filename!r} is a path, but a name is needed: choose the "
+                        "folder with dirpath."
+                    )
                 callback.dirpath = callback.dirpath or str(self.folder)
-        for kind in (RandomState, WandbRun, Throughput, NonFiniteGuard, LastCheckpoint):
+        for kind in (RandomState, WandbRun, FreshMetrics, Throughput, NonFiniteGuard, LastCheckpoint):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         # It stores what the others know, so it comes after them.
@@ -128,10 +158,23 @@ class ConfiguredRun(LightningCLI):
             # A GAN's two optimisers each leave the other's weights without a gradient, at which plain DDP stops.
             ours["strategy"] = "ddp_find_unused_parameters_true"
             trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
+        if (launched := launched_processes()) not in (1, trainer.world_size):
+            raise ValueError(
+                f"torchrun or srun has started {launched} processes, but the run is configured for "
+                f"{trainer.world_size}: give the processes of one machine as --trainer.devices and the machines as "
+                "--trainer.num_nodes."
+            )
         return trainer
 
     def after_instantiate_classes(self) -> None:
         """Refuses a classifier or a checkpoint that does not fit before anything is written."""
+        check_accumulation(self.model, self.trainer.accumulate_grad_batches)
+        if self.checkpoint and ("explainer" in self.checkpoint) != isinstance(self.model, ExplainerModule):
+            held = "an explainer" if "explainer" in self.checkpoint else "no explainer"
+            raise ValueError(
+                f"{self.checkpoint_path} is the checkpoint of {held}, but this config trains a "
+                f"{type(self.model).__name__}: use the run's own config.yaml, or start a new run without --resume."
+            )
         if not isinstance(self.model, ExplainerModule):
             return
         if self.model.needs_gradient:
@@ -160,67 +203,52 @@ class ConfiguredRun(LightningCLI):
         explainer = self.model if isinstance(self.model, ExplainerModule) else None
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / ".config.yaml.part"
-            temporary.write_text(self.config_text, encoding="utf-8")
-            temporary.replace(self.folder / "config.yaml")
+            for stale in [*self.folder.glob(".*.part"), *self.folder.glob("samples/.*.part")]:
+                stale.unlink()  # what a kill has left unfinished
+            with whole_file(self.folder / "config.yaml") as file:
+                file.write(self.config_text)
+        if explainer and not explainer.needs_training:
+            self.trainer.strategy.connect(explainer)
+            self.trainer.save_checkpoint(self.folder / "best.ckpt")
+        else:
+            self.train()
+
+    def train(self) -> None:
+        """Trains from the beginning or from the checkpoint.
+
+        Raises:
+            ValueError: If Lightning refuses the configuration.
+        """
+        begun = Begun()
+        self.trainer.callbacks.insert(0, begun)  # type: ignore[attr-defined]
         try:
-            if explainer and not explainer.needs_training:
-                self.trainer.strategy.connect(explainer)
-                self.trainer.save_checkpoint(self.folder / "best.ckpt")
-            else:
-                self.trainer.fit(
-                    self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, weights_only=True
-                )
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint_path, weights_only=True)
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
+        except (LookupError, TypeError, AttributeError) as error:
+            if begun or self.checkpoint_path is None:
+                raise
+            raise ValueError(not_resumable(self.checkpoint_path, error)) from error
 
 
-def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], path: str) -> None:
-    """Refuses to resume another method or architecture, and says which other settings have changed.
+def check_accumulation(model: pl.LightningModule, count: int) -> None:
+    """Refuses to have Lightning add up the gradients of several batches for a method that steps by hand.
 
     Raises:
-        ValueError: If the checkpoint's weights do not fit.
+        ValueError: If that was asked for.
     """
-    weights = checkpoint.get("current_model_state") or checkpoint.get("state_dict") or {}
-    ours = explainer.state_dict()
-    differing = {name for name in weights.keys() | ours.keys() if _shape(weights, name) != _shape(ours, name)}
-    if differing:
-        raise ValueError(
-            f"{path} cannot be resumed with this config: {len(differing)} weights differ in name or shape, for example "
-            f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
+    if model.automatic_optimization or count == 1:
+        return
+    instead = "leave it out"
+    if "micro_batches" in model.hparams:
+        instead = (
+            f"set --model.micro_batches {count} and a --data.batch_size {count} times as large instead, which is the "
+            "same"
         )
-    before, now = checkpoint.get("hyper_parameters", {}), dict(explainer.hparams)
-    changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
-    if changes:
-        log.warning("Resuming with other settings than the checkpoint's: %s.", ", ".join(changes))
-
-
-def _shape(weights: dict[str, Any], name: str) -> list[int] | None:
-    return list(weights[name].shape) if name in weights else None
-
-
-def is_first_process() -> bool:
-    """Before there is a trainer; Lightning reads the rank from the environment that its launchers set."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _shortened(message: str) -> str:
-    """What a person needs of jsonargparse's report about every type that it has tried."""
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "Expected a <class 'NoneType'>",
-        "Expected a path",
+    raise ValueError(
+        f"accumulate_grad_batches {count} adds up gradients for one optimiser, but {type(model).__name__} steps its "
+        f"own: {instead}."
     )
-    kept: list[str] = []
-    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
-        if line.startswith("Not a valid subclass"):
-            break
-        if line and not line.startswith(noise):
-            kept.append(line)
-    return " ".join(kept)
 
 
 def _quiet() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from cfe_lightning.cli.arguments import (
-    INTERRUPTED,
     check_writable,
     count,
     file_assignment,
@@ -22,6 +21,7 @@ from cfe_lightning.cli.arguments import (
     probabilities,
 )
 from cfe_lightning.cli.bench import add_bench_options, run_bench
+from cfe_lightning.cli.guard import add_debug, guarded
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
         description="Measures explainers on the same labelled images: prints one table and writes report.html, "
         "gallery.html, table.md, table.csv, differences.csv, groups.csv, metrics.json, per_image.csv and curves.npz.",
         epilog="Baselines: integrated_gradients, gradient_shap, internal_influence, guided_grad_cam, grad_cam, lrp, "
-        "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 2 nothing could be done, "
-        "130 interrupted.",
+        "occlusion, saliency, random, neutral_descent; or all. Exit code: 0 measured, 1 the program is at fault, "
+        "2 nothing could be done, 128 + signal interrupted: 130 Ctrl-C, 143 SIGTERM.",
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, nargs="+", help="best.ckpt of one or more runs")
@@ -138,9 +138,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="PACKAGE",
         action="append",
         default=[],
-        help="package besides cfe_lightning and torchvision whose classes a checkpoint may name; can be repeated",
+        help="package besides cfe_lightning and torchvision whose classes checkpoints and the config may name; can be "
+        "repeated",
     )
     add_bench_options(parser)
+    add_debug(parser)
     return parser
 
 
@@ -148,14 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    try:
-        return _evaluate(options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted: what is measured is kept, the same command again does the rest\n")
-        return INTERRUPTED
+    return guarded(
+        lambda: _evaluate(options),
+        debug=options.debug,
+        kept="what is measured is kept, the same command again does the rest",
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -200,7 +199,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         second=second,
         instruments=_instruments(options, device),
     )
-    data, section = _data(options.data, first)
+    data, section = _data(options.data, first, options.trusted)
     for classifier in (*(explainer.classifier for explainer in checkpoints.values()), judge, second):
         if classifier is not None:
             check_class_names(data.class_names, classifier.class_names)
@@ -352,7 +351,7 @@ def _baselines(
     return built, empty
 
 
-def _data(given: str, explainer: ExplainerModule) -> tuple[ImageData, dict[str, Any]]:
+def _data(given: str, explainer: ExplainerModule, trusted: Sequence[str]) -> tuple[ImageData, dict[str, Any]]:
     """The data of a training config, or of class folders read the way the explainer needs them."""
     if Path(given).is_dir():
         from cfe_lightning.data.folder import ImageFolder
@@ -364,31 +363,29 @@ def _data(given: str, explainer: ExplainerModule) -> tuple[ImageData, dict[str, 
             "class_names": list(explainer.classifier.class_names),
         }
         return ImageFolder(**section), section  # type: ignore[arg-type]
-    import yaml
-
     from cfe_lightning.cli import run_folder
+    from cfe_lightning.cli.config_file import load_config
 
     (path,) = run_folder.find_configs([given])
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+    described = load_config(path).get("data")
+    if not isinstance(described, dict):
         raise ValueError(f"{path} has no data section: give a training config, or a folder of class folders.")
-    return _instantiate(config["data"], path), config["data"]
+    return _instantiate(described, path, trusted), described
 
 
-def _instantiate(section: dict[str, Any], path: Path) -> ImageData:
+def _instantiate(section: dict[str, Any], path: Path, trusted: Sequence[str]) -> ImageData:
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from cfe_lightning.cli.config_file import classes_of, in_our_words
     from cfe_lightning.data.image_data import ImageData
 
     reader = ArgumentParser(exit_on_error=False)
     reader.add_subclass_arguments(ImageData, "data", required=True)
     try:
-        return reader.instantiate_classes(reader.parse_object({"data": section})).data
-    except ArgumentError as error:
-        raise ValueError(f"The data section of {path} cannot be used: {error}") from error
+        with classes_of(trusted):
+            return reader.instantiate_classes(reader.parse_object({"data": section})).data
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"The data section of {path} cannot be used: {in_our_words(str(error))}") from error
 
 
 def _check_images(data: ImageData, checkpoints: dict[str, ExplainerModule]) -> None:

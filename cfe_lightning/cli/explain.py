@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfe_lightning.cli.arguments import INTERRUPTED, assignment, check_writable, count, positive
+from cfe_lightning.cli.arguments import assignment, check_writable, count, positive, shard
+from cfe_lightning.cli.guard import add_debug, guarded
 from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
         prog="explain.py",
         description="Explains every image below a folder: what would have to change for it to be another class? "
         "Writes manifest.csv, summary.json, report.html and images/. The same command again does what is missing.",
-        epilog="Exit code: 0 every image was explained (every row confirmed), 3 some could not be read or explained, "
-        "see the manifest (some rows not confirmed), 2 nothing could be done, 130 interrupted.",
+        epilog="Exit code: 0 every image was explained (every row confirmed), 1 the program is at fault, 3 some could "
+        "not be read or explained, see the manifest (some rows not confirmed), 2 nothing could be done, "
+        "128 + signal interrupted: 130 Ctrl-C, 143 SIGTERM.",
     )
     explainer = parser.add_mutually_exclusive_group()
     explainer.add_argument(
@@ -98,8 +100,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run's results instead of resuming")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=16, help="images at a time (default: 16)")
     parser.add_argument("--devices", metavar="N", type=positive, default=1, help="GPUs or processes (default: 1)")
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        type=shard,
+        help="explain the i-th of n parts of the input, on a machine of its own: n runs write to one output folder, "
+        "and after them the same command without --shard merges them and writes the report",
+    )
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
     parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="memory layout that tensor cores like, with --precision bf16-mixed"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the method's networks: a minute or more at the start, faster after it",
+    )
     parser.add_argument("--num-workers", metavar="N", type=count, default=0, help="processes that read images")
     parser.add_argument(
         "--animation", choices=("gif", "webp", "mp4"), help="also write the steps of every image as animation"
@@ -111,20 +128,18 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="package besides cfe_lightning and torchvision whose classes the checkpoint may name; can be repeated",
     )
+    add_debug(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        return _explain(options) if options.verify is None else _verify(options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {_sentence(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted: what is finished is kept, the same command again does the rest\n")
-        return INTERRUPTED
+    return guarded(
+        lambda: _explain(options) if options.verify is None else _verify(options),
+        debug=options.debug,
+        kept="what is finished is kept, the same command again does the rest",
+    )
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -133,12 +148,14 @@ def _explain(options: argparse.Namespace) -> int:
     _check_folders(options.input, options.output)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+    from cfe_lightning.acceleration import ChannelsLast, CompileBlocks
     from cfe_lightning.data.image_stream import ImageStream
     from cfe_lightning.data.patient_table import find_patients
     from cfe_lightning.explanation_writer import ExplanationWriter
     from cfe_lightning.images import can_save_video, find_images
-    from cfe_lightning.manifest import OutputFolder
+    from cfe_lightning.manifest import OutputFolder, Shard
     from cfe_lightning.medical_files import check_window, is_slice
+    from cfe_lightning.processes import launched_processes
     from cfe_lightning.survey_file import SurveyFile
 
     window = check_window(options.window)
@@ -147,11 +164,16 @@ def _explain(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     explainer = _explainer(options)
     target = _target(options.target, explainer.classifier.class_names)
-    output = OutputFolder(options.output)
+    part = None if options.shard is None else Shard(*options.shard)
+    output = OutputFolder(options.output, part)
     names: list[str] = []
     batches: list[list[str]] = []
     # Only the first process touches the output folder; ImageStream hands its list to the others.
-    is_first = getattr(rank_zero_only, "rank", 0) == 0
+    # Processes that torchrun or srun has started with a shard each know nothing of one another.
+    launched = launched_processes()
+    alone = part is not None and launched > 1
+    machines = 1 if alone else _machines(options.devices, launched)
+    is_first = alone or getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
         found = find_images(options.input, is_slice) if explainer.num_slices == 1 else find_patients(options.input)
         names = list(islice(found, options.limit))
@@ -159,6 +181,8 @@ def _explain(options: argparse.Namespace) -> int:
             kind = "image" if explainer.num_slices == 1 else "folder of slices"
             raise ValueError(f"There is no {kind} below {options.input}: give a folder that holds some.")
         output.prepare(_header(options, explainer), options.overwrite)
+        if part is not None:
+            names = [name for batch in part.own(_batches(names, options.batch_size)) for name in batch]
         batches = _missing(names, options, output)
     stream = ImageStream(
         folder=options.input,
@@ -171,12 +195,34 @@ def _explain(options: argparse.Namespace) -> int:
         num_workers=options.num_workers,
     )
     callbacks: list[pl.Callback] = [
-        ExplanationWriter(output, num_images=sum(map(len, batches[:: options.devices])), animation=options.animation)
+        ExplanationWriter(
+            output, num_images=sum(map(len, batches[:: options.devices * machines])), animation=options.animation
+        )
     ]
     if options.checkpoint is not None:
-        callbacks.insert(0, SurveyFile(options.checkpoint, output.path))
-    _predict(options, explainer, stream, callbacks)
-    return _finish(options, output, explainer, len(names), time.perf_counter() - started) if is_first else 0
+        # One shard draws the atlas for all.
+        draws = part is None or part.number == 1
+        callbacks.insert(0, SurveyFile(options.checkpoint, output.path if draws else None))
+    if options.channels_last:
+        callbacks.append(ChannelsLast())
+    if options.compile:
+        callbacks.append(CompileBlocks())
+    _predict(options, explainer, stream, callbacks, machines)
+    if not is_first:
+        return 0
+    if part is not None:
+        return _finish_shard(names, output, explainer)
+    return _finish(options, output, explainer, len(names), time.perf_counter() - started)
+
+
+def _machines(devices: int, launched: int) -> int:
+    """Over how many machines the processes lie that torchrun or srun has started, ``devices`` on each; 1 alone."""
+    if launched > 1 and launched % devices:
+        raise ValueError(
+            f"torchrun or srun has started {launched} processes, but --devices is {devices}: give as --devices the "
+            "processes of one machine."
+        )
+    return max(launched // devices, 1)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -190,6 +236,11 @@ def _check_options(options: argparse.Namespace) -> None:
     if (options.method is None) != (options.classifier is None):
         raise ValueError(
             "--method and --classifier go together: give both, or --checkpoint, which holds its own classifier."
+        )
+    if options.shard is not None and options.overwrite:
+        raise ValueError(
+            "--overwrite with --shard would remove what the other shards are writing: remove the earlier results "
+            "first, or give another --output."
         )
 
 
@@ -281,11 +332,13 @@ def _predict(
     explainer: ExplainerModule,
     stream: pl.LightningDataModule,
     callbacks: list[pl.Callback],
+    machines: int,
 ) -> None:
     import lightning.pytorch as pl
-    import torch
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from cfe_lightning.back_off import is_out_of_memory
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -295,8 +348,9 @@ def _predict(
         pl.Trainer(
             accelerator=options.accelerator,
             devices=options.devices,
+            num_nodes=machines,
             # A process that is through waits for the slowest, however long that takes.
-            strategy="auto" if options.devices == 1 else DDPStrategy(timeout=timedelta(days=7)),
+            strategy="auto" if options.devices * machines == 1 else DDPStrategy(timeout=timedelta(days=7)),
             precision=options.precision,
             inference_mode=False,
             deterministic="warn",
@@ -308,10 +362,12 @@ def _predict(
         ).predict(explainer, datamodule=stream, return_predictions=False)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
-            f"The device ran out of memory at --batch-size {options.batch_size}: the same command with a smaller "
-            "--batch-size does the rest."
+            "The device ran out of memory with a single image: the same command with --precision bf16-mixed, "
+            "--accelerator cpu or on a larger device does the rest."
         ) from error
     except SystemExit as error:
         # Lightning turns Ctrl-C and SIGTERM into this once it has stopped the other processes.
@@ -340,7 +396,7 @@ def _finish(
         seconds=round(seconds, 1),
     )
     report = write_html(output.path)
-    sys.stdout.write(_table(summary, report))
+    sys.stdout.write(_table(summary, report) + _advice(explainer))
     if summary["n_done"] == 0:
         first = next(output.rows())
         raise ValueError(
@@ -348,6 +404,26 @@ def _finish(
             f"with: {first['error']}"
         )
     return FAILED_ROWS if summary["n_failed"] else 0
+
+
+def _finish_shard(names: list[str], output: OutputFolder, explainer: ExplainerModule) -> int:
+    """Says what one shard has done; table and report are left to the run that merges them all."""
+    mine = set(names)
+    status = {row["name"]: row["status"] for row in output.rows() if row["name"] in mine}
+    failed = sum(one == "failed" for one in status.values())
+    assert output.shard is not None, "called for shards only"
+    sys.stdout.write(
+        f"shard {output.shard.number} of {output.shard.total}: {len(status) - failed} explained, {failed} failed; when "
+        "all shards are through, the same command without --shard merges them and writes table and report\n"
+        + _advice(explainer)
+    )
+    return FAILED_ROWS if failed else 0
+
+
+def _advice(explainer: ExplainerModule) -> str:
+    """What the next run could do better."""
+    fits = explainer.back_off.at_once
+    return "" if fits is None else f"memory was short: --batch-size {fits} saves the attempts in vain\n"
 
 
 def _table(summary: dict[str, Any], report: Path) -> str:
@@ -381,8 +457,11 @@ def _missing(names: list[str], options: argparse.Namespace, output: OutputFolder
             new.append(name)
         elif status == "failed":
             failed.append(name)
-    size = options.batch_size
-    return [group[i : i + size] for group in (new, failed) for i in range(0, len(group), size)]
+    return [batch for group in (new, failed) for batch in _batches(group, options.batch_size)]
+
+
+def _batches(names: list[str], size: int) -> list[list[str]]:
+    return [names[first : first + size] for first in range(0, len(names), size)]
 
 
 def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str, Any]:
@@ -429,11 +508,3 @@ def _target(name: str | None, class_names: Sequence[str]) -> int | None:
     if name not in class_names:
         raise ValueError(f"--target {name!r} is not a class of this classifier: choose from {', '.join(class_names)}.")
     return class_names.index(name)
-
-
-def _sentence(error: Exception) -> str:
-    """The message on one line; errors of the system name the file after the reason, as a sentence does."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where} (what is finished is kept, the same command again does the rest)"
-    return " ".join(str(error).split())

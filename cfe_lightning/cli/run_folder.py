@@ -26,9 +26,11 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
 
     Raises:
         FileNotFoundError: If a config does not exist.
-        ValueError: If nothing says which run is meant.
+        ValueError: If nothing says which run is meant, or its name is a path.
     """
     runs = Path(output or "checkpoints")
+    if run is not None and (run in ("", ".", "..") or Path(run).name != run):
+        raise ValueError(f"--run {run!r} is no name of a folder: choose the folder of the runs with --output.")
     if names or resume is None:
         configs = find_configs(names)
         return configs, runs / (run or _run_name(configs[0]))

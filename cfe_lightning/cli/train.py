@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cfe_lightning.cli import run_folder
-from cfe_lightning.cli.arguments import INTERRUPTED
+from cfe_lightning.cli.guard import add_debug, guarded
 from cfe_lightning.environment import check_torchvision
+from cfe_lightning.stop_signals import StopRequested
 
 NOT_FINITE = 1
 
@@ -23,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "last.ckpt, config.yaml, metrics.csv, samples/ and wandb/.",
         epilog="Any value of the config can be overridden: --model.num_branches 3 --trainer.max_epochs 2 "
         "--trainer.devices 4; --print_config shows all of them, --model.help CLASS explains those of a class. "
-        "Exit code: 0 trained, 1 a loss was not finite, 2 nothing could be done, 130 interrupted.",
+        "Exit code: 0 trained, 1 a loss was not finite or the program is at fault, 2 nothing could be done, 128 + "
+        "signal stopped after a batch with last.ckpt saved: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -38,10 +42,25 @@ def parser() -> argparse.ArgumentParser:
         const=run_folder.LAST,
         help="continue the run from its last.ckpt, or from the named checkpoint or run folder",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run a few iterations, say what the run would take (time, memory, size of a checkpoint), and leave "
+        "nothing behind",
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name")
     parser.add_argument(
         "--skip-classifier-check", action="store_true", help="do not measure the classifier before training"
     )
+    parser.add_argument(
+        "--trusted",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="package besides cfe_lightning, lightning, torch and torchvision whose classes the config and its files "
+        "may name; can be repeated",
+    )
+    add_debug(parser)
     return parser
 
 
@@ -49,14 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options, overrides = parser().parse_known_args(arguments)
     _speak()
-    try:
-        return _train(options, overrides)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted before a checkpoint could be written\n")
-        return INTERRUPTED
+    return guarded(
+        lambda: _train(options, overrides),
+        debug=options.debug,
+        kept="a checkpoint that was written is whole, the same command with --resume goes on from it",
+    )
 
 
 def _speak() -> None:
@@ -71,29 +87,61 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if any(override.partition("=")[0].endswith(".help") for override in overrides):
         from cfe_lightning.cli.configured_run import ConfiguredRun
 
-        ConfiguredRun([], overrides, Path(), None)  # prints what was asked for and ends the program
+        ConfiguredRun([], overrides, Path(), None, options.trusted)  # prints what was asked for and ends the program
     configs, folder = run_folder.locate(options.config, options.run, options.output, options.resume)
     checkpoint = run_folder.find_checkpoint(options.resume, folder)
+    if options.dry_run:
+        return _dry_run(options, (configs, overrides, folder, checkpoint, options.trusted))
 
     from cfe_lightning.callbacks import NonFiniteLossError
-    from cfe_lightning.checkpointing import TrainingStoppedError
-    from cfe_lightning.cli.configured_run import ConfiguredRun, is_first_process
+    from cfe_lightning.cli.configured_run import ConfiguredRun
+    from cfe_lightning.processes import is_first_process
 
+    last, begun = folder / "last.ckpt", False
     if is_first_process():
         run_folder.check_folder(folder, checkpoint, overwrite=options.overwrite)
     try:
-        run = ConfiguredRun(configs, overrides, folder, checkpoint)
+        run = ConfiguredRun(configs, overrides, folder, checkpoint, options.trusted)
         if not options.skip_classifier_check:
             run.check_classifier()
         if is_first_process() and options.overwrite:
             # Only now: nothing before has been in vain for the run that is replaced.
             run_folder.clear_folder(folder)
+        begun = True
         run.fit()
-    except TrainingStoppedError as error:
-        if is_first_process():
-            sys.stderr.write(f"{error} Continue with: train.py --resume {folder / 'last.ckpt'}\n")
-        return INTERRUPTED
+    except StopRequested as stop:
+        return _stopped(stop, last if begun and last.is_file() else None)
     except NonFiniteLossError as error:
         sys.stderr.write(f"error: {error}\n")
         return NOT_FINITE
+    except Exception:
+        logging.raiseExceptions = False  # on a full disk, logs of W&B complain about themselves until the very end
+        if begun and is_first_process() and last.is_file():
+            sys.stderr.write(f"{last} is whole: once what follows is mended, continue with: train.py --resume {last}\n")
+        raise
+    return 0
+
+
+def _stopped(stop: StopRequested, last: Path | None) -> int:
+    """Says how to continue what a signal has stopped, and returns the exit code."""
+    from cfe_lightning.processes import is_first_process, launched_processes
+
+    if is_first_process():
+        how = "No batch is lost: give the same command again." if last is None else "Continue with: train.py --resume "
+        sys.stderr.write(f"\n{stop} {how}{last or ''}\n")
+    # Lightning kills the process that a user waits for as soon as one that it has launched fails.
+    own_launcher = int(os.environ.get("LOCAL_RANK", "0")) > 0 and launched_processes() == 1
+    return 0 if own_launcher else stop.exit_code
+
+
+def _dry_run(options: argparse.Namespace, arguments: tuple[Any, ...]) -> int:
+    from cfe_lightning.cli.dry_run import DryRun
+    from cfe_lightning.processes import is_first_process
+
+    run = DryRun(*arguments)
+    if not options.skip_classifier_check:
+        run.check_classifier()
+    table = run.measure()
+    if is_first_process():
+        sys.stdout.write(table)
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
+from cfe_lightning.data.image_cache import ImageCache
 from cfe_lightning.data.image_data import ImageData, Split, check_fractions, check_groups, split_by_group
 from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable, take_turns
 from cfe_lightning.images import EXTENSIONS, find_images
@@ -68,6 +69,9 @@ class ImageFolder(ImageData):
         skip_unreadable: Read every file at the start and leave out what cannot be read, with a logged count. False
             stops at the first unreadable file with its name.
         cache: Keep images in memory after their first reading, where all of a split take less than 1 GiB.
+        cache_folder: A folder in which resized images are kept for later epochs, runs and processes, with exactly the
+            values that reading gives: 4 bytes each, 786 kB for an RGB image of 256 pixels; see ``ImageCache``. Worth it
+            for large pictures and slow disks. None keeps none.
         balanced: See ``ImageData``.
         horizontal_flip: See ``ImageData``.
         vertical_flip: See ``ImageData``.
@@ -99,6 +103,7 @@ class ImageFolder(ImageData):
         split_seed: int = 0,
         skip_unreadable: bool = False,
         cache: bool = True,
+        cache_folder: str | None = None,
         balanced: bool = False,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
@@ -116,6 +121,7 @@ class ImageFolder(ImageData):
         )
         self.root = Path(root)
         self.cache = cache
+        self.image_cache = None if cache_folder is None else ImageCache(Path(cache_folder))
         if not self.root.is_dir():
             raise FileNotFoundError(f"There is no folder {self.root}: set root to the folder that holds the images.")
         check_fractions(val_fraction, test_fraction)
@@ -149,6 +155,7 @@ class ImageFolder(ImageData):
             image_size=self.image_size,
             channels=self.channels,
             num_copies=max(self.num_workers, 1) if self.cache else 0,
+            image_cache=self.image_cache,
         )
 
 

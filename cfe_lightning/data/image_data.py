@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,20 +109,32 @@ class ImageData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The validation split in its own order, never augmented."""
+        """The validation split in its own order, never augmented; several processes take turns, no image twice.
+
+        Raises:
+            ValueError: If there are fewer images than processes.
+        """
         return self._ordered("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """The test split in its own order, never augmented."""
+        """The test split; as ``val_dataloader``."""
         return self._ordered("test")
 
     def _ordered(self, split: Split) -> DataLoader[Sample]:
+        dataset = self.dataset(split)
+        sampler, batch_size = None, self.batch_size
+        if self.trainer and self.trainer.world_size > 1:
+            sampler = _ShareSampler(dataset, self.trainer.world_size, self.trainer.global_rank)
+            batch_size = sampler.batch_size(self.batch_size)
         return DataLoader(
-            dataset=self.dataset(split),
-            batch_size=self.batch_size,
+            dataset=dataset,
+            batch_size=batch_size,
+            sampler=sampler,
             shuffle=False,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Every validation anew, they would have to start and to forget what they keep in memory.
+            persistent_workers=self.num_workers > 0,
             # Its own generator: a loader without one draws from the global state whenever it is iterated.
             generator=torch.Generator(),
         )
@@ -202,6 +215,39 @@ class _EpochSampler(DistributedSampler[tuple[int, int]]):
         mine = slice(self.rank, self.total_size, self.num_replicas)
         skip, self.skip = self.skip, 0
         return zip(order[mine][skip:].tolist(), seeds[mine][skip:].tolist(), strict=True)
+
+
+class _ShareSampler(DistributedSampler[int]):
+    """Every W-th image of a split, none twice: Lightning's own sampler repeats some, which would count twice.
+
+    Args:
+        dataset: The split.
+        num_processes: W.
+        process: This one.
+
+    Raises:
+        ValueError: If a process would be left without an image.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], num_processes: int, process: int) -> None:
+        super().__init__(dataset, num_replicas=num_processes, rank=process, shuffle=False)
+        self.count = len(dataset)  # type: ignore[arg-type]
+        if self.count < num_processes:
+            raise ValueError(
+                f"There are {self.count} images to validate or test for {num_processes} processes: use at most "
+                f"{self.count} processes, or more images."
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.count, self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.count, self.num_replicas))
+
+    def batch_size(self, wanted: int) -> int:
+        """The next size that gives every process as many batches, though some have an image more: all have to meet."""
+        fewest, extra = divmod(self.count, self.num_replicas)
+        return wanted if not extra else next(size for size in itertools.count(wanted) if fewest % size)
 
 
 class _ResumableLoader(DataLoader[Sample]):

@@ -6,7 +6,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop
 
 from cfe_lightning import images
+from cfe_lightning.data.image_cache import ImageCache
 from cfe_lightning.data.image_data import Sample
 
 _log = logging.getLogger(__name__)
@@ -43,18 +44,27 @@ class LabelledImages(Dataset[Sample]):
         image_size: Side of the square images.
         channels: 1 for grey, 3 for RGB.
         num_copies: How many processes will each keep a memory of their own; 0 keeps none.
+        image_cache: Where images of earlier runs come from and new ones go to; None reads files only.
 
     Attributes:
         labels: As given; ``ImageData`` needs it for class-balanced drawing.
     """
 
     def __init__(
-        self, names: Sequence[str], labels: Tensor, *, image_size: int, channels: int, num_copies: int = 0
+        self,
+        names: Sequence[str],
+        labels: Tensor,
+        *,
+        image_size: int,
+        channels: int,
+        num_copies: int = 0,
+        image_cache: ImageCache | None = None,
     ) -> None:
         self.names = names
         self.labels = labels
         self.image_size = image_size
         self.channels = channels
+        self.image_cache = image_cache
         bytes_needed = 4 * channels * image_size**2 * len(names) * num_copies
         # float32, so that memory gives back the very values that loading gave.
         self._memory: dict[int, Tensor] | None = {} if 0 < bytes_needed <= CACHE_BYTES else None
@@ -79,6 +89,12 @@ class LabelledImages(Dataset[Sample]):
     def load(self, index: int) -> Tensor:
         """Reads or decodes one image, [C, image_size, image_size] in [-1, 1]."""
 
+    def _cached(self, path: Path, settings: str, read: Callable[[], Tensor]) -> Tensor:
+        """What ``read`` makes of a file, or what it made of it before; see ``ImageCache.load``."""
+        if self.image_cache is None:
+            return read()
+        return self.image_cache.load(path, settings, (self.channels, self.image_size, self.image_size), read)
+
 
 class ImageFiles(LabelledImages):
     """Labelled files, read at one size.
@@ -90,6 +106,7 @@ class ImageFiles(LabelledImages):
         crop: Side of the square that is cut from the middle before resizing, or "largest" for the largest that there
             is; None resizes the whole picture.
         num_copies: See ``LabelledImages``.
+        image_cache: See ``LabelledImages``.
 
     Attributes:
         files: As given.
@@ -103,6 +120,7 @@ class ImageFiles(LabelledImages):
         channels: int,
         crop: int | Literal["largest"] | None = None,
         num_copies: int = 0,
+        image_cache: ImageCache | None = None,
     ) -> None:
         super().__init__(
             [file.name for file in files],
@@ -110,17 +128,21 @@ class ImageFiles(LabelledImages):
             image_size=image_size,
             channels=channels,
             num_copies=num_copies,
+            image_cache=image_cache,
         )
         self.files = files
         self.crop = crop
 
     def load(self, index: int) -> Tensor:
-        """Reads one file.
+        """Reads one file, or takes it from the cache.
 
         Raises:
             UnreadableImageError: Naming the file.
         """
         path = self.files[index].path
+        return self._cached(path, f"crop {self.crop}", lambda: self._read(path))
+
+    def _read(self, path: Path) -> Tensor:
         try:
             if self.crop is None:
                 return images.read_image(path, self.channels, size=self.image_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class ImageStream(pl.LightningDataModule):
         target: The class to ask for; None leaves it to the explainer.
         num_slices: With more than one, every name is a patient of ``find_patients`` and becomes a montage.
         window: Of DICOM and NIfTI files, see ``medical_files.apply_window``.
-        num_workers: Loader processes.
+        num_workers: Loader processes; with 0 a thread reads the next batch while the current one is explained.
     """
 
     def __init__(
@@ -93,8 +94,21 @@ class _Reader(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return map(self.read, self.batches[first::step])
+        if worker is None:
+            return _one_ahead(self.read, self.batches)
+        return map(self.read, self.batches[worker.id :: worker.num_workers])
+
+
+def _one_ahead(read: Callable[[list[str]], Batch], batches: list[list[str]]) -> Iterator[Batch]:
+    """``map`` in the given order, one batch ahead of whoever iterates; decoding lets other threads run."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming: Future[Batch] | None = None
+        for names in batches:
+            current, coming = coming, thread.submit(read, names)
+            if current is not None:
+                yield current.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def read_batch(

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from cfe_lightning import images, medical_files
 from cfe_lightning.data.folder import Entry, assign_splits, choose_classes
+from cfe_lightning.data.image_cache import ImageCache
 from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split, check_fractions
 from cfe_lightning.data.image_files import LabelledImages, take_turns
 from cfe_lightning.data.patient_table import Columns, Patient, Slice, find_stack, read_patients
@@ -58,6 +59,7 @@ class PatientSlices(ImageData):
         test_fraction: Share of the patients for testing where there is no such split.
         split_seed: Another seed splits otherwise.
         cache: Keep slices in memory after their first reading, where all of a split take less than 1 GiB.
+        cache_folder: As in ``ImageFolder``, for slices: one of a compressed volume is otherwise read with all of it.
         balanced: See ``ImageData``.
         horizontal_flip: See ``ImageData``; every slice is flipped in its place, all of a patient alike.
         vertical_flip: As ``horizontal_flip``, upside down.
@@ -90,6 +92,7 @@ class PatientSlices(ImageData):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         cache: bool = True,
+        cache_folder: str | None = None,
         balanced: bool = False,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
@@ -109,6 +112,7 @@ class PatientSlices(ImageData):
         self.slice_size = slice_size
         self.num_slices = num_slices
         self.cache = cache
+        self.image_cache = None if cache_folder is None else ImageCache(Path(cache_folder))
         self.window = medical_files.check_window(window)
         if not self.root.is_dir():
             raise FileNotFoundError(
@@ -160,6 +164,7 @@ class PatientSlices(ImageData):
             channels=self.channels,
             window=self.window,
             num_copies=max(self.num_workers, 1) if self.cache else 0,
+            image_cache=self.image_cache,
         )
 
     def _warn_of_few(self, patients: list[Patient]) -> None:
@@ -183,6 +188,7 @@ class PatientMontages(Dataset[Sample]):
         channels: 1 for grey, 3 for RGB.
         window: See ``medical_files.apply_window``.
         num_copies: See ``LabelledImages``.
+        image_cache: See ``LabelledImages``.
 
     Attributes:
         names: As given.
@@ -201,6 +207,7 @@ class PatientMontages(Dataset[Sample]):
         channels: int,
         window: tuple[float, float] | None = None,
         num_copies: int = 0,
+        image_cache: ImageCache | None = None,
     ) -> None:
         self.names = names
         self.labels = labels
@@ -215,6 +222,7 @@ class PatientMontages(Dataset[Sample]):
             channels=channels,
             window=window,
             num_copies=num_copies,
+            image_cache=image_cache,
         )
 
     def __len__(self) -> int:
@@ -250,14 +258,20 @@ class _SliceFiles(LabelledImages):
         channels: int,
         window: tuple[float, float] | None,
         num_copies: int,
+        image_cache: ImageCache | None,
     ) -> None:
         names = [file.name for file in files]
-        super().__init__(names, labels, image_size=size, channels=channels, num_copies=num_copies)
+        super().__init__(
+            names, labels, image_size=size, channels=channels, num_copies=num_copies, image_cache=image_cache
+        )
         self.files = files
         self.window = window
 
     def load(self, index: int) -> Tensor:
         file = self.files[index]
+        return self._cached(file.path, f"slice {file.axial}, window {self.window}", lambda: self._read(file))
+
+    def _read(self, file: Slice) -> Tensor:
         try:
             return medical_files.read_slice(
                 file.path, self.channels, size=self.image_size, window=self.window, axial=file.axial

@@ -42,6 +42,8 @@ from cfe_lightning.methods.semantic_agent import (
     unit_step,
 )
 from cfe_lightning.networks.diffusion_process import Sampler, check_steps
+from cfe_lightning.precision import full_precision
+from cfe_lightning.processes import log_training, rows_of_all
 from cfe_lightning.step_search import smallest_step, sure_enough
 
 _log = logging.getLogger(__name__)
@@ -224,6 +226,10 @@ class DiffExplainer(ExplainerModule):
         self.autoencoder.eval()
         return self
 
+    def blocks(self) -> list[nn.Module]:
+        """Of the autoencoder."""
+        return self.autoencoder.blocks()
+
     # Codes, decisions, pictures
 
     def agent_logits(self, code: Tensor) -> Tensor:
@@ -369,9 +375,8 @@ class DiffExplainer(ExplainerModule):
         if bool(self.fitted):
             return
         dataset = self.trainer.datamodule.dataset("train")  # type: ignore[attr-defined]
-        # Equal shares, or the processes could not be gathered; not augmented, because statistics of codes follow.
-        world = self.trainer.world_size
-        mine = range(self.trainer.global_rank, len(dataset) // world * world, world)
+        # Not augmented, because statistics of codes follow.
+        mine = range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
         loader = DataLoader(
             Subset(dataset, mine),
             batch_size=self.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
@@ -386,7 +391,7 @@ class DiffExplainer(ExplainerModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Only tells how far the agent is from the classifier on these images: it is fitted already."""
         code, features, logits = self._taught(batch["image"])
-        self.log("train/alignment", self._distance(code, features, logits), batch_size=len(code))
+        log_training(self, {"alignment": self._distance(code, features, logits)}, len(code))
         # Lightning saves a checkpoint only after a step; without gradients this one changes nothing.
         self.optimizers().step()  # type: ignore[union-attr]
 
@@ -403,16 +408,14 @@ class DiffExplainer(ExplainerModule):
 
     def _distance(self, code: Tensor, features: Tensor, logits: Tensor) -> Tensor:
         """The alignment loss on raw codes, []."""
-        said = self.agent(self._standardised(code).to(code))
-        answered = said @ self.head_weight.to(said).T + (self.head_bias + self.offset).to(said)
+        with full_precision(code):
+            said = self.agent(self._standardised(code).to(code))
+            answered = said @ self.head_weight.to(said).T + (self.head_bias + self.offset).to(said)
         return alignment_loss(said, features, answered, logits, self.alignment)
 
     def _gathered(self, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-        """What all batches and all processes have seen, one tensor per entry."""
-        whole = [torch.cat(entries) for entries in zip(*parts, strict=True)]
-        if self.trainer.world_size == 1:
-            return whole
-        return [self.all_gather(value).flatten(0, 1) for value in whole]  # type: ignore[union-attr]
+        """What all batches and all processes have seen, in the order of the data, one tensor per entry."""
+        return [rows_of_all(torch.cat(entries)) for entries in zip(*parts, strict=True)]
 
     def _fit(self, code: Tensor, features: Tensor, logits: Tensor) -> None:
         """Regression in one go, then, for the other distances, some epochs of Adam from there, then the offset."""
@@ -451,8 +454,10 @@ class DiffExplainer(ExplainerModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Encodes held-out images, and keeps some for the calibration."""
         self._held_out.append(self._taught(batch["image"]))
-        if sum(map(len, self._cases)) < self.calibration_images:
-            self._cases.append(batch["image"][: self.calibration_images - sum(map(len, self._cases))])
+        # Every process has its share of the first images, and one at least, because it has to take part.
+        share = len(range(self.trainer.global_rank, self.calibration_images, self.trainer.world_size))
+        if (wanted := max(share, 1) - sum(map(len, self._cases))) > 0:
+            self._cases.append(batch["image"][:wanted])
 
     @torch.no_grad()
     def on_validation_epoch_end(self) -> None:
@@ -525,7 +530,7 @@ class DiffExplainer(ExplainerModule):
 
     def _mean_of_all(self, value: Tensor) -> Tensor:
         """Mean over the images of all processes, [B] -> []."""
-        return self.all_gather(value.mean()).mean()  # type: ignore[union-attr]
+        return rows_of_all(value).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam for the agent's own layer alone; the classifier's head is a buffer that no optimiser can move."""

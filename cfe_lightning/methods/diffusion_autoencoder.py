@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.explainer import load_checkpoint
@@ -29,6 +29,8 @@ from cfe_lightning.networks.diffusion_process import (
     check_steps,
 )
 from cfe_lightning.networks.semantic_unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
+from cfe_lightning.precision import single
+from cfe_lightning.processes import log_training, log_validation
 
 #: Images that a validation reconstructs.
 _RECONSTRUCTED = 16
@@ -109,6 +111,10 @@ class DiffusionAutoencoder(pl.LightningModule):
         self.learning_rate = learning_rate
         self.validation_steps = check_steps(validation_steps)
 
+    def blocks(self) -> list[nn.Module]:
+        """Of encoder and U-Net, see ``ExplainerModule.blocks``."""
+        return [*self.encoder.blocks(), *self.unet.blocks()]
+
     # What others use
 
     def encode(self, image: Tensor) -> Tensor:
@@ -152,14 +158,16 @@ class DiffusionAutoencoder(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The noise in a batch at random diffusion steps."""
         image = batch["image"]
-        noise = torch.randn_like(image)
+        # By shape: the memory layout of the images must not change the numbers.
+        noise = torch.randn(image.shape, device=image.device, dtype=image.dtype)
         step = torch.randint(NUM_TRAINING_STEPS, (len(image),), device=image.device)
         loss = self._noise_error(image, noise, step)
-        self.log("train/loss", loss, batch_size=len(image))
+        log_training(self, {"loss": loss}, len(image))
         return loss
 
     def _noise_error(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         predicted = self.unet(self.process.noised(image, noise, step), step, self.encode(image))
+        predicted = single(predicted)
         wanted = noise if self.prediction == "noise" else self.process.velocity(image, noise, step)
         return F.mse_loss(predicted, wanted) if self.noise_loss == "mse" else F.l1_loss(predicted, wanted)
 
@@ -174,7 +182,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(image.shape, generator=generator).to(image)
         step = torch.randint(NUM_TRAINING_STEPS, (len(image),), generator=generator).to(image.device)
-        self.log("val/loss", self._noise_error(image, noise, step), batch_size=len(image), sync_dist=True)
+        log_validation(self, {"loss": self._noise_error(image, noise, step)}, len(image))
         if batch_idx == 0:
             image, noise = image[:_RECONSTRUCTED], noise[:_RECONSTRUCTED]
             code = self.encode(image)
@@ -185,7 +193,7 @@ class DiffusionAutoencoder(pl.LightningModule):
                 "inversion_residual": residual.mean(),
                 "code_spread": code.std(dim=0).mean(),
             }
-            self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1, sync_dist=True)
+            log_validation(self, values, len(image))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam without decay or warm-up, as published."""

@@ -13,11 +13,12 @@ Shapes: B images, C channels, H, W pixels, K classes, N branches, T steps.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
@@ -33,13 +34,51 @@ from cfe_lightning.methods.dxai_blending import (
     masked_distance,
     neutral_strength,
 )
+from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
 from cfe_lightning.networks.discriminators import ResidualCritic
 from cfe_lightning.networks.multi_branch import MappingNetwork, MultiBranchGenerator, Norm, single_branch
+from cfe_lightning.precision import differentiable_twice
+from cfe_lightning.processes import log_training, log_validation
 
 Objective = Literal["paper", "neutral"]
 Strength = Literal["full", "neutral"]
 #: Strengths of the sweep ``image - strength * distinct`` (Eq. 9).
 SWEEP = tuple(i / 10 for i in range(11))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Images of a batch and all that is random about their renderings.
+
+    Attributes:
+        image: [B, C, H, W].
+        label: The class each is rendered in, [B].
+        alternative: And the other one, [B].
+        logits: The classifier's, [B, K].
+        latent: Noise of the styles in both classes, [2, B, Z].
+        alpha: Shares of the blending, [B, N - 1, 1, 1, 1].
+    """
+
+    image: Tensor
+    label: Tensor
+    alternative: Tensor
+    logits: Tensor
+    latent: Tensor
+    alpha: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def rows(self, rows: slice) -> _Part:
+        """Some of the images."""
+        return _Part(
+            image=self.image[rows],
+            label=self.label[rows],
+            alternative=self.alternative[rows],
+            logits=self.logits[rows],
+            latent=self.latent[:, rows],
+            alpha=self.alpha[rows],
+        )
 
 
 class Dxai(ExplainerModule):
@@ -86,6 +125,8 @@ class Dxai(ExplainerModule):
         mapping_learning_rate: Adam step size of the mapping network.
         weight_decay: Coupled L2 decay of all three.
         source: Class an image is rendered in during training: its "label", or what the "classifier" predicts.
+        micro_batches: Parts that a batch is computed in, one after the other: the same gradient in less memory, for
+            one more pass of the generator. The mean of the masked loss (Eq. 12) is that over a part.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -128,6 +169,7 @@ class Dxai(ExplainerModule):
         mapping_learning_rate: float = 1e-6,
         weight_decay: float = 1e-4,
         source: Literal["label", "classifier"] = "label",
+        micro_batches: int = 1,
     ) -> None:
         super().__init__(classifier)
         if num_branches < 2:
@@ -153,6 +195,7 @@ class Dxai(ExplainerModule):
         self.learning_rates = (learning_rate, mapping_learning_rate, critic_learning_rate)
         self.weight_decay = weight_decay
         self.source = source
+        self.micro_batches = check_micro_batches(micro_batches)
 
         self.generator = MultiBranchGenerator(
             image_size=self.image_size,
@@ -188,6 +231,10 @@ class Dxai(ExplainerModule):
         if preset == "joint_d":
             self.classifier = _critic_as_classifier(self.critic, critic_args, classifier)
         self._mean_styles: Tensor | None = None
+
+    def blocks(self) -> list[nn.Module]:
+        """Of generator and critic."""
+        return [*self.generator.blocks(), *self.critic.blocks()]
 
     # Explaining
 
@@ -291,75 +338,75 @@ class Dxai(ExplainerModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One critic step and one generator step on a shared set of renderings."""
+        whole = self._draw(batch)
+        parts = [whole.rows(rows) for rows in parts_of(len(whole), self.micro_batches)]
+        generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+        # The generator does not change between the two steps.
+        shown, rendered = twice(self._render, parts)
+        self.critic.requires_grad_(True)
+        terms = descend(self, parts, lambda part: self._critic_loss(part, shown(part)[0]), "critic", critic_optimizer)
+        self.critic.requires_grad_(False)
+        terms |= descend(
+            self, parts, lambda part: self._generator_loss(part, *rendered(part)), "generator", generator_optimizer
+        )
+        log_training(self, terms, len(whole))
+
+    def _draw(self, batch: dict[str, Any]) -> _Part:
+        """The classes that a batch is rendered in, and its random numbers."""
         image = batch["image"]
         logits = self.classifier(image)
         label = batch["label"] if self.source == "label" else logits.argmax(dim=1)
-        alternative = alternative_class(label, self.classifier.num_classes)
-        generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+        return _Part(
+            image=image,
+            label=label,
+            alternative=alternative_class(label, self.classifier.num_classes),
+            logits=logits,
+            latent=torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device).unflatten(0, (2, -1)),
+            alpha=torch.rand(len(image), self.generator.num_branches - 1, 1, 1, 1, device=image.device),
+        )
 
-        # The generator does not change between the two steps: one pass serves both.
-        rendered, orthogonality = self._render(image, label, alternative)
-
-        self.critic.requires_grad_(True)
-        critic_terms = self._critic_loss(image, label, alternative, logits, rendered)
-        critic_optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(critic_terms["critic"])
-        critic_optimizer.step()
-
-        self.critic.requires_grad_(False)
-        terms = self._generator_loss(image, label, alternative, rendered, orthogonality)
-        generator_optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(terms["generator"])
-        generator_optimizer.step()
-
-        logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
-        self.log_dict(logged, batch_size=len(image))
-
-    def _render(self, image: Tensor, label: Tensor, alternative: Tensor) -> tuple[Blend, Tensor | None]:
-        """Renders a batch in its own and in the alternative class; also the orthogonality term if it has a weight."""
-        latent = torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device)
-        styles = self.mapping(latent, torch.cat([label, alternative]))
-        maps = self.generator.encode(image)
-        own, other = self.generator.decode(maps, styles, image).chunk(2)
-        alpha = torch.rand(len(image), own.shape[1] - 1, 1, 1, 1, device=image.device)
+    def _render(self, part: _Part) -> tuple[Blend, Tensor | None]:
+        """Renders images in their own and in the alternative class; also the orthogonality term if it has a weight."""
+        styles = self.mapping(part.latent.flatten(0, 1), torch.cat([part.label, part.alternative]))
+        maps = self.generator.encode(part.image)
+        own, other = self.generator.decode(maps, styles, part.image).chunk(2)
         orthogonality = None
         if self.weights.orthogonality_weight:
             orthogonality = branch_orthogonality(maps[:-1], self.generator.num_branches)
-        rendered = blend(own, other, alpha)
+        rendered = blend(own, other, part.alpha)
         if self.counterfactual_weight:
-            moved = (image - rendered.distinct).detach() + rendered.distinct_alternative
+            moved = (part.image - rendered.distinct).detach() + rendered.distinct_alternative
             rendered = replace(rendered, counterfactual=moved)
         return rendered, orthogonality
 
-    def _critic_loss(
-        self, image: Tensor, label: Tensor, alternative: Tensor, logits: Tensor, rendered: Blend
-    ) -> dict[str, Tensor]:
+    def _critic_loss(self, part: _Part, rendered: Blend) -> dict[str, Tensor]:
         # Lightning counts one step per optimiser, and there are two.
         with_r1 = self.weights.r1_weight > 0 and (self.global_step // 2) % self.r1_interval == 0
-        real = image.detach().requires_grad_(with_r1)
-        judged = self.critic(real)
-        real_logits = self._judgement(judged, label)
-        fake_logits = self._judge_renderings(rendered, label, alternative, detach=True)
+        real = part.image.detach().requires_grad_(with_r1)
+        with differentiable_twice(real) if with_r1 else nullcontext():
+            judged = self.critic(real)
+            real_logits = self._judgement(judged, part.label)
+            penalty = r1_penalty(real_logits, real) if with_r1 else None
+        fake_logits = self._judge_renderings(part, rendered, detach=True)
         terms = {
             "critic_real": adversarial_loss(real_logits, real=True),
             "critic_fake": adversarial_loss(fake_logits, real=False),
         }
         total = terms["critic_real"] + terms["critic_fake"]
         if self.weights.critic_class_term == "kl":
-            terms["critic_class"] = kl_between_logits(logits, judged)
+            terms["critic_class"] = kl_between_logits(part.logits, judged)
             total = total + terms["critic_class"]
         elif self.weights.critic_class_term == "cross_entropy":
-            terms["critic_class"] = F.cross_entropy(judged, label)
+            terms["critic_class"] = F.cross_entropy(judged, part.label)
             total = total + terms["critic_class"]
-        if with_r1:
-            terms["r1"] = r1_penalty(real_logits, real)
-            total = total + self.weights.r1_weight * self.r1_interval * terms["r1"]
+        if penalty is not None:
+            terms["r1"] = penalty
+            total = total + self.weights.r1_weight * self.r1_interval * penalty
         return terms | {"critic": total}
 
-    def _generator_loss(
-        self, image: Tensor, label: Tensor, alternative: Tensor, rendered: Blend, orthogonality: Tensor | None
-    ) -> dict[str, Tensor]:
-        fooled = self._judge_renderings(rendered, label, alternative, detach=False)
+    def _generator_loss(self, part: _Part, rendered: Blend, orthogonality: Tensor | None) -> dict[str, Tensor]:
+        image, label, alternative = part.image, part.label, part.alternative
+        fooled = self._judge_renderings(part, rendered, detach=False)
         own_class, other_class = self.classifier(torch.cat([rendered.own, rendered.alternative])).chunk(2)
         if self.objective == "paper":
             class_term = F.cross_entropy(torch.cat([own_class, other_class]), torch.cat([label, alternative]))
@@ -392,8 +439,9 @@ class Dxai(ExplainerModule):
             total = total + self.neutral_weight * terms["neutral"]
         return terms | {"generator": total}
 
-    def _judge_renderings(self, rendered: Blend, label: Tensor, alternative: Tensor, detach: bool) -> Tensor:
-        """The critic's logits of all renderings of a batch, [2 B] or, with counterfactuals, [3 B]."""
+    def _judge_renderings(self, part: _Part, rendered: Blend, detach: bool) -> Tensor:
+        """The critic's logits of all renderings of some images, [2 B] or, with counterfactuals, [3 B]."""
+        label, alternative = part.label, part.alternative
         images = [rendered.own, rendered.alternative]
         if rendered.counterfactual is not None:
             images.append(rendered.counterfactual)
@@ -444,7 +492,7 @@ class Dxai(ExplainerModule):
             "distinct_magnitude": distinct.abs().mean(),
             "flip_rate": flipped.float().mean(),
         }
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+        log_validation(self, values, len(image))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for generator and mapping network (two learning rates), and for the critic."""

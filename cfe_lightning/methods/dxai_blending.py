@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.losses import kl_from_uniform
+from cfe_lightning.precision import full_precision, single
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +110,13 @@ def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
         maps: Grouped feature maps, each [B, N c, H, W].
         num_branches: N.
     """
-    total = maps[0].new_zeros(())
+    total = single(maps[0]).new_zeros(())
     for feature in maps:
-        channels = feature.flatten(2)
+        channels = single(feature).flatten(2)
         channels = channels - channels.mean(dim=2, keepdim=True)
         channels = channels / channels.square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
-        correlation = channels @ channels.transpose(1, 2) / channels.shape[2]
+        with full_precision(channels):
+            correlation = channels @ channels.transpose(1, 2) / channels.shape[2]
         width = feature.shape[1] // num_branches
         blocks = correlation.unflatten(2, (num_branches, width)).unflatten(1, (num_branches, width))
         per_pair = blocks.square().mean(dim=(0, 2, 4))

@@ -13,14 +13,15 @@ Shapes: B images, C channels, H, W pixels, K classes, D features, h, w cells of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.classifier import Activations, FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, alternative_class, confidence_gap, runner_up
 from cfe_lightning.losses import adversarial_loss, kl_between_logits
@@ -42,7 +43,11 @@ from cfe_lightning.methods.mirror_spread import (
     spread_by_water_filling,
     spread_uniform,
 )
+from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
 from cfe_lightning.networks.mirror_decoder import DecoderNorm, MirrorDecoder, PatchCritic
+from cfe_lightning.networks.running_statistics import uncounted
+from cfe_lightning.precision import full_precision, single
+from cfe_lightning.processes import log_training, log_validation
 
 #: Pictures decoded at a time while explaining: bounds the memory whatever the number of steps.
 _CHUNK = 256
@@ -92,6 +97,26 @@ class Mirrored:
     levels: list[Tensor]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Images of a batch on their way.
+
+    Attributes:
+        image: [B, C, H, W].
+        mirrored: Where they go.
+        step: How far, [B, 1] in [0, 1].
+        shown: The classes that the renderings should show there, [B].
+    """
+
+    image: Tensor
+    mirrored: Mirrored
+    step: Tensor
+    shown: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
 class MirrorCFE(ExplainerModule):
     """Trains a decoder of one classifier's features and explains by reflecting them.
 
@@ -127,6 +152,9 @@ class MirrorCFE(ExplainerModule):
         learning_rate: Adam step size of decoder and critic.
         betas: Adam's.
         decay_from: Share of the training after which both learning rates fall linearly towards zero; 1 keeps them.
+        micro_batches: Parts that a batch is computed in, one after the other: the same gradient in less memory, for
+            one more pass of the decoder. The batch norm, the mean length in the feature loss and the partners of the
+            triangulation are those of a part, and the critic's spectral norms are refined once per part.
 
     Raises:
         ValueError: If the classifier has no pooled feature map, or an argument is out of range.
@@ -160,6 +188,7 @@ class MirrorCFE(ExplainerModule):
         learning_rate: float = 2e-4,
         betas: list[float] | None = None,
         decay_from: float = 1.0,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__(classifier)
         if not 0 <= decay_from <= 1:
@@ -187,6 +216,7 @@ class MirrorCFE(ExplainerModule):
         self.learning_rate = learning_rate
         self.betas = (0.5, 0.999) if betas is None else (betas[0], betas[1])
         self.decay_from = decay_from
+        self.micro_batches = check_micro_batches(micro_batches)
         self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
 
         feature_map = classifier.pooled_feature_map()
@@ -211,6 +241,10 @@ class MirrorCFE(ExplainerModule):
 
     partner: Tensor
 
+    def blocks(self) -> list[nn.Module]:
+        """Of the decoder; a second pass of the small critic would refine its spectral norms once more."""
+        return self.decoder.blocks()
+
     # Through the mirror
 
     @torch.no_grad()
@@ -223,8 +257,14 @@ class MirrorCFE(ExplainerModule):
                 way leads to the runner-up, because no mirror stands in between.
         """
         seen = self.classifier.activations(image, self.levels)
+        with full_precision(image):
+            return self._reflected(seen, target)
+
+    def _reflected(self, seen: Activations, target: Tensor | None) -> Mirrored:
+        """As ``reflect``, of what the classifier has seen in the images."""
         # float64 throughout: steps are short and the swap is exact only to rounding.
-        feature_map = seen.feature_map.double()
+        own_map = single(seen.feature_map)
+        feature_map = own_map.double()
         features = feature_map.mean(dim=(2, 3))
         source, other = seen.logits.argmax(dim=1), runner_up(seen.logits)
         asked = self.default_target(seen.logits) if target is None else target
@@ -262,8 +302,8 @@ class MirrorCFE(ExplainerModule):
             source=source,
             target=target,
             logits=seen.logits,
-            feature_map=seen.feature_map,
-            change=(reflected - feature_map).to(seen.feature_map.dtype),
+            feature_map=own_map,
+            change=(reflected - feature_map).to(own_map.dtype),
             features=features,
             reflection=reflection,
             rows=rows,
@@ -319,7 +359,8 @@ class MirrorCFE(ExplainerModule):
 
     def intended(self, mirrored: Mirrored, step: Tensor) -> Tensor:
         """The head's logits of the features that each step stands for, [B, T] -> [B, T, K] float64."""
-        return self.head().logits(_features_at(mirrored, step).flatten(0, 1)).unflatten(0, step.shape)
+        with full_precision(step):
+            return self.head().logits(_features_at(mirrored, step).flatten(0, 1)).unflatten(0, step.shape)
 
     def _crossings(self, mirrored: Mirrored) -> tuple[Tensor, Tensor]:
         """Steps at which the path meets the boundary and from which the head says the target, [B] float64 each."""
@@ -424,29 +465,36 @@ class MirrorCFE(ExplainerModule):
         """One critic step and one decoder step on the same renderings."""
         image, source = self._inside_pairs(batch["image"])
         decoder_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
-        mirrored = self.reflect(image, self._draw_target(source))
-        step = torch.rand(len(image), 1, device=image.device)
-        path = self.decode(mirrored, torch.cat([torch.zeros_like(step), step], dim=1))
-        reconstruction, rendered = path.unbind(dim=1)
-        shown = torch.where(step[:, 0] < 0.5, mirrored.source, mirrored.target)
-
+        target, step = self._draw_target(source), torch.rand(len(image), 1, device=image.device)
+        parts = [self._part(image[r], target[r], step[r]) for r in parts_of(len(image), self.micro_batches)]
+        seen, rendered = twice(self._render, parts)
         self.critic.requires_grad_(True)
-        critic_terms = {
-            "critic_real": adversarial_loss(self.critic(image, mirrored.source), real=True),
-            "critic_fake": adversarial_loss(self.critic(rendered.detach(), shown), real=False),
-        }
-        critic_terms["critic"] = critic_terms["critic_real"] + critic_terms["critic_fake"]
-        critic_optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(critic_terms["critic"])
-        critic_optimizer.step()
-
+        terms = descend(self, parts, lambda part: self._critic_loss(part, seen(part)[1]), "critic", critic_optimizer)
         self.critic.requires_grad_(False)
-        terms = self._decoder_loss(image, mirrored, step, reconstruction, rendered, shown)
-        decoder_optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(terms["decoder"])
-        decoder_optimizer.step()
-        logged = {f"train/{name}": value.detach() for name, value in (critic_terms | terms).items()}
-        self.log_dict(logged, batch_size=len(image))
+        terms |= descend(
+            self, parts, lambda part: self._decoder_loss(part, *rendered(part)), "decoder", decoder_optimizer
+        )
+        log_training(self, terms, len(image))
+
+    def _part(self, image: Tensor, target: Tensor, step: Tensor) -> _Part:
+        mirrored = self.reflect(image, target)
+        shown = torch.where(step[:, 0] < 0.5, mirrored.source, mirrored.target)
+        return _Part(image=image, mirrored=mirrored, step=step, shown=shown)
+
+    def _render(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """Where the path begins and where the step leads, [B, C, H, W] each."""
+        # A pass without gradient is made again with it, and batch norms shall count it once.
+        with nullcontext() if torch.is_grad_enabled() else uncounted(self.decoder):
+            path = self.decode(part.mirrored, torch.cat([torch.zeros_like(part.step), part.step], dim=1))
+        reconstruction, rendered = path.unbind(dim=1)
+        return reconstruction, rendered
+
+    def _critic_loss(self, part: _Part, rendered: Tensor) -> dict[str, Tensor]:
+        terms = {
+            "critic_real": adversarial_loss(self.critic(part.image, part.mirrored.source), real=True),
+            "critic_fake": adversarial_loss(self.critic(rendered.detach(), part.shown), real=False),
+        }
+        return terms | {"critic": terms["critic_real"] + terms["critic_fake"]}
 
     @torch.no_grad()
     def _inside_pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -463,26 +511,19 @@ class MirrorCFE(ExplainerModule):
         other = alternative_class(source, self.classifier.num_classes)
         return torch.where(self.partner[source] >= 0, self.partner[source], other)
 
-    def _decoder_loss(
-        self,
-        image: Tensor,
-        mirrored: Mirrored,
-        step: Tensor,
-        reconstruction: Tensor,
-        rendered: Tensor,
-        shown: Tensor,
-    ) -> dict[str, Tensor]:
+    def _decoder_loss(self, part: _Part, reconstruction: Tensor, rendered: Tensor) -> dict[str, Tensor]:
+        image, mirrored, step = part.image, part.mirrored, part.step
         intended = self.intended(mirrored, torch.cat([torch.zeros_like(step), step], dim=1)).to(image.dtype)
         seen = self.classifier.activations(torch.cat([reconstruction, rendered]))
-        features = seen.feature_map.mean(dim=(2, 3))
+        features = single(seen.feature_map).mean(dim=(2, 3))
         wanted = _features_at(mirrored, step)[:, 0].to(image.dtype)
         length = mirrored.features.norm(dim=1).mean().to(image.dtype)
         terms = {
             "class": kl_between_logits(intended.transpose(0, 1).flatten(0, 1), seen.logits),
-            "adversarial": adversarial_loss(self.critic(rendered, shown), real=True),
+            "adversarial": adversarial_loss(self.critic(rendered, part.shown), real=True),
             "reconstruction": (reconstruction - image).abs().mean(),
             "feature": (features[len(image) :] - wanted).norm(dim=1).mean() / length,
-            "triangulation": self._triangulation(image, mirrored, step[:, 0], rendered, wanted),
+            "triangulation": self._triangulation(part, rendered, wanted),
         }
         total = (
             self.class_weight * terms["class"]
@@ -493,16 +534,14 @@ class MirrorCFE(ExplainerModule):
         )
         return terms | {"decoder": total}
 
-    def _triangulation(
-        self, image: Tensor, mirrored: Mirrored, step: Tensor, rendered: Tensor, wanted: Tensor
-    ) -> Tensor:
+    def _triangulation(self, part: _Part, rendered: Tensor, wanted: Tensor) -> Tensor:
         """Asks for a visible change in proportion to the one in feature space (Eq. 6 to 11).
 
         The reference is a random image of the class on the rendering's side of the mirror, taken from the batch;
         images for which the batch holds none do not count.
         """
-        side = torch.where(step < 0.5, mirrored.source, mirrored.target)
-        candidates = mirrored.source[None] == side[:, None]
+        image, mirrored = part.image, part.mirrored
+        candidates = mirrored.source[None] == part.shown[:, None]
         candidates = candidates & ~torch.eye(len(image), dtype=torch.bool, device=image.device)
         chosen = (candidates * (0.1 + torch.rand(candidates.shape, device=image.device))).argmax(dim=1)
         counts = candidates.any(dim=1).to(image.dtype)
@@ -532,7 +571,7 @@ class MirrorCFE(ExplainerModule):
             "classifier_agreement": (logits[:, 0].argmax(dim=1) == mirrored.source).float().mean(),
             "change": (path[:, -1] - path[:, 0]).abs().mean(),
         }
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+        log_validation(self, values, len(image))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for the decoder and for the critic."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.methods.mirror_geometry import mirrored
+from cfe_lightning.precision import full_precision, single
 
 Spread = Literal["uniform", "location", "waterfill"]
 #: Share of the strongest place that the prior leaves to every place, so that each can be reached.
@@ -87,7 +88,9 @@ def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
     Returns:
         [B, M, h, w] in [0, 1]; all zero where a class is seen nowhere.
     """
-    maps = torch.einsum("bmd,bdhw->bmhw", rows.to(feature_map), feature_map).relu()
+    feature_map = single(feature_map)
+    with full_precision(feature_map):
+        maps = torch.einsum("bmd,bdhw->bmhw", rows.to(feature_map), feature_map).relu()
     return maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-8)
 
 

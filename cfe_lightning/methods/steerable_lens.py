@@ -35,6 +35,7 @@ from cfe_lightning.methods.lens_course import (
 )
 from cfe_lightning.methods.phase_extrapolation import AmplitudeMode, PhaseRule
 from cfe_lightning.networks.steerable_pyramid import Synthesis
+from cfe_lightning.precision import full_precision, single
 from cfe_lightning.step_search import first_interval, refine, sure_enough
 
 #: Pixels that the classifier is shown at a time.
@@ -226,7 +227,12 @@ class SteerableLens(ExplainerModule):
             gradient's energy that the bands do not hold, ``fine`` (share of the change's energy above half the Nyquist
             frequency) and ``nonmonotone`` (1 where the last step's probability is below half of the largest).
         """
-        image = image.to(torch.promote_types(image.dtype, torch.float32))
+        image = single(image)
+        # There is no FFT in half precision, and a rounded classifier has other gradients and other ties.
+        with full_precision(image):
+            return self._explained(image, target)
+
+    def _explained(self, image: Tensor, target: Tensor | None) -> Explanation:
         course, logits = self.course(image, target)
         target = self.default_target(logits) if target is None else target
         found = self._one_shot(course, logits, target) if self.live_steps == 1 else self._live(course, logits, target)

@@ -1,4 +1,4 @@
-"""The adversarial losses of StylEx and the two profiles of its training.
+"""The losses of StylEx, what is drawn for a batch, and the two profiles of its training.
 
 Source: Atad et al., "CheXplaining in Style" (2022) and its code; Karras et al., StyleGAN2 (CVPR 2020), for the lazy
 penalties.
@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cfe_lightning.losses import adversarial_loss, r1_penalty
+from cfe_lightning.losses import adversarial_loss, path_length_penalty, r1_penalty
 from cfe_lightning.methods.style_ranking import Scoring
 from cfe_lightning.networks.discriminators import StyleCritic
+from cfe_lightning.networks.stylegan2 import StyleGenerator
+from cfe_lightning.precision import differentiable_twice, single
 
 LabelSource = Literal["predicted", "truth"]
 NoiseLabel = Literal["empirical", "uniform", "classifier"]
@@ -62,6 +64,114 @@ PROFILES = {
 }
 
 
+class Mixture(NamedTuple):
+    """Noise for latents in every slot, two of them mixed.
+
+    Attributes:
+        z: [2, B, Z].
+        cut: The slot from which the second is taken, [B]; L for none.
+    """
+
+    z: Tensor
+    cut: Tensor
+
+    @classmethod
+    def draw(cls, generator: StyleGenerator, batch: int, probability: float, device: torch.device) -> Mixture:
+        """Of images that have two latents with a probability."""
+        z = torch.randn(2, batch, generator.z_dim, device=device)
+        cut = torch.randint(1, generator.num_slots, (batch,), device=device)
+        alone = torch.rand(batch, device=device) >= probability
+        return cls(z, torch.where(alone, generator.num_slots, cut))
+
+    def latents(self, generator: StyleGenerator) -> Tensor:
+        """[B, L, D]."""
+        return generator.mixed(self.z[0], self.z[1], self.cut)
+
+    def rows(self, rows: slice) -> Mixture:
+        """Of some images."""
+        return Mixture(self.z[:, rows], self.cut[rows])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Images of a batch and all that is random about what is rendered for them.
+
+    Attributes:
+        image: [B, C, H, W].
+        logits: The classifier's, [B, K].
+        label: What generator and critic are told of encoded images, [B, K].
+        real_label: What the critic is told with the images, [B, K].
+        noise_label: What generator and critic are told of pictures of noise, [B, K].
+        latent: The encoder's, without gradient, [B, L, D].
+        mixture: Noise of the other latents.
+        noise: Noise maps of what is rendered together, each [2, B, 1, h, w] for encoded images and pictures of noise,
+            [1, B, 1, h, w] for encoded images alone.
+    """
+
+    image: Tensor
+    logits: Tensor
+    label: Tensor
+    real_label: Tensor
+    noise_label: Tensor
+    latent: Tensor
+    mixture: Mixture
+    noise: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def rows(self, rows: slice) -> Part:
+        """Some of the images."""
+        return Part(
+            image=self.image[rows],
+            logits=self.logits[rows],
+            label=self.label[rows],
+            real_label=self.real_label[rows],
+            noise_label=self.noise_label[rows],
+            latent=self.latent[rows],
+            mixture=self.mixture.rows(rows),
+            noise=[noise[:, rows] for noise in self.noise],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathPart:
+    """Pictures of noise and the directions in which their paths are measured.
+
+    Attributes:
+        label: [B, K].
+        mixture: Noise of the latents.
+        noise: Noise maps, each [B, 1, h, w].
+        direction: Of unit variance, [B, C, R, R].
+    """
+
+    label: Tensor
+    mixture: Mixture
+    noise: list[Tensor]
+    direction: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @classmethod
+    def draw(cls, generator: StyleGenerator, label: Tensor, channels: int, probability: float) -> PathPart:
+        """Of pictures with labels [B, K]; two latents are mixed with a probability."""
+        label = single(label)
+        mixture = Mixture.draw(generator, len(label), probability, label.device)
+        noise = generator.synthesis.draw_noise(len(label), label)
+        direction = torch.randn(len(label), channels, *noise[-1].shape[2:], device=label.device)
+        return cls(label=label, mixture=mixture, noise=noise, direction=direction)
+
+    def rows(self, rows: slice) -> PathPart:
+        """Of some pictures."""
+        return PathPart(
+            label=self.label[rows],
+            mixture=self.mixture.rows(rows),
+            noise=[noise[rows] for noise in self.noise],
+            direction=self.direction[rows],
+        )
+
+
 def critic_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, fakes: Sequence[Fake]) -> dict[str, Tensor]:
     """Real images against encoded and drawn ones; the real term counts once for each kind of the others."""
     # Each kind by itself: the critic compares the images of a call.
@@ -79,25 +189,38 @@ def generator_loss(critic: StyleCritic, fakes: Sequence[Fake]) -> dict[str, Tens
 
 def r1_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, weight: float) -> dict[str, Tensor]:
     """The critic's gradient penalty in single precision."""
-    with torch.autocast(image.device.type, enabled=False):
-        real = image.detach().float().requires_grad_()
+    with differentiable_twice(image):
+        real = single(image.detach()).requires_grad_()
         judged = critic(real, real_label)
         penalty = r1_penalty(judged, real)
     # The zero gives every weight a gradient, without which processes do not meet.
     return {"r1": penalty, "r1_step": weight * penalty + 0 * judged.sum()}
 
 
-def path_lengths(picture: Tensor, latents: Tensor) -> Tensor:
+def path_loss(
+    generator: StyleGenerator, part: PathPart, mean: Tensor, decay: float, weight: float
+) -> dict[str, Tensor]:
+    """The path length penalty in single precision, and the running mean after this batch."""
+    with differentiable_twice(part.label):
+        latents = part.mixture.latents(generator)
+        picture = generator(latents, part.label, part.noise)
+        penalty, mean = path_length_penalty(path_lengths(picture, latents, part.direction), mean, decay)
+    # As for R1.
+    return {"path": penalty, "path_mean": mean, "path_step": weight * penalty + 0 * picture.sum()}
+
+
+def path_lengths(picture: Tensor, latents: Tensor, direction: Tensor) -> Tensor:
     """How far random directions of the picture move per unit of the latents, root mean square over the slots.
 
     Args:
         picture: [B, C, H, W], made of
         latents: [B, L, D], one per slot already where the graph begins.
+        direction: Noise of unit variance, as the picture.
 
     Returns:
         [B], differentiable.
     """
-    noise = torch.randn_like(picture) / (picture.shape[2] * picture.shape[3]) ** 0.5
+    noise = direction / (picture.shape[2] * picture.shape[3]) ** 0.5
     (jacobian,) = torch.autograd.grad((picture * noise).sum(), latents, create_graph=True)
     return (jacobian.square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
 

@@ -27,7 +27,7 @@ from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.losses import Lpips, kl_between_logits, path_length_penalty, relative_distance
+from cfe_lightning.losses import Lpips, kl_between_logits, relative_distance
 from cfe_lightning.methods.style_atlas import draw_atlas
 from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table, target_margin
 from cfe_lightning.methods.style_reference import Reference, first_of_each_class
@@ -44,18 +44,24 @@ from cfe_lightning.methods.style_search import (
 )
 from cfe_lightning.methods.style_training import (
     PROFILES,
+    Fake,
     LabelForm,
     LabelSource,
+    Mixture,
     NoiseLabel,
+    Part,
+    PathPart,
     critic_loss,
     frozen,
     generator_loss,
-    path_lengths,
+    path_loss,
     r1_loss,
 )
+from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
 from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
 from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
+from cfe_lightning.processes import log_training, log_validation, rows_of_all
 from cfe_lightning.step_search import leads, smallest_step
 
 _log = logging.getLogger(__name__)
@@ -120,6 +126,9 @@ class StylEx(ExplainerModule):
         smallest: The counterfactual is the shortest way along its direction that flips, not the whole step.
         num_steps: Steps of an explanation, from the reconstruction to the whole step.
         shown_directions: Other directions whose pictures become parts.
+        micro_batches: Parts that a batch is computed in, one after the other: the same gradient in less memory, for
+            one more pass of the generator. The critic compares the images of a part, the path penalty takes the mean
+            length of a part into its running mean, and the classifier's own maps are compared in units of a part.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit another.
@@ -171,6 +180,7 @@ class StylEx(ExplainerModule):
         smallest: bool = True,
         num_steps: int = 9,
         shown_directions: int = 4,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__(classifier)
         _check(search_space, get_args(DirectionSpace), "search_space")
@@ -215,6 +225,7 @@ class StylEx(ExplainerModule):
         self.path_decay = path_decay
         self.mixing = mixing
         self.learning_rate = learning_rate
+        self.micro_batches = check_micro_batches(micro_batches)
         self.search_images = search_images
         self.search_space: DirectionSpace = search_space
         self.search_directions = search_directions
@@ -263,6 +274,10 @@ class StylEx(ExplainerModule):
         """Forgets the search: the weights may change after this call."""
         self._result = self._ranks = None
         return super().train(mode)
+
+    def blocks(self) -> list[nn.Module]:
+        """Of generator, encoder and critic."""
+        return [*self.generator.blocks(), *self.encoder.blocks(), *self.critic.blocks()]
 
     # Latents, labels, pictures
 
@@ -582,48 +597,67 @@ class StylEx(ExplainerModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Critic, its penalty, generator, its penalty, then generator and encoder together (the code's order)."""
-        image = batch["image"]
         iteration = self.trainer.fit_loop.total_batch_idx
-        with torch.no_grad():
-            logits = self.classifier(image)
-            label, latent = self.label(logits), self.encode(image)
-        truth = F.one_hot(batch["label"], logits.shape[1]).to(label.dtype)
-        real_label = label if self.real_label == "predicted" else truth
-        generator_optimizer, critic_optimizer, encoder_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+        generator, critic, encoder = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
+        whole = self._draw(batch)
+        rows = parts_of(len(whole), self.micro_batches)
+        parts = [whole.rows(some) for some in rows]
+        # Neither network changes between the critic's step and the generator's.
+        shown, rendered = twice(self._fakes, parts)
+        terms = descend(
+            self,
+            parts,
+            lambda part: critic_loss(self.critic, part.image, part.real_label, shown(part)),
+            "critic",
+            critic,
+        )
+        if self.r1_weight and iteration % self.r1_interval == 0:
+            weight = self.r1_weight * self.r1_interval
+            terms |= descend(
+                self, parts, lambda part: r1_loss(self.critic, part.image, part.real_label, weight), "r1_step", critic
+            )
+        with frozen(self.critic):
+            terms |= descend(
+                self, parts, lambda part: generator_loss(self.critic, rendered(part)), "generator", generator
+            )
+        if self.path_weight and iteration % self.path_interval == 0:
+            terms |= self._path_step(whole.noise_label[: max(1, len(whole) // 2)], generator)
+        noise = self.generator.synthesis.draw_noise(len(whole), whole.image)
+        again = replace(whole, noise=[each[None] for each in noise])
+        parts = [again.rows(some) for some in rows]
+        terms |= descend(self, parts, self._reconstruction_loss, "reconstruction", generator, encoder)
+        log_training(self, terms, len(whole))
 
-        # Neither network changes between the critic's step and the generator's: one pass serves both.
+    @torch.no_grad()
+    def _draw(self, batch: dict[str, Any]) -> Part:
+        """What the networks are told of a batch, and its random numbers."""
+        image = batch["image"]
+        logits = self.classifier(image)
+        label, latent = self.label(logits), self.encode(image)
+        truth = F.one_hot(batch["label"], logits.shape[1]).to(label.dtype)
         noise_label = self._draw_labels(label)
         noise = self.generator.synthesis.draw_noise(2 * len(image), image)
-        latents = torch.cat([self.generator.spread(latent), self._draw_latents(len(image))])
-        encoded, drawn = self.generator(latents, torch.cat([label, noise_label]), noise).chunk(2)
+        return Part(
+            image=image,
+            logits=logits,
+            label=label,
+            real_label=label if self.real_label == "predicted" else truth,
+            noise_label=noise_label,
+            latent=self.generator.spread(latent),
+            mixture=Mixture.draw(self.generator, len(image), self.mixing, image.device),
+            noise=[each.unflatten(0, (2, -1)) for each in noise],
+        )
+
+    def _fakes(self, part: Part) -> list[Fake]:
+        """Pictures of encoded images and of noise."""
+        latents = torch.cat([part.latent, part.mixture.latents(self.generator)])
+        noise = [each.flatten(0, 1) for each in part.noise]
+        encoded, drawn = self.generator(latents, torch.cat([part.label, part.noise_label]), noise).chunk(2)
+        noise_label = part.noise_label
         if self.noise_label == "classifier":
             with torch.no_grad():
                 noise_label = self.label(self.classifier(drawn))
-        fakes = [(encoded, label), (drawn, noise_label)]
-
-        terms = critic_loss(self.critic, image, real_label, fakes)
-        self._descend(terms["critic"], critic_optimizer)
-        if self.r1_weight and iteration % self.r1_interval == 0:
-            penalty = r1_loss(self.critic, image, real_label, self.r1_weight * self.r1_interval)
-            self._descend(penalty["r1_step"], critic_optimizer)
-            terms |= penalty
-        with frozen(self.critic):
-            terms |= generator_loss(self.critic, fakes)
-            self._descend(terms["generator"], generator_optimizer)
-        if self.path_weight and iteration % self.path_interval == 0:
-            penalty = self._path_loss(noise_label)
-            self._descend(penalty["path_step"], generator_optimizer)
-            terms |= penalty
-        terms |= self._reconstruction_loss(image, label, logits)
-        self._descend(terms["reconstruction"], generator_optimizer, encoder_optimizer)
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, batch_size=len(image))
-
-    def _descend(self, loss: Tensor, *optimizers: Any) -> None:
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
+        return [(encoded, part.label), (drawn, noise_label)]
 
     def _draw_labels(self, label: Tensor) -> Tensor:
         """Labels for pictures of noise, [B, K] -> [B, K]."""
@@ -632,29 +666,25 @@ class StylEx(ExplainerModule):
             return F.one_hot(drawn, label.shape[1]).to(label.dtype)
         return label[torch.randperm(len(label), device=label.device)]
 
-    def _draw_latents(self, batch: int) -> Tensor:
-        """Latents of noise in every slot, two of them mixed with probability ``mixing``, [batch, L, D]."""
-        z = torch.randn(2, batch, self.generator.z_dim, device=self.device)
-        slots = self.generator.num_slots
-        cut = torch.randint(1, slots, (batch,), device=self.device)
-        alone = torch.rand(batch, device=self.device) >= self.mixing
-        return self.generator.mixed(z[0], z[1], torch.where(alone, slots, cut))
+    def _path_step(self, label: Tensor, optimizer: Any) -> dict[str, Tensor]:
+        """Makes paths equally long, of pictures of noise with these labels [B, K], and keeps their mean length."""
+        whole = PathPart.draw(self.generator, label, self.channels, self.mixing)
+        parts = [whole.rows(rows) for rows in parts_of(len(whole), self.micro_batches)]
+        weight = self.path_weight * self.path_interval
+        terms = descend(
+            self,
+            parts,
+            lambda part: path_loss(self.generator, part, self.path_mean, self.path_decay, weight),
+            "path_step",
+            optimizer,
+        )
+        self.path_mean.copy_(self.all_gather(terms["path_mean"]).mean())  # type: ignore[union-attr]
+        return terms
 
-    def _path_loss(self, noise_label: Tensor) -> dict[str, Tensor]:
-        batch = max(1, len(noise_label) // 2)
-        with torch.autocast(noise_label.device.type, enabled=False):
-            latents = self._draw_latents(batch)
-            noise = self.generator.synthesis.draw_noise(batch, latents)
-            picture = self.generator(latents, noise_label[:batch].float(), noise)
-            length = path_lengths(picture, latents)
-            penalty, mean = path_length_penalty(length, self.path_mean, self.path_decay)
-        self.path_mean.copy_(self.all_gather(mean).mean())  # type: ignore[union-attr]
-        step = self.path_weight * self.path_interval * penalty + 0 * picture.sum()
-        return {"path": penalty, "path_mean": mean, "path_step": step}
-
-    def _reconstruction_loss(self, image: Tensor, label: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    def _reconstruction_loss(self, part: Part) -> dict[str, Tensor]:
+        image, label, logits = part.image, part.label, part.logits
         latent = self.encoder(image)
-        picture = self.generator(latent, label, self.generator.synthesis.draw_noise(len(image), image))
+        picture = self.generator(latent, label, [each[0] for each in part.noise])
         maps, said = self.classifier.maps(picture, self._shallow)
         terms = {
             "pixel": (picture - image).abs().mean(),
@@ -693,19 +723,13 @@ class StylEx(ExplainerModule):
             "class": kl_between_logits(logits, said),
         }
         values["loss"] = values["reconstruction_l1"] + values["class"]
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(image), sync_dist=True)
+        log_validation(self, values, len(image))
         if self.trainer.sanity_checking:
             return
         self.reference.collect(latent, logits, batch.get("mask"))
         if batch_idx + 1 == self.trainer.num_val_batches[0]:
-            self.reference.keep(self._gathered)
+            self.reference.keep(rows_of_all)
             self._quick_search()
-
-    def _gathered(self, mine: Tensor) -> Tensor:
-        """The rows of all processes in turn, [n, ...]."""
-        if self.trainer.world_size == 1:
-            return mine
-        return self.all_gather(mine).transpose(0, 1).flatten(0, 1)  # type: ignore[union-attr]
 
     def _quick_search(self) -> None:
         """Logs how many images of each class some direction flips: whether the latent knows the classes yet."""

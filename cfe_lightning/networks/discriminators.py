@@ -22,6 +22,7 @@ from cfe_lightning.networks.equalised import (
     stddev_map,
 )
 from cfe_lightning.networks.resampled_convolution import convolve_and_pool
+from cfe_lightning.precision import single
 
 LabelEntry = Literal["planes", "projection"]
 
@@ -86,6 +87,10 @@ class ResidualCritic(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [module for module in self.body if isinstance(module, CriticBlock)]
+
     def features(self, image: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> input of the heads [B, D]."""
         return torch.flatten(self.body(image), 1)
@@ -119,6 +124,10 @@ class StyleCritic(nn.Module):
         self.linear = EqualLinear(width * 16, width)
         self.head = EqualLinear(width, 1)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [*self.trunk.blocks]
+
     def forward(self, image: Tensor, label: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] and labels or probabilities [B, K] -> one raw logit per image, [B].
 
@@ -129,7 +138,8 @@ class StyleCritic(nn.Module):
             image = torch.cat([image, drawn], dim=1)
         features = stddev_map(self.trunk(image))
         features = activate(self.linear(activate(self.conv(features)).flatten(1)))
-        logit = self.head(features).squeeze(1)
+        logit = single(self.head(features)).squeeze(1)
         if self.projection is not None:
-            logit = logit + (features * self.projection(label.to(features))).sum(dim=1) / math.sqrt(features.shape[1])
+            agreement = single(features) * single(self.projection(label.to(features)))
+            logit = logit + agreement.sum(dim=1) / math.sqrt(features.shape[1])
         return logit

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.precision import single
+
 #: Of the outer product that makes the low-pass filter; sums to 1.
 _TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
@@ -140,8 +142,8 @@ def stddev_map(x: Tensor, group: int = 4) -> Tensor:
     """
     batch = len(x)
     size = next(count for count in range(min(group, batch), 0, -1) if batch % count == 0)
-    spread = (x.unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
-    value = spread.mean(dim=(1, 2, 3)).repeat(size)
+    spread = (single(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
+    value = spread.mean(dim=(1, 2, 3)).repeat(size).to(x.dtype)
     return torch.cat([x, value[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from cfe_lightning.precision import single
+
 DecoderNorm = Literal["batch", "group"]
 #: A level as (channels, height, width).
 LevelShape = tuple[int, int, int]
@@ -113,6 +115,10 @@ class MirrorDecoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.head = nn.Conv2d(current, channels, 3, padding=1)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [self.bottom, *self.editors, *self.stages]
+
     def summarise(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """What the editors need of the levels [B, C_i, H_i, W_i], once per image."""
         return [_resized(squeeze(level), self.map_size) for squeeze, level in zip(self.squeezes, levels, strict=True)]
@@ -138,9 +144,9 @@ class MirrorDecoder(nn.Module):
                 level, summary = (_repeated(x[index], len(feature_map)) for x in (levels, summaries))
                 edited = self.editors[index](summary, feature_map)
                 share = F.interpolate(mask, size=size, mode="nearest")
-                hidden = torch.cat([hidden, torch.lerp(level, edited, share)], dim=1)
+                hidden = torch.cat([hidden, torch.lerp(level.to(edited), edited, share.to(edited))], dim=1)
             hidden = stage(hidden)
-        return self.head(hidden).tanh()
+        return single(self.head(hidden)).tanh()
 
 
 class PatchCritic(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.networks.resampled_convolution import convolve_and_pool, upsample_and_convolve
+from cfe_lightning.precision import single
 
 Norm = Literal["instance", "none"]
 
@@ -63,7 +64,17 @@ class AdaptiveInstanceNorm(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """[B, channels, H, W] and [B, style_dim] -> [B, channels, H, W]."""
         gamma, beta = self.affine(style)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(beta, F.instance_norm(x), 1 + gamma)
+        return torch.addcmul(beta, _instance_norm(x), 1 + gamma)
+
+
+def _instance_norm(x: Tensor) -> Tensor:
+    """Instance norm without scale and shift; of half-precision maps, too, with statistics in single precision."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return F.instance_norm(x)
+    # The statistics are kept in the precision of the weights; the published layer has none.
+    channels = x.shape[1]
+    one, zero = torch.ones(channels, device=x.device), torch.zeros(channels, device=x.device)
+    return F.instance_norm(x, weight=one, bias=zero)
 
 
 class StyledResidualBlock(nn.Module):
@@ -206,6 +217,10 @@ class MultiBranchGenerator(nn.Module):
         if image_skip:
             nn.init.zeros_(self.head.weight)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock | StyledResidualBlock)]
+
     def encode(self, image: Tensor) -> list[Tensor]:
         """The style-free half, once per image: [B, C, H, W] -> skips of every stage and, last, the bottleneck."""
         height, width = image.shape[-2:]
@@ -239,7 +254,8 @@ class MultiBranchGenerator(nn.Module):
             if index >= 2:
                 h = concat_per_branch(skips[1 - index], h, self.num_branches)
             h = block(h, styles[:, index])
-        h = self.head(torch.tanh(self.head_norm(h)))
+        # Branches are summed in single precision.
+        h = single(self.head(torch.tanh(self.head_norm(h))))
         height, width = image.shape[-2:]
         branches = h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
         if self.image_skip and self.num_branches > 1:

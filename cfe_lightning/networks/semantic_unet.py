@@ -18,10 +18,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.precision import full_precision, single
+
 #: How the code enters the U-Net: as a gain of its own on every block ("adagn"), or added to the time embedding.
 CodeMode = Literal["adagn", "sum"]
 #: How the encoder's last map becomes one code, see ``SemanticEncoder``.
 CodePool = Literal["mean", "mean_max"]
+#: Layers from the encoder's last map to the code, which statistics are made of.
+_POOLED = 3
 
 
 class SemanticEncoder(nn.Module):
@@ -78,9 +82,15 @@ class SemanticEncoder(nn.Module):
         ]
         self.body = nn.Sequential(*layers)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [module for module in self.body if isinstance(module, _EncoderBlock | Attention)]
+
     def forward(self, image: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] -> codes [B, D]."""
-        return self.body(image)
+        features = self.body[:-_POOLED](image)
+        with full_precision(features):
+            return self.body[-_POOLED:](single(features))
 
 
 class SemanticUnet(nn.Module):
@@ -160,6 +170,10 @@ class SemanticUnet(nn.Module):
                 _zero(module.to_out[0])
         _zero(unet.conv_out)
         self.unet: nn.Module = unet
+
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [module for module in self.unet.modules() if isinstance(module, ResnetBlock2D | Attention)]
 
     def forward(self, noisy: Tensor, step: Tensor, code: Tensor) -> Tensor:
         """Noisy images [B, C, H, W], diffusion steps [B] int64 and codes [B, D] -> the noise [B, C, H, W]."""

@@ -26,6 +26,7 @@ from cfe_lightning.networks.equalised import (
     low_pass,
     upsample,
 )
+from cfe_lightning.precision import full_precision, single
 
 Conditioning = Literal["none", "const_concat", "w_concat"]
 LatentSpace = Literal["w", "w+"]
@@ -62,9 +63,11 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z is normalised to unit second moment first."""
+        z = single(z)
         w = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-        for layer in self.layers:
-            w = activate(layer(w))
+        with full_precision(w):
+            for layer in self.layers:
+                w = activate(layer(w))
         return w
 
 
@@ -103,14 +106,14 @@ class StyledConv(nn.Module):
         else:
             x = F.conv2d(x, weight, padding=1)
         noise = self.noise if noise is None else noise
-        x = torch.addcmul(self.noise_strength * noise + self.bias[:, None, None], x, self.demodulation(style))
-        return activate(x)
+        shift = self.noise_strength * noise + self.bias[:, None, None]
+        return activate(torch.addcmul(shift.to(x.dtype), x, self.demodulation(style).to(x.dtype)))
 
     def demodulation(self, style: Tensor) -> Tensor:
         """What brings every output channel back to unit variance, [B, in] -> [B, out, 1, 1]."""
         # Small numbers squared: half precision would lose them.
-        with torch.autocast(style.device.type, enabled=False):
-            style = style.to(torch.promote_types(style.dtype, torch.float32))
+        with full_precision(style):
+            style = single(style)
             power = (self.weight.to(style) * self.gain).square().sum(dim=(2, 3))
             return (style.square() @ power.T + 1e-8).rsqrt()[:, :, None, None]
 
@@ -191,8 +194,10 @@ class Synthesis(nn.Module):
 
     def styles(self, u: Tensor, start: Tensor) -> Styles:
         """All styles of latents with their labels [B, L, style_dim]; they are affine in them."""
-        conv = [layer.affine(u[:, slot]) for slot, layer in enumerate(self.layers())]
-        rgb = [layer.affine(u[:, 2 * block + 1]) for block, layer in enumerate(self.to_image)]  # type: ignore[union-attr, operator]
+        with full_precision(u):
+            u = single(u)
+            conv = [layer.affine(u[:, slot]) for slot, layer in enumerate(self.layers())]
+            rgb = [layer.affine(u[:, 2 * block + 1]) for block, layer in enumerate(self.to_image)]  # type: ignore[union-attr, operator]
         return Styles(conv, rgb, start)
 
     def flatten_styles(self, styles: Styles) -> Tensor:
@@ -242,8 +247,9 @@ class Synthesis(nn.Module):
             if not layer.up:
                 block = (index + 1) // 2
                 painted = self.to_image[block](x, styles.rgb[block])
-                painted = painted.to(torch.promote_types(painted.dtype, torch.float32))
-                picture = painted if picture is None else upsample(picture) + painted
+                # Added up over all resolutions.
+                with full_precision(painted):
+                    picture = single(painted) if picture is None else upsample(picture) + single(painted)
         assert picture is not None, "the last convolution paints"
         return picture
 
@@ -286,6 +292,10 @@ class StyleGenerator(nn.Module):
             style_dim=w_dim + (num_classes if conditioning == "w_concat" else 0),
             start_extra=num_classes * _EMBEDDED if in_constant else 0,
         )
+
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [*self.synthesis.convs]
 
     @property
     def num_slots(self) -> int:
@@ -340,7 +350,13 @@ class StyleEncoder(nn.Module):
         self.conv = EqualConv(widths[4], widths[4], 3, padding=1)
         self.linear = EqualLinear(widths[4] * 16, w_dim * self.num_slots)
 
+    def blocks(self) -> list[nn.Module]:
+        """What the network is built of, to be compiled or recomputed one by one."""
+        return [*self.trunk.blocks]
+
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, R, R] in [-1, 1] -> [B, D], or [B, L, D] in the space "w+"."""
-        w = self.linear(activate(self.conv(self.trunk(image))).flatten(1))
+        features = activate(self.conv(self.trunk(image))).flatten(1)
+        with full_precision(features):
+            w = self.linear(single(features))
         return w if self.num_slots == 1 else w.unflatten(1, (self.num_slots, -1))

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -50,15 +51,15 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["explainer"]: row for row in csv.DictReader(stream)}
 
 
-def stop_after_two(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Ctrl-C once two batches are kept; returns the names of all batches that are kept from now on."""
+def stop_after_two(monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> list[object]:
+    """A signal once two batches are kept; returns the names of all batches that are kept from now on."""
     add, calls = EvaluationStore.add, list[object]()
 
     def stopping(self: EvaluationStore, state: dict[str, object]) -> None:
         add(self, state)
         calls.append(state["names"])
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr(EvaluationStore, "add", stopping)
     return calls
@@ -290,7 +291,10 @@ def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.Capt
         for alias in node.names
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert heavy == {"cfe_lightning.cli.arguments", "cfe_lightning.cli.bench", "cfe_lightning.environment"}
+    assert heavy == {
+        *("cfe_lightning.cli.arguments", "cfe_lightning.cli.bench", "cfe_lightning.cli.guard"),
+        "cfe_lightning.environment",
+    }
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_files(
@@ -309,8 +313,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_files(
         "0.9",
     )
     assert run(*arguments, "--output", tmp_path / "whole") == 0
-    calls = stop_after_two(monkeypatch)
-    assert run(*arguments, "--output", tmp_path / "killed") == 130
+    calls = stop_after_two(monkeypatch, signal.SIGUSR1)
+    assert run(*arguments, "--output", tmp_path / "killed") == 138
     assert "the same command again does the rest" in capsys.readouterr().err
     assert not (tmp_path / "killed/table.csv").exists()
     # Another question is not answered with what is kept.

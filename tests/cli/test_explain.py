@@ -181,7 +181,7 @@ def test_the_system_can_end_a_run_after_the_batch_in_flight(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(OutputFolder, "append", is_told_to_end)
-    assert run(checkpoint, photos, tmp_path / "out") == INTERRUPTED
+    assert run(checkpoint, photos, tmp_path / "out") == 128 + signal.SIGTERM
     assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
 
 
@@ -500,10 +500,10 @@ def test_a_full_disk_is_told_in_one_sentence_and_finished_work_is_kept(
 ):
     save_image = images.save_image
 
-    def full(image: Tensor, path: Path) -> None:
+    def full(image: Tensor, path: Path) -> str:
         if "4.png" in str(path) and path.name == "steps.png":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        save_image(image, path)
+        return save_image(image, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(images, "save_image", full)
@@ -568,3 +568,16 @@ def test_help_is_immediate():
         "import cfe_lightning.report; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_memory_layout_changes_no_result(checkpoint: Path, photos: Path, tmp_path: Path):
+    assert run(checkpoint, photos, tmp_path / "plain") == 0
+    assert run(checkpoint, photos, tmp_path / "channels_last", "--channels-last") == 0
+    assert content(tmp_path / "channels_last") == content(tmp_path / "plain")
+
+
+def test_what_cannot_be_compiled_is_told(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(checkpoint, photos, tmp_path / "out", "--compile") == 2
+    assert "FixedToyExplainer names no blocks that could be compiled" in capsys.readouterr().err

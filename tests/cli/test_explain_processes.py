@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
+import torch
 import toy
+from methods.cases import pooled_classifier
 
 from cfe_lightning import images
+from cfe_lightning.methods.stylex import StylEx
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 60
@@ -95,3 +99,50 @@ def test_killed_three_times_the_command_ends_as_if_nothing_had_happened(
     assert done.stdout.split()[:3] == ["9", "9", "9"]
     assert done.stdout.split()[-1] == "-3"
     assert content(out) == whole
+
+
+def saved_stylex(folder: Path) -> Path:
+    """A checkpoint of an untrained StylEx that can search directions, one of which depends on chance."""
+    torch.manual_seed(0)
+    # The released code draws new noise for every picture.
+    explainer = StylEx(pooled_classifier(3), **toy.STYLEX, profile="paper_code").eval()
+    with torch.no_grad():
+        image = toy.toy_images(12, 3)
+        explainer.reference.collect(explainer.encode(image), explainer.classifier(image), None)
+        explainer.reference.keep(lambda mine: mine)
+    return toy.save_checkpoint(explainer, folder / "best.ckpt")
+
+
+def written_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_chance_and_a_survey_are_the_same_for_one_and_two_processes(tmp_path: Path):
+    photos = tmp_path / "photos"
+    for index, image in enumerate(toy.toy_images(11, 3)):
+        images.save_image(image, photos / f"{index:02d}.png")
+    pooled_classifier(3).save(tmp_path / "classifier.pt")
+    common = ["--input", str(photos), "--accelerator", "cpu", "--batch-size", "2", "--trusted", "toy"]
+    drawn = ["--method", "gradient_shap", "--classifier", str(tmp_path / "classifier.pt")]
+    groups = []
+    for method in ("stylex", "drawn"):
+        for devices in (1, 2):
+            folder = tmp_path / f"{method}{devices}"
+            folder.mkdir()
+            how = ["--checkpoint", str(saved_stylex(folder))] if method == "stylex" else drawn
+            arguments = [*how, *common, "--output", "out", "--devices", str(devices)]
+            groups.append(forked.Run(folder=str(folder), devices=devices, arguments=arguments))
+    forked.execute("cfe_lightning.cli.explain", [groups[:2], groups[2:]])
+    for method in ("stylex", "drawn"):
+        one, two = tmp_path / f"{method}1", tmp_path / f"{method}2"
+        assert (one / "out" / "report.html").is_file(), (one / "0.log").read_text()
+        assert content(one / "out") == content(two / "out")
+        # Nothing is left of the second process's own rows; table, survey and report are there once.
+        assert written_under(one).keys() == written_under(two).keys() - {"1.log"}
+        # Who makes the survey says so, and who writes the report.
+        assert "report" in (two / "0.log").read_text()
+        assert "report" not in (two / "1.log").read_text()
+    searched = [(tmp_path / "stylex2" / f"{rank}.log").read_text().count("searches") for rank in (0, 1)]
+    assert searched == [1, 0]
+    assert (tmp_path / "stylex2" / "best.survey.pt").is_file()

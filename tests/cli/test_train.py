@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
+import logging
 import re
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import toy
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 from toy import FixedToyExplainer, ToyNetwork, toy_classifier
 
 from cfe_lightning import callbacks
 from cfe_lightning.cli import configured_run
-from cfe_lightning.cli.train import main
+from cfe_lightning.cli import train as command
 from cfe_lightning.explainer import load_explainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -61,6 +66,10 @@ def write_config(name: str = "toy.yaml", kind: str = "toy.ToyExplainer", **model
     (Path("configs") / name).write_text(yaml.safe_dump(config))
 
 
+def main(arguments: Sequence[str]) -> int:
+    return command.main([*arguments, "--trusted", "toy", "--trusted", __name__])
+
+
 def train(*arguments: str) -> int:
     return main(["--config", "toy.yaml", *arguments])
 
@@ -81,6 +90,16 @@ def weights(path: str) -> dict[str, torch.Tensor]:
 def assert_same_weights(one: str, other: str) -> None:
     for name, value in weights(one).items():
         assert torch.equal(value, weights(other)[name]), name
+
+
+def assert_same_log(one: str, other: str) -> list[dict[str, str]]:
+    """The rows of both runs' metrics.csv, which may differ in speed."""
+    logs = []
+    for folder in (one, other):
+        with Path(folder, "metrics.csv").open(newline="") as file:
+            logs.append([{**row, "images_per_second": ""} for row in csv.DictReader(file)])
+    assert logs[0] == logs[1]
+    return logs[0]
 
 
 def test_a_run_fills_one_folder_and_nothing_else(workplace: Path) -> None:
@@ -129,38 +148,91 @@ def test_resuming_is_the_straight_run_bit_for_bit(workplace: Path) -> None:
     assert_same_weights("checkpoints/straight/last.ckpt", "moved/last.ckpt")
     best = [torch.load(f"{folder}/best.ckpt", weights_only=True) for folder in ("checkpoints/straight", "moved")]
     assert best[0]["global_step"] == best[1]["global_step"]
-    logs = []
-    for folder in ("checkpoints/straight", "moved"):
-        with Path(folder, "metrics.csv").open(newline="") as file:
-            logs.append([{**row, "images_per_second": ""} for row in csv.DictReader(file)])
-    assert logs[0] == logs[1]
-    assert len(logs[0]) == 16
+    log = assert_same_log("checkpoints/straight", "moved")
+    assert len(log) == 16
     assert not Path("checkpoints/short").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_stopping_says_how_to_continue(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    import signal
-
-    import toy
-
     step = toy.ToyExplainer.training_step
 
     def interrupted(self: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.fit_loop.total_batch_idx == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         step(self, batch, batch_idx)
 
     assert train("--run", "straight") == 0
     with monkeypatch.context() as patch:
         patch.setattr(toy.ToyExplainer, "training_step", interrupted)
-        assert train("--run", "stopped") == 130
+        assert train("--run", "stopped") == code
     printed = capsys.readouterr().err
-    command = re.search(r"Training stopped after 6 batches. Continue with: train.py (--resume \S+)", printed)
+    command = re.search(r"Training stopped after 6 batches by .+\. Continue with: train.py (--resume \S+)", printed)
     assert command is not None
     assert main(command[1].split()) == 0
     assert_same_weights("checkpoints/straight/last.ckpt", "checkpoints/stopped/last.ckpt")
+    assert_same_log("checkpoints/straight", "checkpoints/stopped")
+
+
+@pytest.mark.parametrize("place", ["ToyData.__init__", "ToyData.setup", "ToyExplainer.configure_optimizers"])
+def test_a_signal_before_training_ends_cleanly(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    kind, name = place.split(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(toy, kind), name, lambda *_, **__: signal.raise_signal(signal.SIGTERM), raising=False)
+        assert train() == 143
+    said = capsys.readouterr().err
+    assert "Stopped by SIGTERM. No batch is lost: give the same command again." in said
+    assert "Traceback" not in said
+    assert train("--trainer.max_epochs", "1") == 0
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_room(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("--run", "straight") == 0
+    save = torch.save
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # put back by the test
+
+    def full(content: Any, file: Any) -> None:
+        if content.get("epoch") == 1:
+            file.write(b"half of a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        said = error(capsys, "--config", "toy.yaml", "--run", "full")
+    assert said.startswith("No space left on device: checkpoints/full/last.ckpt (")
+    assert not list(Path("checkpoints/full").rglob("*.part"))
+    assert torch.load("checkpoints/full/last.ckpt", weights_only=True)["epoch"] == 0
+    Path("checkpoints/full/.best.ckpt.part").write_text("what a kill has left")
+    assert train("--run", "full", "--resume") == 0
+    assert not list(Path("checkpoints/full").rglob("*.part"))
+    assert_same_weights("checkpoints/straight/last.ckpt", "checkpoints/full/last.ckpt")
+    assert_same_log("checkpoints/straight", "checkpoints/full")
+
+
+def test_without_the_package_of_wandb_a_run_is_logged_to_its_folder(
+    workplace: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train("--trainer.max_epochs", "1") == 0
+    assert "metrics.csv and samples/ hold all there is to log." in caplog.text
+    assert Path("checkpoints/toy/metrics.csv").is_file()
+
+
+def test_a_mode_that_wandb_does_not_know_is_one_sentence(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "of line")
+    assert error(capsys, "--config", "toy.yaml") == (
+        "WANDB_MODE='of line' is no mode of W&B: choose from online, offline, shared, disabled, dryrun, run, or unset "
+        "it."
+    )
 
 
 def test_a_run_is_not_overwritten_by_accident(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +348,17 @@ def test_the_classifier_is_checked_before_the_run(workplace: Path, capsys: pytes
     assert "class" in error(capsys, "--config", "toy.yaml", "--run", "three", "--data.num_classes", "3")
 
 
+def test_gradients_of_several_batches_are_added_up_by_the_method(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--config", "toy.yaml", "--trainer.accumulate_grad_batches", "4")
+    assert error(capsys, *asked) == (
+        "accumulate_grad_batches 4 adds up gradients for one optimiser, but ToyExplainer steps its own: leave it out."
+    )
+    write_config(kind="cfe_lightning.methods.dxai.Dxai", min_resolution=8)
+    assert "set --model.micro_batches 4 and a --data.batch_size 4 times as large instead" in error(capsys, *asked)
+
+
 def test_a_classifier_without_gradients_is_refused_by_the_methods_that_need_them(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,10 +427,10 @@ def test_the_options_of_a_class_need_no_config(workplace: Path, capsys: pytest.C
 
 def test_several_devices_find_the_strategy_that_two_optimisers_need(workplace: Path, tmp_path: Path) -> None:
     config = [Path("configs/toy.yaml")]
-    several = configured_run.ConfiguredRun(config, ["--trainer.devices", "2"], tmp_path / "run", None).trainer
+    several = configured_run.ConfiguredRun(config, ["--trainer.devices", "2"], tmp_path / "run", None, ["toy"]).trainer
     assert several.world_size == 2
     assert several.strategy._ddp_kwargs == {"find_unused_parameters": True}
-    assert configured_run.ConfiguredRun(config, [], tmp_path / "run", None).trainer.world_size == 1
+    assert configured_run.ConfiguredRun(config, [], tmp_path / "run", None, ["toy"]).trainer.world_size == 1
 
 
 def test_help_names_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,35 @@ def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatc
     assert sorted(drawn) == [f"train/{index:04d}" for index in range(16)]
 
 
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+@pytest.mark.parametrize("num_images", [5, 8, 9, 13])
+def test_processes_share_a_validation_in_as_many_batches_and_no_image_twice(
+    num_images: int, num_processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    data = ToyData(num_images=num_images, batch_size=2)
+    data.trainer = toy_trainer(tmp_path)
+    monkeypatch.setattr(type(data.trainer), "world_size", num_processes)
+    seen, counts = [], set()
+    for rank in range(num_processes):
+        monkeypatch.setattr(type(data.trainer), "global_rank", rank)
+        batches = list(data.val_dataloader())
+        counts.add(len(batches))
+        assert len(batches) == len(data.val_dataloader())
+        assert names(batches) == [f"val/{index:04d}" for index in range(rank, num_images, num_processes)]
+        seen += names(batches)
+    # A process that had another number of batches would wait for the others for ever.
+    assert len(counts) == 1
+    assert len(seen) == len({*seen}) == num_images
+
+
+def test_a_process_without_an_image_to_validate_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    data = ToyData(num_images=3)
+    data.trainer = toy_trainer(tmp_path)
+    monkeypatch.setattr(type(data.trainer), "world_size", 4)
+    with pytest.raises(ValueError, match="There are 3 images to validate or test for 4 processes: use at most 3"):
+        data.val_dataloader()
+
+
 def test_balanced_drawing_evens_out_a_rare_class() -> None:
     data = ToyData(num_images=400, batch_size=50, balanced=True)
     dataset = data.dataset("train")
@@ -108,6 +137,15 @@ def test_balanced_drawing_evens_out_a_rare_class() -> None:
 def test_a_split_smaller_than_a_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"training split has 3 images for 1 process.*fewer than one batch of 4 each"):
         ToyData(num_images=3).train_dataloader()
+
+
+def test_loader_processes_stay_from_one_epoch_or_validation_to_the_next() -> None:
+    data = ToyData(num_workers=2)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert names(loader)
+        first = [worker.pid for worker in loader._iterator._workers]  # type: ignore[union-attr, attr-defined]
+        assert names(loader)
+        assert first == [worker.pid for worker in loader._iterator._workers]  # type: ignore[union-attr, attr-defined]
 
 
 def test_loader_processes_can_be_spawned() -> None:

@@ -1,12 +1,15 @@
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import toy
 
 from cfe_lightning import images
-from cfe_lightning.data.image_stream import ImageStream, read_batch
+from cfe_lightning.data import image_stream
+from cfe_lightning.data.image_stream import Batch, ImageStream, read_batch
 
 
 @pytest.fixture
@@ -28,6 +31,23 @@ def test_batches_are_as_given_whatever_reads_them(folder: Path, num_workers: int
     assert [failure["name"] for failure in read[0]["failed"]] == ["empty.png"]
     assert [list(batch["image"].shape) for batch in read] == [[2, 1, 8, 8], [1, 1, 8, 8], [2, 1, 8, 8]]
     assert "target" not in read[0]
+
+
+def test_the_next_batch_is_read_while_the_current_one_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    read = {names[0]: threading.Event() for names in BATCHES}
+
+    def recorded(names: list[str], **options: Any) -> Batch:
+        read[names[0]].set()
+        return read_batch(names, **options)
+
+    monkeypatch.setattr(image_stream, "read_batch", recorded)
+    stream = ImageStream(folder=folder, batches=BATCHES, image_size=8, channels=1)
+    batches = iter(stream.predict_dataloader())
+    assert next(batches)["name"] == ["0.png", "1.png"]
+    assert read["2.png"].wait(timeout=60)
+    # One ahead, not all: memory stays what it is.
+    assert not read["3.png"].is_set()
+    assert [batch["name"] for batch in batches] == [["2.png"], ["3.png", "4.png"]]
 
 
 def test_files_that_cannot_be_read_stop_no_other(folder: Path):

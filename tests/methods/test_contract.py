@@ -212,6 +212,61 @@ def test_resuming_equals_a_straight_run(case: Case, batch: int, tmp_path: Path) 
             assert torch.equal(value, resumed[weights][name]), (weights, name)
 
 
+class Types(Terms):
+    """Notes the types of weights and gradients, too."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        self.types = {tensor.dtype for tensor in [*pl_module.parameters(), *gradients]}
+
+
+def test_a_step_in_bfloat16_has_nearly_the_losses_of_single_precision(case: Case, tmp_path: Path) -> None:
+    if not case.num_epochs:
+        return
+    seen = {}
+    for precision in ("32-true", "bf16-mixed"):
+        pl.seed_everything(0, verbose=False)
+        seen[precision] = Types()
+        train(case.build(), tmp_path, [seen[precision]], limit_train_batches=1, precision=precision)
+    exact, rounded = (seen[precision].values for precision in ("32-true", "bf16-mixed"))
+    assert rounded.keys() == exact.keys()
+    for name, (value,) in rounded.items():
+        assert value.dtype == torch.float32, name
+        # bfloat16 has 8 significant bits.
+        torch.testing.assert_close(value, exact[name][0], rtol=0.03, atol=0.02, msg=name)
+    assert seen["bf16-mixed"].types == {torch.float32}
+
+
+def test_explaining_in_bfloat16_is_nearly_that_in_single_precision(
+    trained: tuple[ExplainerModule, dict[str, Any]],
+) -> None:
+    explainer, _ = trained
+    image = toy_images(24, NUM_CLASSES, IMAGE_SIZE)
+    exact = explainer.explain(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        rounded = explainer.explain(image)
+
+    def pictures(explanation: Explanation) -> dict[str, torch.Tensor]:
+        fields = ("logits", "attribution", "counterfactual", "counterfactual_logits", "steps")
+        named = {name: getattr(explanation, name) for name in fields} | explanation.parts
+        return {name: value for name, value in named.items() if value is not None}
+
+    assert pictures(rounded).keys() == pictures(exact).keys()
+    for name, value in pictures(rounded).items():
+        expected = pictures(exact)[name]
+        assert value.dtype == torch.float32, name
+        assert value.isfinite().all(), name
+        # A hundredth of the range on average; one place can be redrawn or one step taken where it was not before.
+        assert (value - expected).abs().mean() <= 0.02 * expected.abs().max().clamp_min(1), name
+    for name, score in rounded.scores.items():
+        assert score.dtype == torch.float32, name
+        assert score.isfinite().all(), name
+    assert (rounded.predicted == exact.predicted).float().mean() >= 0.9
+    if exact.flipped is not None:
+        assert (rounded.flipped == exact.flipped).float().mean() >= 0.9  # type: ignore[union-attr]
+
+
 class Killed(pl.Callback):
     """Dies in the batch after ``stop``."""
 

@@ -1,6 +1,7 @@
 """Specification of DXAI, section 8, tests 2 and 5-16: blending, losses, separation of the steps, determinism."""
 
 import copy
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -24,6 +25,11 @@ from cfe_lightning.methods.dxai_blending import (
 def tiny(num_classes=3, channels=3, **changes) -> Dxai:
     torch.manual_seed(0)
     return Dxai(toy_classifier(num_classes, channels=channels), **{**DXAI, **changes})
+
+
+def drawn_for(model: Dxai, image, label, alternative):
+    """A batch to be rendered in these two classes."""
+    return replace(model._draw({"image": image, "label": label}), alternative=alternative)
 
 
 def trained_in_steps(model: Dxai, batches: int = 2) -> tuple[list[dict[str, float]], Dxai]:
@@ -179,7 +185,7 @@ def test_alpha_is_drawn_per_sample_and_branch_and_constant_over_pixels(monkeypat
         "cfe_lightning.methods.dxai.blend", lambda a, b, alpha: drawn.append(alpha) or blend(a, b, alpha)
     )
     model, image = tiny(), toy_images(4, 3)
-    model._render(image, torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2]))
+    model._render(drawn_for(model, image, torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])))
     assert drawn[0].shape == (4, 2, 1, 1, 1)
     assert drawn[0].unique().numel() == 8
 
@@ -189,7 +195,7 @@ def test_alpha_is_drawn_per_sample_and_branch_and_constant_over_pixels(monkeypat
 
 def test_the_alternative_rendering_never_uses_branch_zero():
     model, image = tiny(), toy_images(4, 3)
-    rendered, _ = model._render(image, torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2]))
+    rendered, _ = model._render(drawn_for(model, image, torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])))
     rendered.alternative.square().sum().backward()
     for name, parameter in model.generator.named_parameters():
         rows = parameter.grad.unflatten(0, (2 if ".affine." in name else 1, 3, -1))
@@ -205,7 +211,9 @@ def test_classifier_stays_bit_identical_without_gradients_but_lets_them_through(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None and not p.requires_grad for p in model.classifier.parameters())
     assert not any(module.training for module in model.classifier.modules())
-    rendered, _ = model._render(toy_images(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2]))
+    rendered, _ = model._render(
+        drawn_for(model, toy_images(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2]))
+    )
     F.cross_entropy(model.classifier(rendered.own), torch.tensor([0, 1, 2, 0])).backward()
     assert model.generator.head.weight.grad.abs().max() > 0
 
@@ -213,17 +221,18 @@ def test_classifier_stays_bit_identical_without_gradients_but_lets_them_through(
 def test_each_step_changes_only_its_own_networks():
     model = tiny()
     image, label, other = toy_images(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
-    rendered, orthogonality = model._render(image, label, other)
+    part = drawn_for(model, image, label, other)
+    rendered, orthogonality = model._render(part)
     model.__dict__["_trainer"] = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dxai, "global_step", 0)
-        critic = model._critic_loss(image, label, other, model.classifier(image), rendered)["critic"]
+        critic = model._critic_loss(part, rendered)["critic"]
     critic.backward()
     assert all(p.grad is None for p in [*model.generator.parameters(), *model.mapping.parameters()])
     assert all(p.grad is not None for p in model.critic.parameters())
     model.zero_grad(set_to_none=True)
     model.critic.requires_grad_(False)
-    model._generator_loss(image, label, other, rendered, orthogonality)["generator"].backward()
+    model._generator_loss(part, rendered, orthogonality)["generator"].backward()
     assert all(p.grad is None for p in model.critic.parameters())
     assert all(p.grad is not None for p in model.mapping.parameters())
 
@@ -234,18 +243,16 @@ def test_one_pass_gives_the_losses_of_the_two_pass_order():
     losses = []
     for passes in (1, 2):
         torch.manual_seed(3)
-        first, orthogonality = model._render(image, label, other)
+        part = drawn_for(model, image, label, other)
+        first, orthogonality = model._render(part)
         if passes == 2:
-            torch.manual_seed(3)
-            second, orthogonality = model._render(image, label, other)
+            second, orthogonality = model._render(part)
         else:
             second = first
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Dxai, "global_step", 0)
-            critic = model._critic_loss(image, label, other, model.classifier(image), first)["critic"]
-        losses.append(
-            (critic.item(), model._generator_loss(image, label, other, second, orthogonality)["generator"].item())
-        )
+            critic = model._critic_loss(part, first)["critic"]
+        losses.append((critic.item(), model._generator_loss(part, second, orthogonality)["generator"].item()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -357,22 +364,23 @@ def test_joint_critic_is_what_is_explained():
 def test_neutral_objective_asks_for_no_decision():
     model = tiny(objective="neutral")
     image, label, other = toy_images(3, 3), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
-    rendered, orthogonality = model._render(image, label, other)
+    part = drawn_for(model, image, label, other)
+    rendered, orthogonality = model._render(part)
     own, removed = model.classifier(rendered.own), model.classifier(rendered.alternative)
     expected = 0.5 * (F.cross_entropy(own, label) + kl_from_uniform(removed).mean())
-    torch.testing.assert_close(model._generator_loss(image, label, other, rendered, orthogonality)["class"], expected)
+    torch.testing.assert_close(model._generator_loss(part, rendered, orthogonality)["class"], expected)
 
 
 def test_lazy_r1_is_as_strong_on_average(monkeypatch):
     image, label, other = toy_images(3, 3), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
     model = tiny(r1_interval=4, r1_weight=2.0)
-    rendered, _ = model._render(image, label, other)
-    logits = model.classifier(image)
+    part = drawn_for(model, image, label, other)
+    rendered, _ = model._render(part)
     with_penalty = []
     for iteration in range(8):
         # Two optimisers: Lightning counts two steps per iteration.
         monkeypatch.setattr(Dxai, "global_step", 2 * iteration)
-        terms = model._critic_loss(image, label, other, logits, rendered)
+        terms = model._critic_loss(part, rendered)
         plain = terms["critic_real"] + terms["critic_fake"] + terms["critic_class"]
         with_penalty.append("r1" in terms)
         extra = terms["critic"] - plain

@@ -309,12 +309,9 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
 
 def test_no_gradient_goes_through_the_reflection_but_through_the_judgement():
     model = tiny()
-    image = toy_images(4, 3)
-    mirrored = model.reflect(image)
-    assert not mirrored.change.requires_grad
-    step = torch.full((4, 1), 0.7)
-    reconstruction, rendered = model.decode(mirrored, torch.cat([step * 0, step], dim=1)).unbind(dim=1)
-    terms = model._decoder_loss(image, mirrored, step, reconstruction, rendered, mirrored.target)
+    part = model._part(toy_images(4, 3), torch.tensor([1, 2, 0, 1]), torch.full((4, 1), 0.7))
+    assert not part.mirrored.change.requires_grad
+    terms = model._decoder_loss(part, *model._render(part))
     (gradient,) = torch.autograd.grad(terms["class"], [model.decoder.head.weight])
     assert gradient.norm() > 0
     assert all(parameter.grad is None for parameter in model.classifier.parameters())

@@ -78,13 +78,14 @@ def test_a_classifier_named_in_yaml_alone(
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
     }
     Path("own.yaml").write_text(yaml.safe_dump(config))
-    assert train.main(["--config", "own.yaml", "--skip-classifier-check"]) == 0
+    trusted = ["--trusted", "their_package"]
+    assert train.main(["--config", "own.yaml", "--skip-classifier-check", *trusted]) == 0
     checkpoint = "checkpoints/own/last.ckpt"
     explainer = load_explainer(checkpoint, ["their_package"])
     assert explainer.classifier.class_names == ("a", "b")
     assert explainer.classifier.spec.feature_map in ("layer4", "late")
-    arguments = ["--checkpoint", checkpoint, "--input", "photos", "--output", "out", "--limit", "3"]
-    arguments += ["--accelerator", "cpu", "--trusted", "their_package"]
+    arguments = ["--checkpoint", checkpoint, "--input", "photos", "--output", "out", "--limit", "3", *trusted]
+    arguments += ["--accelerator", "cpu"]
     assert explain.main([*arguments, "--animation", "gif"]) == 0
     assert len(list(Path("out").rglob("steps.gif"))) == 3
     assert len((Path("out") / "manifest.csv").read_text().splitlines()) == 4

@@ -19,8 +19,9 @@ from cfe_lightning.explainer import load_explainer
 from cfe_lightning.losses import Lpips, r1_penalty
 from cfe_lightning.methods.style_reference import first_of_each_class
 from cfe_lightning.methods.style_search import direction_table
-from cfe_lightning.methods.style_training import path_lengths
+from cfe_lightning.methods.style_training import Mixture, path_lengths
 from cfe_lightning.methods.stylex import StylEx
+from cfe_lightning.micro_batches import descend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 
@@ -37,24 +38,24 @@ def data(num_classes: int = 2, num_images: int = 16) -> ToyData:
 class Steps(pl.Callback):
     """Notes which terms every iteration logged and which networks every optimiser step moved."""
 
-    def __init__(self, model: StylEx) -> None:
+    def __init__(self, model: StylEx, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logged: list[set[str]] = []
         self.moved: list[tuple[str, ...]] = []
         self.without_gradient: list[dict[str, bool]] = []
         self._networks = {"generator": model.generator, "critic": model.critic, "encoder": model.encoder}
-        log, descend = model.log_dict, model._descend
+        log = model.log_dict
 
         def log_dict(terms: dict[str, Tensor], **options: Any) -> None:
             if any(name.startswith("train/") for name in terms):
                 self.logged.append({name.removeprefix("train/") for name in terms})
             log(terms, **options)
 
-        def watched(loss: Tensor, *optimizers: Any) -> None:
+        def watched(*arguments: Any) -> dict[str, Tensor]:
             before = {name: self._weights(name) for name in self._networks}
             for network in self._networks.values():
                 for parameter in network.parameters():
                     parameter.grad = None
-            descend(loss, *optimizers)
+            terms = descend(*arguments)
             changed = (name for name in before if not torch.equal(before[name], self._weights(name)))
             self.moved.append(tuple(changed))
             self.without_gradient.append(
@@ -63,9 +64,10 @@ class Steps(pl.Callback):
                     for name, network in self._networks.items()
                 }
             )
+            return terms
 
         model.log_dict = log_dict  # type: ignore[method-assign]
-        model._descend = watched  # type: ignore[method-assign]
+        monkeypatch.setattr("cfe_lightning.methods.stylex.descend", watched)
 
     def _weights(self, name: str) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self._networks[name].parameters()]).clone()
@@ -81,9 +83,11 @@ def trained(model: StylEx, tmp_path: Path, batches: int, callbacks: list[pl.Call
 # Training
 
 
-def test_sixteen_iterations_have_one_r1_step_and_four_path_steps(tmp_path: Path) -> None:
+def test_sixteen_iterations_have_one_r1_step_and_four_path_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(r1_interval=16, path_interval=4)
-    steps = Steps(model)
+    steps = Steps(model, monkeypatch)
     trained(model, tmp_path, 16)
     assert len(steps.logged) == 16
     assert [i for i, terms in enumerate(steps.logged) if "r1" in terms] == [0]
@@ -91,9 +95,11 @@ def test_sixteen_iterations_have_one_r1_step_and_four_path_steps(tmp_path: Path)
     assert all("reconstruction" in terms for terms in steps.logged)
 
 
-def test_every_step_moves_its_own_networks_and_gives_no_other_a_gradient(tmp_path: Path) -> None:
+def test_every_step_moves_its_own_networks_and_gives_no_other_a_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(r1_interval=1, path_interval=1)
-    steps = Steps(model)
+    steps = Steps(model, monkeypatch)
     trained(model, tmp_path, 2)
     order = [("critic",), ("critic",), ("generator",), ("generator",), ("generator", "encoder")]
     assert steps.moved == order * 2
@@ -128,14 +134,16 @@ def test_path_length_of_a_linear_generator_is_its_norm() -> None:
     latents = torch.randn(20000, slots, 5, requires_grad=True)
     picture = (latents[:, 1] @ matrix.T).unflatten(1, (1, side, side))
     expected = matrix.square().sum() / (side * side * slots)
-    torch.testing.assert_close(path_lengths(picture, latents).square().mean(), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        path_lengths(picture, latents, torch.randn_like(picture)).square().mean(), expected, rtol=0.02, atol=0
+    )
 
 
 def test_path_length_can_be_differentiated_again() -> None:
     model = tiny()
-    latents = model._draw_latents(2)
-    label = torch.full((2, 2), 0.5)
-    path_lengths(model.generator(latents, label), latents).sum().backward()
+    latents = Mixture.draw(model.generator, 2, model.mixing, model.device).latents(model.generator)
+    picture = model.generator(latents, torch.full((2, 2), 0.5))
+    path_lengths(picture, latents, torch.randn_like(picture)).sum().backward()
     assert all(layer.weight.grad is not None for layer in model.generator.synthesis.layers())
 
 
@@ -151,7 +159,7 @@ def test_lpips_compares_images_and_stays_out_of_the_checkpoint(tmp_path: Path, m
     monkeypatch.setattr("cfe_lightning.methods.stylex.Lpips", lambda: Lpips(pretrained=False))
     torch.manual_seed(0)
     model = StylEx(toy_classifier(image_size=32), **{**STYLEX, "perception": "lpips"})
-    steps = Steps(model)
+    steps = Steps(model, monkeypatch)
     toy_trainer(tmp_path, max_epochs=1).fit(model, ToyData(image_size=32, num_images=4))
     assert "perceptual" in steps.logged[0]
     assert not [name for name in model.state_dict() if "lpips" in name or "alex" in name]

@@ -1,0 +1,121 @@
+"""A checkpoint that a training is to go on from: whether it is one, and one of this method."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from cfe_lightning.explainer import ExplainerModule, load_checkpoint
+
+log = logging.getLogger(__name__)
+
+#: Parts of a checkpoint that a training goes on from.
+_PARTS = {
+    "state_dict": dict,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
+class Begun(pl.Callback):
+    """True from the first batch on: what goes wrong before it has to do with the checkpoint."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Everything has been restored."""
+        self._begun = True
+
+    def __bool__(self) -> bool:
+        return self._begun
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that a training can go on from.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or lacks what a training needs.
+    """
+    checkpoint = load_checkpoint(path)
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind)]
+    wrong = wrong or [name for name, right in _contents(checkpoint).items() if not right]
+    if wrong:
+        raise ValueError(
+            f"{path} holds no training to go on with (missing or of another form: {', '.join(wrong)}): give the "
+            "last.ckpt that train.py wrote."
+        )
+    return checkpoint
+
+
+def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
+    """Which parts hold what they should, of a checkpoint that has them all."""
+    explainer = checkpoint.get("explainer", {"class_path": ""})
+    weights = [checkpoint["state_dict"], checkpoint.get("current_model_state") or {}]
+    fit_loop = checkpoint["loops"].get("fit_loop")
+    states = checkpoint["optimizer_states"]
+    begun = checkpoint["global_step"] > 0
+    return {
+        "explainer": isinstance(explainer, dict) and isinstance(explainer.get("class_path"), str),
+        "state_dict": all(isinstance(value, Tensor) for state in weights for value in state.values()),
+        "epoch": checkpoint["epoch"] >= 0,
+        "global_step": checkpoint["global_step"] >= 0,
+        "loops": not begun or (isinstance(fit_loop, dict) and "epoch_progress" in fit_loop),
+        "callbacks": all(isinstance(state, dict) for state in checkpoint["callbacks"].values()),
+        "optimizer_states": bool(states or not begun)
+        and all(isinstance(state, dict) and {"state", "param_groups"} <= state.keys() for state in states),
+    }
+
+
+def not_resumable(path: Path, error: Exception) -> str:
+    """The sentence about a checkpoint that Lightning stumbles over before the first batch."""
+    return (
+        f"{path} cannot be resumed, a part of it is not what train.py wrote ({type(error).__name__}: {error}): give "
+        "the run's own last.ckpt, or start a new run without --resume."
+    )
+
+
+def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], path: str) -> None:
+    """Refuses to resume another method or architecture, and says which other settings have changed.
+
+    Args:
+        explainer: What is to be trained on.
+        checkpoint: Of an explainer, from ``load_training``.
+        path: Where it is from.
+
+    Raises:
+        ValueError: If the checkpoint's weights do not fit.
+    """
+    kind, made_by = type(explainer), checkpoint["explainer"]["class_path"]
+    if made_by != f"{kind.__module__}.{kind.__qualname__}":
+        raise ValueError(
+            f"{path} is a checkpoint of {made_by:.200}, but this config trains {kind.__module__}.{kind.__qualname__}: "
+            "use the run's own config.yaml, or start a new run without --resume."
+        )
+    weights = checkpoint.get("current_model_state") or checkpoint["state_dict"]
+    ours = explainer.state_dict()
+    differing = {name for name in weights.keys() | ours.keys() if _shape(weights, name) != _shape(ours, name)}
+    if differing:
+        raise ValueError(
+            f"{path} cannot be resumed with this config: {len(differing)} weights differ in name or shape, for example "
+            f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
+        )
+    before, now = checkpoint.get("hyper_parameters", {}), dict(explainer.hparams)
+    changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if changes:
+        log.warning("Resuming with other settings than the checkpoint's: %s.", ", ".join(changes))
+
+
+def _shape(weights: dict[str, Any], name: str) -> list[int] | None:
+    return list(weights[name].shape) if name in weights else None

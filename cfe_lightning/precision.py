@@ -1,0 +1,34 @@
+"""Where half precision ends: what stays in single precision when everything around it runs in bfloat16.
+
+A training or an explanation under ``bf16-mixed`` computes convolutions and matrix products in bfloat16. What the
+specifications of the methods name (losses, statistics of norms, penalties on gradients, what is added up over many
+layers or steps) goes through the functions here; without mixed precision they change nothing, not even a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def single(x: Tensor) -> Tensor:
+    """Half-precision tensors as float32; all others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context without autocast on a tensor's device; inputs of layers have to be ``single`` inside."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def differentiable_twice(like: Tensor) -> Iterator[None]:
+    """The context of a pass whose gradient is differentiated again (R1, path length): single precision, not compiled.
+
+    Squared gradients are too small and too large for bfloat16, and compiled graphs have no second derivative.
+    """
+    with full_precision(like), torch.compiler.set_stance("force_eager"):
+        yield
