@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import untrained_classifier
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfe_lightning import load_explainer
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
@@ -204,21 +204,6 @@ def search(model: StylEx, seen: dict[str, Tensor], k: int, share: float, per_cla
     print(f"AttFind {slow['AttFind loop, s per image'] / styles:.1f} times faster than the loop")
 
 
-def untrained_classifier(size: int) -> FrozenClassifier:
-    """DenseNet-121 with random weights, as CheXplaining in Style's."""
-    arguments: dict[str, Any] = {"num_classes": 2, "channels": 3, "small_image": False}
-    spec = ClassifierSpec(
-        class_path="cfe_lightning.networks.classifiers.DenseNet121",
-        init_args=arguments,
-        head="classifier",
-        class_names=("healthy", "pathology"),
-        image_size=size,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
-    return FrozenClassifier(build_network(spec), spec)
-
-
 @torch.no_grad()
 def timing(sizes: list[int], images: int, k: int, base: int, max_width: int) -> None:
     """Untrained networks: seconds of both searches over the same images."""
@@ -226,7 +211,11 @@ def timing(sizes: list[int], images: int, k: int, base: int, max_width: int) -> 
     for size in sizes:
         shape: dict[str, Any] = {"image_size": size, "base": base, "max_width": max_width}
         model = StylEx(
-            untrained_classifier(size), reference_size=images, search_space="sefa_w", search_directions=k, **shape
+            untrained_classifier("DenseNet121", size),
+            reference_size=images,
+            search_space="sefa_w",
+            search_directions=k,
+            **shape,
         )
         model = model.to(device).eval()
         latent, logits = model.starting_points()
