@@ -54,6 +54,8 @@ class Children:
         self.time_limit = time_limit
         # Read when libraries are loaded.
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        # Processes that are killed leave semaphores behind, which Python would tell the user at the end.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
         self.context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
         if device == "cpu":
             os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

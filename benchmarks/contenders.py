@@ -286,9 +286,11 @@ class Contender:
             self.batch["image"] = self.batch["image"].contiguous(memory_format=torch.channels_last)
         if work == "train":
             _detach(self.module)
-        elif hasattr(self.module, "survey"):
+        elif work == "explain":
             # What is found out once for a whole data set is no part of an explanation's time.
-            self.module.adopt(survey) if (survey := self.module.survey()) else None  # type: ignore[operator]
+            explainer: Any = self.module
+            if (survey := explainer.survey()) is not None:
+                explainer.adopt(survey)
 
     def __call__(self, iteration: int) -> Any:
         """Trains a step; or explains or decodes the batch, and returns the answer."""

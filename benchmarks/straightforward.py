@@ -403,7 +403,14 @@ def _embedded(part: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class PlainLens(SteerableLens):
-    """One strength after the other, each shown to the classifier by itself."""
+    """Band by band and one strength after the other, each shown to the classifier by itself."""
+
+    def course(
+        self, image: Tensor, target: Tensor | None = None, origin: Tensor | None = None
+    ) -> tuple[Course, Tensor]:
+        # Made once for every device.
+        self.extrapolator.transform_for(image).__class__ = BandByBand
+        return super().course(image, target, origin)
 
     def frames(self, course: Course, alpha: Tensor) -> Frames:
         every = [super(PlainLens, self).frames(course, alpha[:, index : index + 1]) for index in range(alpha.shape[1])]
@@ -416,9 +423,6 @@ class PlainLens(SteerableLens):
 def looped_lens(model: SteerableLens) -> None:
     """Band by band and strength by strength."""
     model.__class__ = PlainLens
-    size = model.image_size
-    like = torch.empty(0, model.channels, size, size, device=model.device)
-    model.extrapolator.transform_for(like).__class__ = BandByBand
 
 
 # --- all ---

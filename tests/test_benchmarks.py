@@ -96,8 +96,8 @@ def test_ratios_are_of_one_round_each():
 
 
 def test_a_process_of_its_own_measures_memory_and_may_be_killed(monkeypatch):
-    # Children sets both.
-    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+    # Children sets them all.
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     processes = children.Children("cpu", threads=1, time_limit=120)
     cell = dataclasses.replace(LENS, measure="memory", who="as built")
