@@ -249,7 +249,9 @@ def test_a_copy_recomputes_for_itself() -> None:
         assert twin.forward.args[0] is twin
 
 
-def test_the_compiler_does_not_stop_after_eight_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+# Its own way to put limits back: monkeypatch would leave the settings without them.
+@torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8)
+def test_the_compiler_does_not_stop_after_eight_widths() -> None:
     class Widening(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -258,8 +260,6 @@ def test_the_compiler_does_not_stop_after_eight_widths(monkeypatch: pytest.Monke
         def blocks(self) -> list[nn.Module]:
             return [*self.layers]
 
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, limit, 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     network = Widening()
