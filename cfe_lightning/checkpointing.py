@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 
 from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, name_of, silence_trainer
-from cfe_lightning.whole_file import whole_path
+from cfe_lightning.tensor_file import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -41,26 +40,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_path(path) as temporary, temporary.open("wb") as file:
-            with _complaint_of_the_system():
-                torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_tensors(path, checkpoint)
         _keep_name(path)
-
-
-@contextlib.contextmanager
-def _complaint_of_the_system() -> Iterator[None]:
-    """PyTorch's writer hides why a file could not be written."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise OSError(cause.errno, cause.strerror) from error
 
 
 def _keep_name(path: Path) -> None:

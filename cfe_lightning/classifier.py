@@ -27,7 +27,7 @@ from cfe_lightning.classifier_tracing import (
     why_no_feature_map,
 )
 from cfe_lightning.precision import single
-from cfe_lightning.tensor_file import LargerThanFileError, no_larger_than, read_tensors
+from cfe_lightning.tensor_file import LargerThanFileError, no_larger_than, read_tensors, write_tensors
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
@@ -374,9 +374,7 @@ class FrozenClassifier(nn.Module):
         """Writes spec and weights into one file that ``load_classifier`` reads."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        torch.save({"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()}, temporary)
-        temporary.replace(path)
+        write_tensors(path, {"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()})
 
     def fingerprint(self) -> str:
         """A SHA-256 over spec and weights: equal exactly when the decisions are."""

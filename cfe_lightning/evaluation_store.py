@@ -8,9 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cfe_lightning.tensor_file import read_tensors
+from cfe_lightning.tensor_file import read_tensors, write_tensors
 
 
 class EvaluationStore:
@@ -52,10 +50,7 @@ class EvaluationStore:
     def add(self, state: dict[str, Any]) -> None:
         """Keeps one more batch; what a kill tears is not taken for one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(self._count)
-        temporary = path.with_suffix(".part")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_tensors(self._path(self._count), state)
         self._count += 1
 
     def clear(self) -> None:

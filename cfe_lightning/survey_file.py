@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from cfe_lightning.atlas import write_atlas
 from cfe_lightning.explainer import ExplainerModule, sha256_of
-from cfe_lightning.tensor_file import read_tensors
+from cfe_lightning.tensor_file import read_tensors, write_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -82,11 +81,9 @@ def _draw_atlas(explainer: ExplainerModule, output: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    # A name of its own: shards of one folder may make the same survey at the same time.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        torch.save(content, temporary)
-        temporary.replace(path)
+        # Shards of one folder may make the same survey at the same time.
+        write_tensors(path, content, owner=uuid.uuid4().hex)
     except OSError as error:
         _log.warning("The survey could not be kept beside the checkpoint (%s): the next run makes it again.", error)
 

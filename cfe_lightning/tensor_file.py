@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
+
+from cfe_lightning.whole_file import whole_path
 
 #: Entries of lists and dictionaries once what is referred to twice is written out, and how deep they may nest.
 _MOST_ENTRIES = 10_000_000
@@ -55,6 +58,38 @@ def read_tensors(path: Path, *, any_age: bool = False) -> Any:
     except Exception as error:
         raise ValueError("the file is truncated, damaged or not written by torch.save") from error
     return content
+
+
+def write_tensors(path: Path, content: Any, owner: str = "") -> None:
+    """Writes what ``read_tensors`` reads, whole or not at all, and waits until the disk has it.
+
+    Args:
+        path: The file.
+        content: Plain data and tensors.
+        owner: See ``whole_file.whole_path``.
+
+    Raises:
+        OSError: If the file cannot be written; it names the file.
+    """
+    with whole_path(path, owner) as temporary, temporary.open("wb") as file:
+        with _complaint_of_the_system():
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _complaint_of_the_system() -> Iterator[None]:
+    """PyTorch's writer hides why a file could not be written."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror) from error
 
 
 class LargerThanFileError(ValueError):

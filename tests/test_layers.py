@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     # The frozen classifier; class_paths, tracing and weights are its parts, sources are what builds one.
     "class_paths": set(),
     "classifier_tracing": set(),
-    "tensor_file": set(),
+    "tensor_file": {"whole_file"},
     "classifier_weights": {"tensor_file"},
     "classifier_calls": set(),
     "classifier": {"images", "class_paths", "classifier_calls", "classifier_tracing", "precision", "tensor_file"},
@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "drawing": {"explanation", "images"},
     "callbacks": {"whole_file", "explanation", "classifier", "images", "drawing"},
     "acceleration": {"networks"},
-    "checkpointing": {"stop_signals", "whole_file"},
+    "checkpointing": {"stop_signals", "tensor_file"},
     "csv_log": {"whole_file"},
     "environment": set(),
     "stop_signals": set(),
