@@ -318,7 +318,8 @@ class Witness(pl.Callback):
             self.record["val"].append(_logged(trainer, "val/"))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = {name: value.double().sum().item() for name, value in pl_module.named_parameters()}
+        # Of magnitudes: the images of two classes may be each other's negative.
+        weights = {name: value.double().abs().sum().item() for name, value in pl_module.named_parameters()}
         seen = {"names": self.names, "draws": self.draws, "weights": weights}
         if hasattr(pl_module, "classifier") and hasattr(pl_module.classifier, "fingerprint"):
             seen["classifier"] = pl_module.classifier.fingerprint()  # type: ignore[operator]

@@ -321,7 +321,8 @@ class StyleGenerator(nn.Module):
 
     def spread(self, w: Tensor) -> Tensor:
         """One latent for all slots, [B, D] -> [B, L, D]; latents for every slot stay as they are."""
-        return w[:, None].expand(-1, self.num_slots, -1) if w.ndim == 2 else w
+        # Copies, not a view: a matrix product of a view may run in another kernel, and its last bits differ.
+        return w[:, None].repeat(1, self.num_slots, 1) if w.ndim == 2 else w
 
     def forward(self, w: Tensor, condition: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """Latents [B, D] or [B, L, D] and labels [B, K] to pictures [B, C, R, R]."""
