@@ -7,11 +7,11 @@ layers or steps) goes through the functions here; without mixed precision they c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def single(x: Tensor) -> Tensor:
@@ -32,3 +32,28 @@ def differentiable_twice(like: Tensor) -> Iterator[None]:
     """
     with full_precision(like), torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def cast_once(blocks: Iterable[nn.Module], like: Tensor) -> Iterator[None]:
+    """Rounds the weights of convolutions and linear layers once for many passes under autocast.
+
+    Autocast rounds them anew in every pass, which is one more kernel for each; the numbers are the same. Without
+    autocast, or where gradients are wanted, nothing happens.
+
+    Args:
+        blocks: Of a network, without layers that compute in ``full_precision``.
+        like: On their device.
+    """
+    device = like.device.type
+    weights: list[tuple[nn.Parameter, Tensor]] = []
+    if torch.is_autocast_enabled(device) and not torch.is_grad_enabled():
+        layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+        weights = [(weight, weight.data) for layer in layers for weight in layer.parameters(recurse=False)]
+    try:
+        for weight, exact in weights:
+            weight.data = exact.to(torch.get_autocast_dtype(device))
+        yield
+    finally:
+        for weight, exact in weights:
+            weight.data = exact

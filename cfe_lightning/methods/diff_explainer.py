@@ -38,6 +38,7 @@ from cfe_lightning.methods.semantic_agent import (
     fit_offset,
     fit_ridge,
     metric_matrix,
+    refine,
     travelled,
     unit_step,
 )
@@ -429,26 +430,21 @@ class DiffExplainer(ExplainerModule):
             self.agent.weight.copy_(weight)
             self.agent.bias.copy_(bias)
         if self.alignment != "mse":
-            self._refine(standardised.float(), features.float(), logits.float())
+            refine(
+                self.agent,
+                standardised.float(),
+                features.float(),
+                logits.float(),
+                (self.head_weight.float(), self.head_bias.float()),
+                kind=self.alignment,
+                epochs=self.agent_epochs,
+                learning_rate=self.agent_learning_rate,
+            )
         self.offset.zero_()
         self.offset.copy_(fit_offset(self.agent_logits(code), logits))
         if self.metric != "calibrate":
             self.step_matrix.copy_(metric_matrix(self.metric, statistics, self.shrinkage))
         self.fitted.fill_(True)
-
-    def _refine(self, code: Tensor, features: Tensor, logits: Tensor) -> None:
-        """Adam from the regression on, over minibatches of standardised codes in the same order on every process."""
-        optimizer = torch.optim.Adam(self.agent.parameters(), lr=self.agent_learning_rate)
-        generator = torch.Generator().manual_seed(0)
-        weight, bias = self.head_weight.float(), self.head_bias.float()
-        for _ in range(self.agent_epochs):
-            for rows in torch.randperm(len(code), generator=generator).to(code.device).split(64):
-                said = self.agent(code[rows])
-                loss = alignment_loss(said, features[rows], said @ weight.T + bias, logits[rows], self.alignment)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        self.agent.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

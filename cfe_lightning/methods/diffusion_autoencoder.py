@@ -29,7 +29,7 @@ from cfe_lightning.networks.diffusion_process import (
     check_steps,
 )
 from cfe_lightning.networks.semantic_unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
-from cfe_lightning.precision import single
+from cfe_lightning.precision import cast_once, single
 from cfe_lightning.processes import log_training, log_validation
 
 #: Images that a validation reconstructs.
@@ -123,11 +123,13 @@ class DiffusionAutoencoder(pl.LightningModule):
 
     def invert(self, image: Tensor, code: Tensor, num_steps: int, refinements: int = 1) -> tuple[Tensor, Tensor]:
         """The noise maps [B, C, H, W] that ``decode`` turns into the images with the same codes, and residuals [B]."""
-        return self.process.invert(self._noise_predictor(code), image, num_steps, refinements)
+        with cast_once(self.unet.blocks(), image):
+            return self.process.invert(self._noise_predictor(code), image, num_steps, refinements)
 
     def decode(self, noise_map: Tensor, code: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
         """Noise maps [B, C, H, W] and codes [B, D] to images in [-1, 1]."""
-        return self.process.decode(self._noise_predictor(code), noise_map, num_steps, sampler).clamp(-1, 1)
+        with cast_once(self.unet.blocks(), noise_map):
+            return self.process.decode(self._noise_predictor(code), noise_map, num_steps, sampler).clamp(-1, 1)
 
     def _noise_predictor(self, code: Tensor) -> NoisePredictor:
         def predict(state: Tensor, step: Tensor) -> Tensor:

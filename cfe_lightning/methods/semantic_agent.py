@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional import classification
 
@@ -98,6 +98,59 @@ def alignment_loss(features: Tensor, wanted: Tensor, logits: Tensor, wanted_logi
     if kind == "kl":
         return kl_between_logits(wanted_logits, logits)
     return F.l1_loss(features, wanted) if kind == "l1" else F.mse_loss(features, wanted)
+
+
+def alignment_gradient(
+    features: Tensor, wanted: Tensor, wanted_logits: Tensor, head: tuple[Tensor, Tensor], kind: Alignment
+) -> Tensor:
+    """How ``alignment_loss`` changes with the agent's features, [N, F]; the head makes logits of them."""
+    if kind == "kl":
+        weight, bias = head
+        logits = features @ weight.T + bias
+        return (logits.softmax(dim=1) - wanted_logits.softmax(dim=1)) @ weight / len(logits)
+    difference = features - wanted
+    return (difference.sign() if kind == "l1" else 2 * difference) / difference.numel()
+
+
+def refine(
+    agent: nn.Linear,
+    codes: Tensor,
+    features: Tensor,
+    logits: Tensor,
+    head: tuple[Tensor, Tensor],
+    *,
+    kind: Alignment,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 64,
+) -> None:
+    """Trains an agent further with Adam, in place; the same on every process.
+
+    The gradient is written out: that of so small a batch is a few products, and autograd would take most of the time,
+    which every process of a run spends again.
+
+    Args:
+        agent: [D] -> [F].
+        codes: Standardised, [N, D].
+        features: The classifier's, [N, F].
+        logits: The classifier's, [N, K].
+        head: Weight [K, F] and bias [K] that make logits of features.
+        kind: See ``alignment_loss``.
+        epochs: Passes over the codes, each in another order.
+        learning_rate: Adam's.
+        batch_size: Codes of one step.
+    """
+    optimizer = torch.optim.Adam(agent.parameters(), lr=learning_rate, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        order = torch.randperm(len(codes), generator=generator).to(codes.device)
+        shuffled = (values[order].split(batch_size) for values in (codes, features, logits))
+        for code, wanted, wanted_logits in zip(*shuffled, strict=True):
+            with torch.no_grad():
+                gradient = alignment_gradient(agent(code), wanted, wanted_logits, head, kind)
+                agent.weight.grad, agent.bias.grad = gradient.T @ code, gradient.sum(dim=0)
+            optimizer.step()
+    agent.zero_grad(set_to_none=True)
 
 
 def metric_matrix(kind: StepMetric, statistics: CodeStatistics, shrinkage: float = 0.05) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: B images, C channels, H, W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class DiffusionProcess(nn.Module):
         # One entry more: the clean image before step 0.
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        #: The same as numbers: arithmetic on single numbers is no work for a GPU.
+        self._levels: list[float] = alpha_bar.tolist()
 
     def noised(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """Images and Gaussian noise [B, C, H, W] mixed as at diffusion steps [B]."""
@@ -121,24 +124,19 @@ class DiffusionProcess(nn.Module):
             state, known = moved, [*known[-1:], noise]
         return state, residual
 
-    def _grid(self, num_steps: int) -> list[tuple[int, Tensor, Tensor]]:
+    def _grid(self, num_steps: int) -> list[tuple[int, float, float]]:
         """Diffusion step, and the shares of image in the variance below and at it, from the image upwards."""
-        check_steps(num_steps)
-        stride = NUM_TRAINING_STEPS // num_steps
-        below = self.alpha_bar[:1].squeeze(0)
-        grid = []
-        for step in range(0, NUM_TRAINING_STEPS, stride):
-            level = self.alpha_bar[step + 1]
-            grid.append((step, below, level))
-            below = level
-        return grid
+        stride = NUM_TRAINING_STEPS // check_steps(num_steps)
+        steps = range(0, NUM_TRAINING_STEPS, stride)
+        levels = [self._levels[0], *(self._levels[step + 1] for step in steps)]
+        return list(zip(steps, levels, levels[1:], strict=False))
 
     @staticmethod
-    def _moved(state: Tensor, noise: Tensor, level: Tensor, to: Tensor) -> Tensor:
+    def _moved(state: Tensor, noise: Tensor, level: float, to: float) -> Tensor:
         """The state at another level, if the noise in it is ``noise``; coefficients are computed in float64."""
-        keep = (to / level).sqrt()
-        add = (1 - to).sqrt() - keep * (1 - level).sqrt()
-        return keep.to(state) * state + add.to(state) * noise.to(state)
+        keep = math.sqrt(to / level)
+        add = math.sqrt(1 - to) - keep * math.sqrt(1 - level)
+        return keep * state + add * noise.to(state)
 
     def _decode_dpm(self, predict: NoisePredictor, state: Tensor, num_steps: int) -> Tensor:
         first, last = _BETAS

@@ -59,10 +59,11 @@ def test_a_step_of_zero_is_the_reconstruction_bit_for_bit() -> None:
     change = torch.randn(3, 4, 6).double()
     change[:, 2] = 0
     pictures = model.render(located, change)
-    change[:, 1] = 0
-    again = model.render(located, change)
-    assert torch.equal(pictures[:, 2], again[:, 1])
-    assert not torch.equal(pictures[:, 1], again[:, 1])
+    # At the same place of the batch: on some processors a kernel's last bits depend on the row.
+    still = model.render(located, torch.zeros_like(change))
+    assert torch.equal(pictures[:, 2], still[:, 2])
+    torch.testing.assert_close(pictures[:, 2], still[:, 1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(pictures[:, 1], still[:, 1], atol=1e-3)
     direct = model.autoencoder.decode(located.noise_map[:, 0], located.code[:, 0], 2)
     torch.testing.assert_close(pictures[:, 2], direct, atol=1e-4, rtol=1e-4)
 

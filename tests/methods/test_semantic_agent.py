@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from typing import get_args
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfe_lightning.losses import kl_between_logits
 from cfe_lightning.methods.semantic_agent import (
     METRICS,
+    Alignment,
     StepMetric,
     agreement,
+    alignment_gradient,
     alignment_loss,
     code_statistics,
     fit_offset,
     fit_ridge,
     metric_matrix,
+    refine,
     travelled,
     unit_step,
 )
@@ -137,6 +143,36 @@ def test_alignment_is_the_distance_it_is_called() -> None:
     assert alignment_loss(said, wanted, logits, decided, "mse").item() == 2.5
     # 0.75 log(0.75 / 0.5) + 0.25 log(0.25 / 0.5)
     assert alignment_loss(said, wanted, logits, decided, "kl").item() == pytest.approx(0.130812, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(Alignment))
+def test_the_gradient_of_the_alignment_is_autograds(kind: Alignment) -> None:
+    said, wanted, decided = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4), torch.randn(6, 3)
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    loss = alignment_loss(said, wanted, said @ weight.T + bias, decided, kind)
+    (expected,) = torch.autograd.grad(loss, said)
+    torch.testing.assert_close(alignment_gradient(said, wanted, decided, (weight, bias), kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["l1", "kl"])
+def test_refining_is_adam_on_the_alignment_in_every_order(kind: Alignment) -> None:
+    code, wanted, decided = codes(count=40).float(), torch.randn(40, 4), torch.randn(40, 3)
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    agent = nn.Linear(5, 4)
+    other = copy.deepcopy(agent)
+    refine(agent, code, wanted, decided, (weight, bias), kind=kind, epochs=3, learning_rate=0.01, batch_size=16)
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for rows in torch.randperm(40, generator=generator).split(16):
+            said = other(code[rows])
+            loss = alignment_loss(said, wanted[rows], said @ weight.T + bias, decided[rows], kind)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(agent.weight, other.weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(agent.bias, other.bias, atol=1e-5, rtol=1e-5)
+    assert agent.weight.grad is None
 
 
 def test_agreement_of_two_classes_counts_class_one_as_positive() -> None:
