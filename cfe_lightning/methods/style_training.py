@@ -174,17 +174,23 @@ class PathPart:
 
 def critic_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, fakes: Sequence[Fake]) -> dict[str, Tensor]:
     """Real images against encoded and drawn ones; the real term counts once for each kind of the others."""
-    # Each kind by itself: the critic compares the images of a call.
-    real = adversarial_loss(critic(image, real_label), real=True)
-    encoded, drawn = (adversarial_loss(critic(fake.detach(), label), real=False) for fake, label in fakes)
+    judged = _judged(critic, [(image, real_label), *((fake.detach(), label) for fake, label in fakes)])
+    real = adversarial_loss(judged[0], real=True)
+    encoded, drawn = (adversarial_loss(logits, real=False) for logits in judged[1:])
     terms = {"critic_real": real, "critic_encoded": encoded, "critic_drawn": drawn}
     return terms | {"critic": 2 * real + encoded + drawn}
 
 
 def generator_loss(critic: StyleCritic, fakes: Sequence[Fake]) -> dict[str, Tensor]:
     """What makes encoded and drawn images look real."""
-    encoded, drawn = (adversarial_loss(critic(fake, label), real=True) for fake, label in fakes)
+    encoded, drawn = (adversarial_loss(logits, real=True) for logits in _judged(critic, fakes))
     return {"adversarial_encoded": encoded, "adversarial_drawn": drawn, "generator": 0.5 * (encoded + drawn)}
+
+
+def _judged(critic: StyleCritic, kinds: Sequence[Fake]) -> tuple[Tensor, ...]:
+    """The critic's logits of images of several kinds, [B] each: one pass for all keeps a GPU busier."""
+    images, labels = zip(*kinds, strict=True)
+    return critic(torch.cat(images), torch.cat(labels), len(kinds)).chunk(len(kinds))
 
 
 def r1_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, weight: float) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
 from cfe_lightning.losses import Lpips, kl_between_logits, relative_distance
 from cfe_lightning.methods.style_atlas import draw_atlas
-from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table, target_margin
+from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table
 from cfe_lightning.methods.style_reference import Reference, first_of_each_class
 from cfe_lightning.methods.style_search import (
     Directions,
@@ -61,6 +61,7 @@ from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, 
 from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
 from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
+from cfe_lightning.precision import full_precision, single
 from cfe_lightning.processes import log_training, log_validation, rows_of_all
 from cfe_lightning.step_search import leads, smallest_step
 
@@ -449,16 +450,22 @@ class StylEx(ExplainerModule):
 
     def judge(self, latent: Tensor, label: Tensor) -> Judge:
         """What the classifier says of these images after changes; in half precision on a GPU, checked near ties."""
+        latent, label = single(latent), single(label)
+
+        def said(rows: Tensor, change: Tensor) -> Tensor:
+            return self.classifier(self._render(latent[rows], label[rows], change))
 
         def exact(rows: Tensor, change: Tensor) -> Tensor:
-            return self.classifier(self._render(latent[rows], label[rows], change))
+            # Whatever precision a training or an explanation around it has.
+            with full_precision(latent):
+                return said(rows, change)
 
         if latent.device.type != "cuda":
             return exact
 
         def rough(rows: Tensor, change: Tensor) -> Tensor:
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                return exact(rows, change)
+                return said(rows, change)
 
         return rechecked(rough, exact)
 
@@ -574,9 +581,10 @@ class StylEx(ExplainerModule):
         return smallest_step(reached, torch.ones_like(way[:, 0]), points=_POINTS, rounds=1)[0]
 
     def _target_margins(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``target_margin`` for another target in every row, [B, T, K] -> [B, T]."""
-        every = torch.stack([target_margin(logits, k) for k in range(logits.shape[2])], dim=2)
-        return every.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+        """``style_ranking.target_margin`` for another target in every row, [B, T, K] -> [B, T]."""
+        asked = target[:, None, None].expand(-1, logits.shape[1], 1)
+        others = logits.scatter(2, asked, -torch.inf).logsumexp(dim=2)
+        return logits.gather(2, asked).squeeze(2) - others
 
     # Training
 

@@ -128,15 +128,20 @@ class StyleCritic(nn.Module):
         """What the network is built of, to be compiled or recomputed one by one."""
         return [*self.trunk.blocks]
 
-    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+    def forward(self, image: Tensor, label: Tensor, kinds: int = 1) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] and labels or probabilities [B, K] -> one raw logit per image, [B].
 
-        Images of one call are compared with each other: real and generated ones need calls of their own.
+        Images of one kind are compared with each other, never real with generated ones.
+
+        Args:
+            image: Of one kind after the other, equally many of each.
+            label: What they should show.
+            kinds: How many kinds.
         """
         if self.planes is not None:
             drawn = encode_bits(self.planes, label.to(image)).unflatten(2, image.shape[2:])
             image = torch.cat([image, drawn], dim=1)
-        features = stddev_map(self.trunk(image))
+        features = torch.cat([stddev_map(kind) for kind in self.trunk(image).chunk(kinds)])
         features = activate(self.linear(activate(self.conv(features)).flatten(1)))
         logit = single(self.head(features)).squeeze(1)
         if self.projection is not None:

@@ -499,6 +499,18 @@ def test_a_checkpoint_alone_searches_the_same(fitted: StylEx, tmp_path: Path) ->
     torch.testing.assert_close(loaded.search().table, fitted.eval().search().table)
 
 
+def test_the_exact_judge_is_exact_in_a_training_in_half_precision(fitted: StylEx) -> None:
+    latent, logits = fitted.starting_points()
+    judge, rows = fitted.judge(latent, fitted.label(logits)), torch.arange(4)
+    change = torch.randn(4, latent.shape[-1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = judge(rows, change)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = judge(rows, change)
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again, exact, atol=1e-6, rtol=1e-6)
+
+
 def test_judging_moved_images_equals_a_loop(fitted: StylEx) -> None:
     latent, logits = fitted.starting_points()
     label = fitted.label(logits)

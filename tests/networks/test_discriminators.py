@@ -116,6 +116,15 @@ def test_a_style_critic_compares_the_images_of_a_call() -> None:
 
 
 @pytest.mark.parametrize("label_entry", ["planes", "projection"])
+def test_kinds_of_one_call_are_judged_as_in_calls_of_their_own(label_entry: Any) -> None:
+    critic = style_critic(label_entry)
+    images, labels = torch.randn(9, 1, 16, 16), torch.eye(3).repeat(3, 1)
+    apart = torch.cat([critic(image, label) for image, label in zip(images.split(3), labels.split(3), strict=True)])
+    torch.testing.assert_close(critic(images, labels, 3), apart, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(critic(images, labels), apart, atol=1e-4)
+
+
+@pytest.mark.parametrize("label_entry", ["planes", "projection"])
 def test_the_gradient_penalty_of_a_style_critic_has_the_right_gradient(label_entry: Any) -> None:
     critic = style_critic(label_entry, size=8).double()
     images = torch.randn(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
