@@ -36,6 +36,8 @@ _TEXTS = ("class_path", "head", "feature_map", "label")
 _OPTIONAL = ("head", "feature_map", "label")
 #: Side of an image in pixels beyond which no file is believed.
 _LARGEST_SIDE = 4096
+#: Arguments at which torchvision's builders download.
+_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -462,9 +464,17 @@ def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Modul
     """Builds the spec's network without weights.
 
     Raises:
-        ValueError: If the class path is refused (see ``resolve_class_path``) or does not take the spec's arguments.
+        ValueError: If the class path is refused (see ``resolve_class_path``), does not take the spec's arguments, or
+            these ask for weights from the internet.
     """
     kind = resolve_class_path(spec.class_path, trusted)
+    downloads = [name for name in _DOWNLOADS if not any(spec.init_args.get(name) is none for none in (None, False))]
+    if spec.class_path.startswith("torchvision.") and downloads:
+        raise ValueError(
+            f"{spec.class_path} is to be built with {downloads[0]} {spec.init_args[downloads[0]]!r:.80}, which would "
+            "download, but a file's network is built without weights: leave that argument out, or make a classifier "
+            "of torchvision's own weights with cfe_lightning.classifier_sources.torchvision_classifier."
+        )
     try:
         network = kind(**spec.init_args)
     except LargerThanFileError:
@@ -499,9 +509,7 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
             "or take your own network with cfe_lightning.classifier_sources.wrap_classifier."
         )
     try:
-        content = read_tensors(file)
-        spec = ClassifierSpec.from_dict(_part(content, "classifier"))
-        weights = _part(content, "state_dict")
+        spec, weights = _read(file)
     except ValueError as error:
         raise ValueError(
             f"{file} is not a classifier file of cfe_lightning ({str(error).rstrip('.')}): for a plain state dict use "
@@ -513,6 +521,14 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
     classifier = FrozenClassifier(network, spec)
     check_outputs(classifier, str(file))
     return classifier
+
+
+def is_classifier_file(path: Path) -> bool:
+    """Whether a file holds what ``load_classifier`` reads; nothing is built."""
+    try:
+        return path.is_file() and bool(_read(path))
+    except (OSError, ValueError):
+        return False
 
 
 def check_outputs(classifier: FrozenClassifier, file: str) -> None:
@@ -565,6 +581,12 @@ def fill(network: nn.Module, weights: dict[str, Any], file: str, kind: str) -> N
     # Networks may read their weights in their own way.
     except Exception as error:
         raise ValueError(f"The weights in {file} do not fit {kind}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read(file: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
+    """Description and weights of a classifier file."""
+    content = read_tensors(file)
+    return ClassifierSpec.from_dict(_part(content, "classifier")), _part(content, "state_dict")
 
 
 def _part(content: Any, key: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Source: DXAI, sections 2.4 and 6. The epoch is chosen on a validation split of i
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network, prepare
+from cfe_lightning.classifier import (
+    ClassifierSpec,
+    FrozenClassifier,
+    build_network,
+    is_classifier_file,
+    prepare,
+    resolve_class_path,
+)
 from cfe_lightning.classifier_tracing import probe_image, trace_layers
 from cfe_lightning.processes import log_training
 
@@ -26,10 +35,11 @@ class ClassifierTraining(pl.LightningModule):
     """Trains a classifier and, at the end, writes the epoch of the best validation accuracy as a classifier file.
 
     Args:
-        output: The file to write, for example ``checkpoints/shapes.pt``; ``load_classifier`` reads it.
+        output: The file to write, for example ``checkpoints/shapes.pt``; ``load_classifier`` reads it. An earlier
+            classifier file of that name is replaced, any other file is not.
         architecture: ``simple`` (two convolutions, DXAI's table 7), ``pooled`` (five, and a feature map), ``resnet18``,
             ``densenet121``, or the import path of an ``nn.Module`` class of your own or of a ``torchvision.models``
-            builder.
+            builder; in ``train.py`` a package of your own also needs ``--trusted``.
         small_image: For ``resnet18`` and ``densenet121``: a first layer that keeps the resolution of small images.
         init_args: Arguments for an architecture given by import path, with its number of classes.
         image_size: Side of the square images the network sees; None takes the data's.
@@ -45,7 +55,8 @@ class ClassifierTraining(pl.LightningModule):
 
     Raises:
         ValueError: If the architecture is unknown or its options contradict each other; when fitting, if the data do
-            not say what was left None, if there is no validation split, or if the network does not fit the classes.
+            not say what was left None, if there is no validation split, if the network does not fit the classes, or if
+            another kind of file is in the place of ``output``.
     """
 
     def __init__(
@@ -74,6 +85,9 @@ class ClassifierTraining(pl.LightningModule):
             raise ValueError(f"small_image is for resnet18 and densenet121, but architecture is {architecture!r}.")
         if init_args and "." not in architecture:
             raise ValueError(f"init_args are for an architecture given by import path, not for {architecture!r}.")
+        if "." in architecture:
+            # Here already, and not only where it is built: processes that are spawned know nothing of `only_trusted`.
+            resolve_class_path(architecture, trusted=[architecture.partition(".")[0]])
         self.save_hyperparameters()
         self.output = output
         self.architecture = architecture
@@ -128,9 +142,15 @@ class ClassifierTraining(pl.LightningModule):
         self.spec = spec
 
     def on_fit_start(self) -> None:
-        """Refuses to train where nothing would tell the best epoch."""
+        """Refuses to train where nothing would tell the best epoch, or where another kind of file would be lost."""
         if not self.trainer.enable_validation:
             raise ValueError("Training a classifier needs validation images, because they choose the epoch to keep.")
+        output = Path(self.output)
+        if self.trainer.is_global_zero and os.path.lexists(output) and not is_classifier_file(output):
+            raise ValueError(
+                f"The classifier would be written over {output}, which is no classifier file: choose another output, "
+                "or remove that file."
+            )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, [B, C, H, W] in [-1, 1] -> [B, K]."""
@@ -141,7 +161,8 @@ class ClassifierTraining(pl.LightningModule):
         """Cross-entropy of one batch."""
         image = batch["image"]
         if self.noise:
-            image = image + self.noise * torch.randn_like(image)
+            # Drawn pixel by pixel whatever the layout of the images, which `randn_like` would follow.
+            image = image + self.noise * torch.randn(image.shape, device=image.device, dtype=image.dtype)
         logits = self(image)
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         correct = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()

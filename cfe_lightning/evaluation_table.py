@@ -24,6 +24,7 @@ from cfe_lightning.evaluation_comparison import (
 )
 from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, Metric, iso_key
 from cfe_lightning.metrics.statistics import Measurement
+from cfe_lightning.whole_file import whole_file, whole_path
 
 #: Probability of the decision on a wholly blurred image from which on deletion cannot tell maps apart.
 _BLURRED_AWAY = 0.8
@@ -100,24 +101,6 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
     differences, groups = paired_differences(evaluation), group_means(evaluation)
     shown = [short_table(evaluation), *tables(evaluation, differences, groups), full_table(evaluation)]
     text = "\n".join(table.markdown() for table in shown)
-    (folder / "table.md").write_text(f"# Evaluation\n\n{text}", encoding="utf-8", errors="backslashreplace")
-    (folder / "differences.csv").write_text(
-        _lines_csv(
-            ["first", "second", "metric"], [([one.first, one.second, one.key], one.measured) for one in differences]
-        ),
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
-    (folder / "groups.csv").write_text(
-        _lines_csv(
-            ["explainer", "class", "target", "metric"],
-            [([one.explainer, one.source, one.target or "", one.key], one.measured) for one in groups],
-        ),
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
-    (folder / "table.csv").write_text(_csv(evaluation), encoding="utf-8", errors="backslashreplace")
-    (folder / "per_image.csv").write_text(_per_image_csv(evaluation), encoding="utf-8", errors="backslashreplace")
     content = {**settings, "n_images": len(evaluation.image_names), "class_names": list(evaluation.class_names)}
     content["rows"] = [
         {
@@ -133,12 +116,26 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
         }
         for name, row in zip(evaluation.agreeing, evaluation.agreement.tolist(), strict=True)
     }
-    # allow_nan=False: a NaN that got this far is our mistake and must not be written.
-    (folder / "metrics.json").write_text(
-        json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8", errors="backslashreplace"
-    )
+    files = {
+        "table.md": f"# Evaluation\n\n{text}",
+        "differences.csv": _lines_csv(
+            ["first", "second", "metric"], [([one.first, one.second, one.key], one.measured) for one in differences]
+        ),
+        "groups.csv": _lines_csv(
+            ["explainer", "class", "target", "metric"],
+            [([one.explainer, one.source, one.target or "", one.key], one.measured) for one in groups],
+        ),
+        "table.csv": _csv(evaluation),
+        "per_image.csv": _per_image_csv(evaluation),
+        # allow_nan=False: a NaN that got this far is our mistake and must not be written.
+        "metrics.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
+    }
+    for name, written in files.items():
+        with whole_file(folder / name) as file:
+            file.write(written)
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
-    np.savez(folder / "curves.npz", allow_pickle=False, **curves)
+    with whole_path(folder / "curves.npz") as temporary, temporary.open("wb") as archive:
+        np.savez(archive, allow_pickle=False, **curves)
     return shown
 
 

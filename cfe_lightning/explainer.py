@@ -12,7 +12,6 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as pl
-import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from cfe_lightning.classifier import (
     resolve_class_path,
 )
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.tensor_file import no_larger_than, read_tensors
+from cfe_lightning.tensor_file import no_larger_than, read_tensors, write_tensors
 
 #: Keys of a checkpoint that only a resumed training needs.
 RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
@@ -98,6 +97,11 @@ class ExplainerModule(pl.LightningModule, ABC):
         """What was found out about the classifier as a whole, drawn; None where images are explained one by one."""
         return None
 
+    def setup(self, stage: str) -> None:
+        """Refuses to train in float16 where that goes wrong; a subclass with a ``setup`` of its own calls this one."""
+        if stage == "fit":
+            check_precision(self, str(self.trainer.precision))
+
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:
         """Explains one batch of the batch contract, for its ``target`` if it has one; in parts if memory is short."""
@@ -114,6 +118,26 @@ class ExplainerModule(pl.LightningModule, ABC):
         checkpoint["classifier"] = self.classifier.spec.to_dict()
         # Lightning leaves the key out where a method takes no argument.
         checkpoint.setdefault("hyper_parameters", {})
+
+
+def check_precision(module: pl.LightningModule, precision: str) -> None:
+    """Refuses to train in float16 where optimisers are stepped by hand.
+
+    Its gradients have to be scaled so that they do not vanish, and the one scale of a trainer changes after every
+    step: that of one optimiser would be judged by the gradient of another, and a penalty on gradients by scaled ones.
+
+    Args:
+        module: What is to be trained.
+        precision: The trainer's.
+
+    Raises:
+        ValueError: If that was asked for.
+    """
+    if precision.startswith("16") and not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} cannot be trained with precision {precision}, because float16 gradients vanish "
+            "or overflow in its alternating steps: use bf16-mixed or 32-true."
+        )
 
 
 def load_explainer(
@@ -144,7 +168,7 @@ def load_explainer(
         class_path = checkpoint["explainer"]["class_path"]
         spec = ClassifierSpec.from_dict(checkpoint["classifier"])
         arguments, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-        if not (isinstance(class_path, str) and _has_names(arguments) and _has_names(weights)):
+        if not (isinstance(class_path, str) and has_names(arguments) and has_names(weights)):
             raise ValueError("a part of it is of another form")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
@@ -172,7 +196,8 @@ def load_explainer(
     return explainer
 
 
-def _has_names(part: Any) -> bool:
+def has_names(part: Any) -> bool:
+    """Whether a part of a file is a dictionary by text."""
     return isinstance(part, dict) and all(isinstance(name, str) for name in part)
 
 
@@ -271,4 +296,4 @@ def sha256_of(path: Path) -> str:
 def strip_checkpoint(source: Path, destination: Path) -> None:
     """Copies a checkpoint without the state that only a resumed training needs: smaller, explains the same."""
     checkpoint = load_checkpoint(source)
-    torch.save({key: value for key, value in checkpoint.items() if key not in RESUME_ONLY}, destination)
+    write_tensors(destination, {key: value for key, value in checkpoint.items() if key not in RESUME_ONLY})

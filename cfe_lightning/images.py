@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from cfe_lightning.whole_file import whole_path
+
 #: File name endings that are looked at when a folder is read.
 EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 #: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
@@ -341,10 +343,9 @@ def save_image(image: Tensor, path: Path) -> str:
         Its ``pixel_digest``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _unfinished(path)
     picture = to_pil(image)
-    picture.save(temporary, format="PNG", compress_level=1)
-    temporary.replace(path)
+    with whole_path(path, owner=str(os.getpid())) as temporary:
+        picture.save(temporary, format="PNG", compress_level=1)
     return pixel_digest(picture)
 
 
@@ -389,16 +390,15 @@ def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> Non
     """
     frames = [to_pil(step) for step in (*steps, *steps.flip(0)[1:-1])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _unfinished(path)
-    if path.suffix == ".mp4":
-        _save_video(frames, temporary, milliseconds)
-    else:
+    with whole_path(path, owner=str(os.getpid())) as temporary:
+        if path.suffix == ".mp4":
+            _save_video(frames, temporary, milliseconds)
+            return
         options = {"lossless": True} if path.suffix == ".webp" else {}
         form = path.suffix[1:].upper()
         frames[0].save(
             temporary, format=form, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options
         )
-    temporary.replace(path)
 
 
 def can_save_video() -> bool:
@@ -423,12 +423,6 @@ def _save_video(frames: Sequence[Image.Image], path: Path, milliseconds: int) ->
             picture = av.VideoFrame.from_image(enlarged.crop((0, 0, *size)))
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a file grows until it is whole. Not its own name with an ending: that could be too long for a name."""
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    return path.with_name(f".{name}.{os.getpid()}.part")
 
 
 def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:

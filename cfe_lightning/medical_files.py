@@ -6,8 +6,11 @@ file is read. Slices lie as a DICOM viewer shows them: the patient's front is up
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,17 @@ from cfe_lightning.images import UnreadableImageError
 
 DICOM_ENDING = ".dcm"
 NIFTI_ENDINGS = (".nii", ".nii.gz")
+#: Packages that read the files, the decoders that pydicom looks for included; Pillow is one of them, too.
+_DICOM_READERS = (
+    "pydicom",
+    "pylibjpeg",
+    "pylibjpeg-libjpeg",
+    "pylibjpeg-openjpeg",
+    "pylibjpeg-rle",
+    "pyjpegls",
+    "python-gdcm",
+)
+_NIFTI_READERS = ("nibabel",)
 
 
 def is_dicom(path: Path | str) -> bool:
@@ -35,6 +49,11 @@ def is_nifti(path: Path | str) -> bool:
 def is_medical(path: Path | str) -> bool:
     """Whether the name is that of one or the other."""
     return is_dicom(path) or is_nifti(path)
+
+
+def reader_versions(path: Path | str) -> str:
+    """Versions of the installed packages that decide on the values in a DICOM or NIfTI file; empty for other files."""
+    return _versions(*_DICOM_READERS) if is_dicom(path) else _versions(*_NIFTI_READERS) if is_nifti(path) else ""
 
 
 def is_slice(name: str) -> bool:
@@ -224,6 +243,16 @@ def apply_window(values: np.ndarray, window: tuple[float, float] | None) -> Tens
     clipped = np.nan_to_num(values, nan=low).clip(low, high)
     scaled = (clipped - low) / max(high - low, np.finfo(np.float64).tiny) * 2 - 1
     return torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))[None]
+
+
+@cache
+def _versions(*packages: str) -> str:
+    """Of those that are installed; asked once, because they are looked up on the disk."""
+    found = []
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return " ".join(found)
 
 
 def _missing(package: str, path: Path) -> ModuleNotFoundError:

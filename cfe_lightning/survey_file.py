@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,13 @@ def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
     told = json.dumps([sha256_of(checkpoint), version, dict(explainer.hparams)], sort_keys=True)
     made_from = hashlib.sha256(told.encode()).hexdigest()
     path = survey_path(checkpoint)
-    kept = _read(path)
-    if kept.get("made_from") == made_from:
-        explainer.adopt(kept["survey"])
+    if _adopt(explainer, path, made_from):
         return
     sys.stderr.write(
         f"{type(explainer).__name__} searches what moves the classifier as a whole, once for this checkpoint and these "
         f"settings (kept as {path.name})\n"
     )
-    _write(path, {"made_from": made_from, "survey": explainer.survey()})
+    _write(path, {"made_from": made_from, "survey": explainer.survey()}, lambda: _adopt(explainer, path, made_from))
 
 
 class SurveyFile(pl.Callback):
@@ -80,10 +80,33 @@ def _draw_atlas(explainer: ExplainerModule, output: Path) -> None:
         write_atlas(atlas, output)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _adopt(explainer: ExplainerModule, path: Path, made_from: str) -> bool:
+    """Takes over the survey in a file; False if there is none, it is of something else, or not what was written."""
+    kept = _read(path)
+    if kept.get("made_from") != made_from:
+        return False
     try:
-        # Shards of one folder may make the same survey at the same time.
-        write_tensors(path, content, owner=uuid.uuid4().hex)
+        explainer.adopt(kept["survey"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> None:
+    """Keeps a survey, unless that of another process, which ``adopted`` takes over, was there first.
+
+    Shards of one folder may make a survey at the same time, and should explain with the same one.
+    """
+    own = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        write_tensors(own, content)
+        try:
+            os.link(own, path)
+        except OSError:  # there is a file, which counts if it is a survey of the same, or there are no links
+            if not adopted():
+                own.replace(path)
+        finally:
+            own.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("The survey could not be kept beside the checkpoint (%s): the next run makes it again.", error)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickletools
+import re
+import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,23 @@ _MOST_ENTRIES = 10_000_000
 _DEEPEST = 100
 #: Whole numbers of more bits are none that a training writes.
 _MOST_BITS = 512
+#: What torch.save names in a file of plain data and tensors, in Python 2's words, too; PyTorch would also call others,
+#: some of which make tensors of any size. Types of numbers and of memory come on top.
+_NAMES = frozenset(
+    {
+        *("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set", "_codecs.encode"),
+        *("builtins.complex", "__builtin__.complex", "torch.Size", "torch.device", "torch.Tensor"),
+        *("torch.nn.parameter.Parameter", "torch._tensor._rebuild_from_type_v2"),
+        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")),
+        *(f"torch._utils._rebuild_{name}" for name in ("parameter", "parameter_with_state")),
+        *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    }
+)
+_MEMORY = re.compile(r"torch\.(cuda\.|storage\.)?[A-Z]\w*Storage")
+_RAW_BYTES = ("builtins.bytearray", "__builtin__.bytearray")
+_ODD_TENSOR = "it holds a tensor that is not an array of numbers (sparse, quantised or without memory)"
+#: Before version 1.6 a file began with so many pickles: of numbers that tell its kind, of its content, of its tensors.
+_OLD_PICKLES = 5
 #: What a network may have beside the weights that end up in its file: a head that is replaced, tables, a blank image.
 _SPARE_BYTES = 1 << 30
 _SPARE_TENSORS = 10_000
@@ -44,8 +65,10 @@ def read_tensors(path: Path, *, any_age: bool = False) -> Any:
             than it has bytes. The message is a reason in few words and does not repeat the path.
     """
     try:
-        if not any_age or zipfile.is_zipfile(path):
+        if not any_age or _is_archive(path):
             _check_archive(path)
+        else:
+            _check_old(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(_tensors(content), path.stat().st_size)
     # PyTorch raises nearly anything on files that are broken.
@@ -153,19 +176,50 @@ class _Budget(TorchFunctionMode):
             )
 
 
+def _is_archive(path: Path) -> bool:
+    """As PyTorch decides it."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _check_archive(path: Path) -> None:
     """Refuses an archive whose parts unpack to more than it has bytes; ``torch.save`` packs nothing."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise UnpicklingError("no archive")
+    if not _is_archive(path):
+        raise UnpicklingError("no archive")
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         # Readers disagree about archives with something around them: which one is meant?
         if archive.comment or min((part.header_offset for part in parts), default=0):
             raise _RefusedError("there is something before or behind what torch.save wrote")
-    unpacked = sum(part.file_size for part in parts)
-    if unpacked > path.stat().st_size:
-        raise _RefusedError(f"it unpacks to {unpacked:,} bytes, more than its own {path.stat().st_size:,}")
+        unpacked = sum(part.file_size for part in parts)
+        if unpacked > path.stat().st_size:
+            raise _RefusedError(f"it unpacks to {unpacked:,} bytes, more than its own {path.stat().st_size:,}")
+        for part in parts:
+            # PyTorch's reader takes capitals for small letters.
+            if part.filename.lower().endswith("data.pkl"):
+                _check_names(io.BytesIO(archive.read(part)))
+
+
+def _check_old(path: Path) -> None:
+    """Looks through the pickles that an old file begins with; older ones yet were archives of tar."""
+    if tarfile.is_tarfile(path):
+        raise _RefusedError("it was written by a version of PyTorch before 0.2")
+    with path.open("rb") as file:
+        for _ in range(_OLD_PICKLES):
+            _check_names(file)
+
+
+def _check_names(pickled: BinaryIO) -> None:
+    """Refuses what a pickle would call beside what plain data and tensors need; reads up to its end."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = str(argument).replace(" ", ".")
+        if opcode.name != "GLOBAL" or name in _NAMES or _MEMORY.fullmatch(name):
+            continue
+        if name in _RAW_BYTES:  # the one plain thing of which a few bytes of pickle make any number
+            raise _RefusedError("it holds raw bytes")
+        if name.startswith("torch._utils."):
+            raise _RefusedError(_ODD_TENSOR)
+        raise UnpicklingError(f"{name} is no plain data")
 
 
 def _tensors(content: Any) -> list[Tensor]:
@@ -183,8 +237,6 @@ def _entries(value: Any, known: dict[int, int], found: dict[int, Tensor], depth:
         return 1
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         raise _RefusedError(f"it holds a whole number of {value.bit_length():,} bits")
-    if isinstance(value, bytearray):  # the one plain thing of which a few bytes of pickle make any number
-        raise _RefusedError("it holds raw bytes")
     if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) in known:
@@ -201,9 +253,7 @@ def _check_tensors(tensors: Iterable[Tensor], size: int) -> None:
     views: dict[tuple[Any, ...], int] = {}
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise _RefusedError(
-                "it holds a tensor that is not an array of numbers (sparse, quantised or without memory)"
-            )
+            raise _RefusedError(_ODD_TENSOR)
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise _RefusedError(
                 f"it claims a tensor {list(tensor.shape)} of {tensor.nbytes:,} bytes where it holds "

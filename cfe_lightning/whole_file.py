@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+#: Bytes of a name that any file system takes.
+_LONGEST_NAME = 255
 
 
 @contextmanager
@@ -37,7 +42,9 @@ def whole_path(path: Path, owner: str = "") -> Iterator[Path]:
         path: The file.
         owner: See ``whole_file``.
     """
-    temporary = path.with_name(f".{path.name}{owner and f'.{owner}'}.part")
+    temporary = path.with_name(_unfinished(path.name, owner and f".{owner}"))
+    with naming(path):
+        temporary.unlink(missing_ok=True)  # it may be a link, which opening it would follow
     try:
         with naming(path):
             yield temporary
@@ -45,6 +52,14 @@ def whole_path(path: Path, owner: str = "") -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _unfinished(name: str, owner: str) -> str:
+    """What a file is called until it is whole; a name that would get too long with that is replaced by a digest."""
+    whole = f".{name}{owner}.part"
+    if len(os.fsencode(whole)) <= _LONGEST_NAME:
+        return whole
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{owner}.part"
 
 
 @contextmanager
@@ -56,3 +71,18 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuses an output folder in which somebody has left links: what is written to them is written elsewhere.
+
+    Raises:
+        ValueError: If an entry is a link; one sentence names it.
+    """
+    if not folder.is_dir():
+        return
+    for entry in os.scandir(folder):
+        if entry.is_symlink():
+            raise ValueError(
+                f"{entry.path} is a link, so results would be written elsewhere: remove it, or give another --output."
+            )

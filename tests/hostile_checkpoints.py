@@ -123,6 +123,7 @@ def _files() -> dict[str, Callable[[bytes, Place], bytes | None]]:
         ),
         "a storage of 400 GB in 16 bytes": _claimed_storage,
         "a hundred thousand nested lists": lambda content, place: _pickled(b"]" * 100_000 + b"a" * 99_999 + b"."),
+        "a tensor that grows while it is read": _grown,
         "bytes of a terabyte asked for": lambda content, place: _pickled(
             b"cbuiltins\nbytearray\n(\x8a\x06" + (10**12).to_bytes(6, "little") + b"tR."
         ),
@@ -144,6 +145,21 @@ def _archive(parts: dict[str, bytes], packed: bool = False) -> bytes:
 
 def _pickled(opcodes: bytes) -> bytes:
     return _archive({"a/data.pkl": b"\x80\x02" + opcodes, "a/version": b"3\n", "a/byteorder": b"little"})
+
+
+class _Grown:
+    """4 GB of one number, as tensors of some accelerators are stored."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return rebuild, (torch.zeros(1).expand(10**9), torch.float32, "cpu", False)
+
+
+def _grown(content: bytes, place: Place) -> bytes:
+    torch.save({"a": _Grown()}, place.here / "small")
+    grown = (place.here / "small").read_bytes()
+    (place.here / "small").unlink()
+    return grown
 
 
 def _claimed_storage(content: bytes, place: Place) -> bytes:
@@ -288,6 +304,10 @@ def _specs(key: str = "classifier") -> dict[str, Change]:
             "class_path": "torchvision.models.resnet18",
             "init_args": {"weights": "https://localhost/evil.pth"},
         },
+        "weights of torchvision from the internet": {
+            "class_path": "torchvision.models.resnet18",
+            "init_args": {"weights": "IMAGENET1K_V1"},
+        },
         "images of 10^9 pixels a side": {"image_size": 10**9},
         "images of -1 pixels": {"image_size": -1},
         "images of no number": {"image_size": "large"},
@@ -354,6 +374,15 @@ def _states() -> dict[str, Change]:
         "loops of another trainer": _change(loops={"fit_loop": {"epoch": 3}}),
         "an epoch that is text": _change(epoch="late"),
         "a step below zero": _change(global_step=-5),
+        "checkpoints of others to be removed": _kept(lambda place: f"{place.outside}/x.ckpt"),
+        "a folder to be removed": _kept(lambda place: str(place.outside)),
+        "checkpoints to be removed by going up": _kept(lambda place: "checkpoints/run/../../../outside/x.ckpt"),
+        "checkpoints to be removed by a protocol": _kept(lambda place: f"local://{place.outside}/x.ckpt"),
+        "checkpoints to be removed that are numbers": _kept(lambda place: 5),
+        "arguments that are a list": _change(hyper_parameters=[1]),
+        "arguments by number": _change(hyper_parameters={1: 2}),
+        "weights by number": _change(state_dict={1: torch.zeros(1)}, current_model_state={2: torch.zeros(1)}),
+        "averaged weights that are a list": _change(current_model_state=[1]),
         "optimisers that are none": _change(optimizer_states=[]),
         "optimisers of another form": _change(optimizer_states=[{"state": 1}, {"state": 2}]),
         "callbacks of another form": _change(callbacks={"RandomState": 5}),
@@ -361,6 +390,21 @@ def _states() -> dict[str, Change]:
             content, callbacks={**content["callbacks"], "RandomState": {"processes": [{"torch": 1}]}}
         ),
     }
+
+
+def _kept(name: Callable[[Place], Any]) -> Change:
+    """ModelCheckpoint is to remove what its state names as soon as a better checkpoint is there."""
+
+    def change(content: dict[str, Any], place: Place) -> dict[str, Any]:
+        place.outside.mkdir()
+        (place.outside / "x.ckpt").write_bytes(b"of others")
+        score, callbacks = torch.tensor(1e9), dict(content["callbacks"])
+        key = next(key for key in callbacks if key.startswith("ModelCheckpoint"))
+        kept = {"best_k_models": {name(place): score}, "kth_best_model_path": name(place), "kth_value": score}
+        state = {"best_model_score": score, "best_model_path": name(place), "last_model_path": "", **kept}
+        return content | {"callbacks": callbacks | {key: state}}
+
+    return change
 
 
 def output_cases() -> Iterator[Case]:
@@ -374,6 +418,37 @@ def output_cases() -> Iterator[Case]:
         yield Case(f"gone on with: {name}", "Output folders", "explain", _spoilt(spoil, _go_on), harmless=True)
     for name, spoil in _surveys().items():
         yield Case(f"a survey beside the checkpoint: {name}", "Output folders", "explain", spoil, harmless=True)
+
+    for name in ("table.md", "unfinished", "unfinished/000000"):
+        yield Case(f"evaluated into: {name} is a link", "Output folders", "evaluate", _linked_table(name))
+    for name in ("samples", "metrics.csv"):
+        yield Case(f"trained into: {name} is a link", "Output folders", "train", _linked_run(name))
+
+
+def _linked_table(name: str) -> Prepare:
+    def prepare(place: Place) -> list[str]:
+        _link(place, place.here / "out" / name)
+        return place.evaluate(str(place.base / "labelled"))
+
+    return prepare
+
+
+def _linked_run(name: str) -> Prepare:
+    def prepare(place: Place) -> list[str]:
+        run = place.here / "checkpoints" / "run"
+        shutil.copytree(place.base / "runs" / "run", run, ignore=lambda *_: [name])
+        shutil.copyfile(place.base / "run.yaml", run / "config.yaml")
+        _link(place, run / name)
+        return ["--run", "run", "--resume", "--skip-classifier-check", "--trusted", "toy", "--trainer.max_epochs", "2"]
+
+    return prepare
+
+
+def _link(place: Place, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place.outside.mkdir()
+    (place.outside / "notes").write_text("of the user")
+    path.symlink_to(place.outside / "notes" if path.suffix else place.outside)
 
 
 def _verify(place: Place) -> list[str]:

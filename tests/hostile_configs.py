@@ -172,6 +172,13 @@ def _running_yaml() -> dict[str, str]:
             },
             data={"class_path": "cfe_lightning.data.synthetic.SyntheticShapes"},
         ),
+        "the network of a classifier that is trained": config(
+            model={
+                "class_path": "cfe_lightning.classifier_training.ClassifierTraining",
+                "init_args": {"output": "out/classifier.pt", "architecture": "evil.Network"},
+            },
+            data={"class_path": "cfe_lightning.data.synthetic.SyntheticShapes"},
+        ),
         "a path with a newline": config(model__class_path="evil\n.Model"),
         "a relative path": config(model__class_path="..evil.Model"),
         "a path of 100,000 letters": config(model__class_path="a." * 50_000),

@@ -391,6 +391,20 @@ def test_arguments_that_do_not_fit_are_named():
         build_network(spec_of(init_args={"depth": 3}))
 
 
+@pytest.mark.parametrize("argument", ["weights", "pretrained", "weights_backbone", "pretrained_backbone"])
+def test_a_spec_does_not_make_torchvision_download(argument, monkeypatch):
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads"))
+    spec = spec_of(class_path="torchvision.models.resnet18", init_args={argument: "IMAGENET1K_V1"})
+    with pytest.raises(ValueError, match=rf"with {argument} 'IMAGENET1K_V1', which would download"):
+        build_network(spec)
+
+
+def test_torchvision_may_be_told_to_take_no_weights():
+    arguments = {"weights": None, "num_classes": 2}
+    network = build_network(spec_of(class_path="torchvision.models.resnet18", init_args=arguments))
+    assert network.fc.out_features == 2
+
+
 def test_unusable_files_are_refused(tmp_path):
     path = tmp_path / "file.pt"
     with pytest.raises(FileNotFoundError, match=r"There is no classifier file .*: train one with `python train.py"):

@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
-from toy import ToyData, toy_class_names
+from toy import ToyData, toy_class_names, toy_classifier
 
+from cfe_lightning.acceleration import ChannelsLast
+from cfe_lightning.class_paths import only_trusted
 from cfe_lightning.classifier import load_classifier
 from cfe_lightning.classifier_training import ClassifierTraining
 
@@ -99,6 +101,20 @@ def test_fit_writes_a_file_that_says_everything(tmp_path):
     assert spec.init_args == {"num_classes": 2, "channels": 1, "small_image": True}
     assert classifier.feature_map(torch.zeros(1, 1, 16, 16)).shape == (1, 512, 2, 2)
     assert [path.name for path in output.parent.iterdir()] == ["toy.pt"]
+
+
+def test_the_noise_does_not_depend_on_the_layout(tmp_path, monkeypatch):
+    seen, forward = [], ClassifierTraining.forward
+    monkeypatch.setattr(
+        ClassifierTraining, "forward", lambda module, image: seen.append(image.clone()) or forward(module, image)
+    )
+    for folder, callbacks in (("plain", []), ("other", [ChannelsLast()])):
+        pl.seed_everything(0, verbose=False)
+        module = ClassifierTraining(output=str(tmp_path / folder / "toy.pt"), noise=0.5)
+        fit(module, ToyData(num_images=8), tmp_path / folder, callbacks=callbacks, num_sanity_val_steps=0)
+    plain, other = seen[0], seen[len(seen) // 2]
+    assert other.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain, other)
 
 
 def test_simple_learns_an_easy_task_and_the_file_is_as_good_as_logged(tmp_path):
@@ -226,6 +242,27 @@ def test_the_network_sees_what_the_frozen_classifier_will_show_it(tmp_path):
 def test_a_fast_development_run_writes_nothing(tmp_path):
     fit(ClassifierTraining(output=str(tmp_path / "toy.pt"), **TOY), ToyData(), tmp_path, fast_dev_run=True)
     assert not (tmp_path / "toy.pt").exists()
+
+
+def test_a_file_of_another_kind_is_not_written_over(tmp_path):
+    output = tmp_path / "thesis.pt"
+    output.write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis.pt, which is no classifier file: choose another output, or remove"):
+        fit(ClassifierTraining(output=str(output), **TOY), ToyData(), tmp_path)
+    assert output.read_text() == "years of work"
+    toy_classifier().save(output)
+    before = output.read_bytes()
+    fit(ClassifierTraining(output=str(output), **TOY), ToyData(), tmp_path)
+    assert output.read_bytes() != before
+
+
+def test_a_network_is_refused_at_once_where_only_others_are_trusted(tmp_path):
+    with only_trusted(["own"]), pytest.raises(ValueError, match="--trusted toy"):
+        ClassifierTraining(output="x.pt", **TOY)
+    # Built in time, but trained by a command that does not trust it.
+    module = ClassifierTraining(output="x.pt", **TOY)
+    with only_trusted([]), pytest.raises(ValueError, match="--trusted toy"):
+        fit(module, ToyData(), tmp_path)
 
 
 def test_training_without_validation_is_refused(tmp_path):

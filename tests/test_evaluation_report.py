@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,19 @@ def test_the_page_shows_every_table_and_no_name_becomes_markup(tmp_path: Path) -
     assert policy[1].startswith("default-src &#39;none&#39;; style-src &#39;sha256-")
     assert "script-src" not in policy[1]
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("of the user")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("table.md", "curves.npz", ".report.html.part", "metrics.json"):
+        (out / name).symlink_to(tmp_path / "notes")
+    page(out, evaluation())
+    assert (tmp_path / "notes").read_text() == "of the user"
+    assert not any(path.is_symlink() for path in out.iterdir())
+    with np.load(out / "curves.npz") as curves:
+        assert len(curves.files) > 0
 
 
 def test_without_curves_there_is_no_chart(tmp_path: Path) -> None:

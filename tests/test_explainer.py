@@ -171,6 +171,20 @@ class Bare(ToyExplainer):
         super().__init__(classifier, amplitude=0.3)
 
 
+def test_stripping_leaves_the_earlier_file_where_the_disk_is_full(checkpoint: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    (tmp_path / "small.ckpt").write_text("earlier")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*small\.ckpt"):
+            strip_checkpoint(checkpoint, tmp_path / "small.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "small.ckpt").read_text() == "earlier"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_stripping_keeps_what_explaining_needs(checkpoint: Path, tmp_path: Path) -> None:
     strip_checkpoint(checkpoint, tmp_path / "small.ckpt")
     kept = torch.load(tmp_path / "small.ckpt", weights_only=True)

@@ -449,9 +449,12 @@ class TestSaving:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Image.Image, "save", interrupted)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left.*a\.png"):
             images.save_image(torch.ones(1, 4, 4), tmp_path / "a.png")
+        with pytest.raises(OSError, match=r"No space left.*a\.gif"):
+            images.save_animation(torch.ones(2, 1, 4, 4), tmp_path / "a.gif")
         assert (tmp_path / "a.png").read_bytes() == before
+        assert os.listdir(tmp_path) == ["a.png"]
 
 
 class TestDrawing:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from toy import STYLEX, ToyData, toy_classifier, toy_trainer
+from toy import STYLEX, FixedToyExplainer, ToyData, toy_classifier, toy_trainer
 
 from cfe_lightning import images
 from cfe_lightning.cli import evaluate, explain
@@ -111,6 +111,52 @@ def test_a_broken_survey_is_made_again(content: bytes | None, run: Any, tmp_path
         kept.write_bytes(content)
     assert run("out") == 1
     assert run("again") == 0
+
+
+@pytest.mark.parametrize("survey", [None, 5, [1], {}, {"styles": 3}])
+def test_a_survey_of_another_form_is_made_again(survey: Any, run: Any, tmp_path: Path) -> None:
+    assert run("out") == 1
+    kept = survey_path(tmp_path / "best.ckpt")
+    good = torch.load(kept, weights_only=True)
+    torch.save({"made_from": good["made_from"], **({} if survey is None else {"survey": survey})}, kept)
+    assert run("again") == 1
+    assert torch.load(kept, weights_only=True)["survey"].keys() == good["survey"].keys()
+    assert run("third") == 0
+
+
+class Surveying(FixedToyExplainer):
+    """Finds out a number, and lets something happen meanwhile."""
+
+    found: Any = None
+    meanwhile: Any = None
+
+    def survey(self) -> dict[str, Any]:
+        self.meanwhile()
+        return self.found
+
+    def adopt(self, survey: dict[str, Any]) -> None:
+        self.found = {"number": survey["number"] + 0}
+
+
+@pytest.mark.parametrize("stale", [True, False])
+@pytest.mark.parametrize("links", [True, False])
+def test_shards_that_begin_together_use_the_survey_that_was_there_first(
+    links: bool, stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "best.ckpt"
+    checkpoint.write_bytes(b"weights")
+    if stale:
+        torch.save({"made_from": "something else", "survey": {}}, survey_path(checkpoint))
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    first, second = Surveying(toy_classifier()), Surveying(toy_classifier())
+    first.found, second.found = {"number": 1}, {"number": 2}
+    first.meanwhile = lambda: None
+    second.meanwhile = lambda: provide_survey(first, checkpoint)
+    provide_survey(second, checkpoint)
+    assert first.found == second.found == {"number": 1}
+    assert torch.load(survey_path(checkpoint), weights_only=True)["survey"] == {"number": 1}
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,61 @@ def test_old_files_are_read_where_they_are_expected(tmp_path: Path) -> None:
 )
 def test_what_is_small_in_the_file_only_is_refused(content: Any, told: str, tmp_path: Path) -> None:
     assert told in reason(saved(tmp_path / "file.pt", content))
+
+
+class Grown:
+    """A number that is repeated and then copied, as tensors of some accelerators are stored."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return rebuild, (torch.zeros(1).expand(10**7), torch.float64, "cpu", False)
+
+
+class Bytes:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (10**9,)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize(("content", "told"), [(Grown(), "not an array of numbers"), (Bytes(), "raw bytes")])
+def test_what_would_grow_while_it_is_read_is_refused_before(
+    content: Any, told: str, archive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": content}, tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("is read"))
+    assert told in reason(tmp_path / "file.pt", any_age=True)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_all_that_trainings_save_is_plain(archive: bool, tmp_path: Path) -> None:
+    marked = nn.Parameter(torch.ones(2))
+    marked.note = "an attribute"  # type: ignore[attr-defined]
+    tensors = {
+        str(kind): torch.zeros(2, dtype=kind) for kind in (torch.float16, torch.bfloat16, torch.bool, torch.int8)
+    }
+    content = {
+        **tensors,
+        "complex": torch.zeros(2, dtype=torch.complex64),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "marked": marked,
+        "state": nn.BatchNorm2d(2).state_dict(),
+        "milestones": Counter([1, 2]),
+        "plain": [1.5, None, True, {1, 2}, 1j, b"bytes", torch.Size([1]), torch.float32, torch.device("cpu")],
+    }
+    if archive:  # PyTorch cannot read these out of older files
+        content["unsigned"] = torch.zeros(2, dtype=torch.uint16)
+    torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
+    read = read_tensors(tmp_path / "file.pt", any_age=True)
+    assert read.keys() == content.keys()
+    assert read["plain"] == content["plain"]
+    assert all(torch.equal(read[name], value) for name, value in content.items() if isinstance(value, torch.Tensor))
+
+
+def test_the_oldest_archives_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "N.N.N.N.N.").write_bytes(b"x")
+    with tarfile.open(tmp_path / "old.pt", "w") as archive:
+        archive.add(tmp_path / "N.N.N.N.N.", "N.N.N.N.N.")
+    assert reason(tmp_path / "old.pt", any_age=True) == "it was written by a version of PyTorch before 0.2"
 
 
 def test_many_views_of_the_same_bytes_are_refused(tmp_path: Path) -> None:

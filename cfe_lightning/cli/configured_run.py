@@ -31,7 +31,7 @@ from cfe_lightning.cli.config_file import classes_of, in_our_words, load_config
 from cfe_lightning.cli.resumed import Begun, check_checkpoint, load_training, not_resumable
 from cfe_lightning.csv_log import CsvLog
 from cfe_lightning.data.image_data import ImageData
-from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explainer import ExplainerModule, check_precision
 from cfe_lightning.processes import is_first_process, launched_processes
 from cfe_lightning.whole_file import whole_file
 
@@ -169,18 +169,18 @@ class ConfiguredRun(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuses a classifier or a checkpoint that does not fit before anything is written."""
         check_accumulation(self.model, self.trainer.accumulate_grad_batches)
+        check_precision(self.model, str(self.trainer.precision))
         if self.checkpoint and ("explainer" in self.checkpoint) != isinstance(self.model, ExplainerModule):
             held = "an explainer" if "explainer" in self.checkpoint else "no explainer"
             raise ValueError(
                 f"{self.checkpoint_path} is the checkpoint of {held}, but this config trains a "
                 f"{type(self.model).__name__}: use the run's own config.yaml, or start a new run without --resume."
             )
-        if not isinstance(self.model, ExplainerModule):
-            return
-        if self.model.needs_gradient:
+        if isinstance(self.model, ExplainerModule) and self.model.needs_gradient:
             self.model.classifier.require_gradient()
-        if self.checkpoint:
+        if isinstance(self.model, ExplainerModule) and self.checkpoint:
             check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
+        self.checkpoint = {}  # as large as all that is trained, and fitting reads the file again
 
     def check_classifier(self) -> None:
         """Measures the classifier on validation images before hours are spent on explaining it.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from cfe_lightning.explainer import ExplainerModule, load_checkpoint
+from cfe_lightning.explainer import ExplainerModule, has_names, load_checkpoint
 
 log = logging.getLogger(__name__)
 
+#: Where ModelCheckpoint stores which files it has written, and removes later.
+_KEPT_FILES = frozenset({"best_k_models", "kth_best_model_path", "last_model_path"})
 #: Parts of a checkpoint that a training goes on from.
 _PARTS = {
     "state_dict": dict,
@@ -68,14 +70,41 @@ def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
     begun = checkpoint["global_step"] > 0
     return {
         "explainer": isinstance(explainer, dict) and isinstance(explainer.get("class_path"), str),
-        "state_dict": all(isinstance(value, Tensor) for state in weights for value in state.values()),
+        "state_dict": all(
+            has_names(state) and all(isinstance(value, Tensor) for value in state.values()) for state in weights
+        ),
+        "hyper_parameters": has_names(checkpoint.get("hyper_parameters", {})),
         "epoch": checkpoint["epoch"] >= 0,
         "global_step": checkpoint["global_step"] >= 0,
         "loops": not begun or (isinstance(fit_loop, dict) and "epoch_progress" in fit_loop),
-        "callbacks": all(isinstance(state, dict) for state in checkpoint["callbacks"].values()),
+        "callbacks": all(
+            isinstance(state, dict) and (_KEPT_FILES.isdisjoint(state) or _names_own_files(state))
+            for state in checkpoint["callbacks"].values()
+        ),
         "optimizer_states": bool(states or not begun)
         and all(isinstance(state, dict) and {"state", "param_groups"} <= state.keys() for state in states),
     }
+
+
+def _names_own_files(state: dict[str, Any]) -> bool:
+    """Whether the files that ModelCheckpoint may remove are in the folder that it was told to write to.
+
+    In a folder that was moved they are in the earlier one, and Lightning then forgets all but ``best_model_path``. That
+    one may so lie anywhere; ``AtomicCheckpointIO`` removes nothing there.
+    """
+    folder, scores = state.get("dirpath"), state.get("best_k_models", {})
+    if not (isinstance(folder, str) and isinstance(state.get("best_model_path"), str) and has_names(scores)):
+        return False
+    paths = [*scores, state.get("kth_best_model_path", ""), state.get("last_model_path", "")]
+    return all(isinstance(score, Tensor) for score in scores.values()) and all(
+        isinstance(path, str) and (path == "" or _is_below(path, folder)) for path in paths
+    )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    if "://" in path or not PurePath(path).is_relative_to(folder):
+        return False
+    return ".." not in PurePath(path).relative_to(folder).parts
 
 
 def not_resumable(path: Path, error: Exception) -> str:
@@ -112,9 +141,17 @@ def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], pat
             f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
         )
     before, now = checkpoint.get("hyper_parameters", {}), dict(explainer.hparams)
-    changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if _differ(before.get(name), now[name])]
     if changes:
         log.warning("Resuming with other settings than the checkpoint's: %s.", ", ".join(changes))
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether a value of a file is another than ours; it may be anything, also what cannot be compared."""
+    try:
+        return bool(before != now)
+    except (TypeError, ValueError, RuntimeError):
+        return True
 
 
 def _shape(weights: dict[str, Any], name: str) -> list[int] | None:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from cfe_lightning.whole_file import refuse_links
+
 #: The value of a bare ``--resume``: the run's own last checkpoint.
 LAST = "last"
 #: What a run may leave in its folder, and what ``--overwrite`` removes; anything else there is the user's.
@@ -98,7 +100,7 @@ def _named(resume: str) -> Path:
 
 
 def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
-    """Refuses to write over another run's checkpoints.
+    """Refuses to write over another run's checkpoints, or through links to elsewhere.
 
     Args:
         folder: The run folder.
@@ -106,7 +108,7 @@ def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> N
         overwrite: The earlier run may be removed.
 
     Raises:
-        ValueError: If the folder holds checkpoints that would be lost.
+        ValueError: If the folder holds checkpoints that would be lost, or links.
     """
     continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if continued and overwrite:
@@ -116,6 +118,8 @@ def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> N
             f"{folder} already holds a run: continue it with --resume, keep it with --run OTHER_NAME, "
             "or replace it with --overwrite."
         )
+    if not overwrite:
+        refuse_links(folder)
 
 
 def clear_folder(folder: Path) -> None:

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(
         lambda: _train(options, overrides),
         debug=options.debug,
-        kept="a checkpoint that was written is whole, the same command with --resume goes on from it",
+        kept="nothing is left behind, the same command measures anew"
+        if options.dry_run
+        else "a checkpoint that was written is whole, the same command with --resume goes on from it",
     )
 
 
@@ -84,6 +86,14 @@ def _speak() -> None:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     check_torchvision()
+    from cfe_lightning.class_paths import only_trusted
+
+    # A config also says what is built long after it was read, as the network of a classifier that is trained.
+    with only_trusted(options.trusted):
+        return _run(options, overrides)
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if any(override.partition("=")[0].endswith(".help") for override in overrides):
         from cfe_lightning.cli.configured_run import ConfiguredRun
 

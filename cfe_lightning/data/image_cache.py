@@ -20,6 +20,9 @@ import PIL
 import torch
 from torch import Tensor
 
+from cfe_lightning.medical_files import reader_versions
+from cfe_lightning.whole_file import whole_path
+
 _log = logging.getLogger(__name__)
 
 #: Of what stands in a cache file; to be raised when ``images`` makes another tensor of the same file, too.
@@ -38,10 +41,11 @@ class ImageCache:
     costs 4 bytes for each value: 786 kB for an RGB image of 256 x 256 pixels, 159 GB for all of CelebA.
 
     An image is found by its path, the file's size and modification time, how it is prepared, and the versions of this
-    format, Pillow and PyTorch, which all decide on its pixels. Files are raw numbers with a checksum, written whole or
-    not at all, so any number of processes can share a folder; a damaged file is replaced, nothing else is touched, and
-    the folder may be emptied at any time, as entries that nobody asks for any more stay until then. Where a file cannot
-    be written, or 5 GiB would not be left on the disk, the cache is only read from then on, and says so once.
+    format, PyTorch, Pillow and, for DICOM and NIfTI files, of the packages that read them, which all decide on its
+    pixels. Files are raw numbers with a checksum, written whole or not at all, so any number of processes can share a
+    folder; a damaged file is replaced, nothing else is touched, and the folder may be emptied at any time, as entries
+    that nobody asks for any more stay until then. Where a file cannot be written, or 5 GiB would not be left on the
+    disk, the cache is only read from then on, and says so once.
 
     Args:
         folder: Made with the first image, if there is none.
@@ -70,6 +74,7 @@ class ImageCache:
         if source is None:
             return read()  # which knows the words for it
         identity = f"{_VERSION} {sys.byteorder} {torch.__version__} {PIL.__version__} {source} {settings} {shape} "
+        identity += reader_versions(path)
         key = hashlib.sha256(identity.encode() + os.fsencode(os.path.abspath(path))).digest()
         # Folders of 256 parts: some file systems are slow with many files in one.
         place = self.folder / key.hex()[:2] / f"{key.hex()}.image"
@@ -83,18 +88,13 @@ class ImageCache:
 
     def _write(self, place: Path, key: bytes, image: Tensor) -> None:
         values = image.contiguous().numpy().tobytes()
-        temporary = place.with_name(f".{uuid.uuid4().hex}.part")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(place.parent).free < _RESERVE + len(values):
                 raise OSError(errno.ENOSPC, f"less than {_RESERVE / 2**30:.0f} GiB would be left on the disk")
-            try:
-                with temporary.open("xb") as file:
-                    file.write(_HEAD.pack(_MAGIC, key, zlib.crc32(values)))
-                    file.write(values)
-                temporary.replace(place)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_path(place, owner=uuid.uuid4().hex) as temporary, temporary.open("xb") as file:
+                file.write(_HEAD.pack(_MAGIC, key, zlib.crc32(values)))
+                file.write(values)
         except OSError as error:
             if not self._only_read:
                 self._only_read.fill_(True)

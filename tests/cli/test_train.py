@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from toy import FixedToyExplainer, ToyNetwork, toy_classifier
 
 from cfe_lightning import callbacks
+from cfe_lightning.class_paths import resolve_class_path
 from cfe_lightning.cli import configured_run
 from cfe_lightning.cli import train as command
 from cfe_lightning.explainer import load_explainer
@@ -370,6 +371,25 @@ def test_a_classifier_without_gradients_is_refused_by_the_methods_that_need_them
     assert not Path("checkpoints").exists()
     monkeypatch.setattr(FixedToyExplainer, "needs_gradient", False)
     assert main(["--config", "fixed.yaml"]) == 0
+
+
+def test_only_what_the_command_trusts_is_trusted_while_it_trains(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def named_late(module: Any) -> None:
+        resolve_class_path("evil.Network", trusted=["evil"])
+
+    monkeypatch.setattr(toy.ToyExplainer, "configure_model", named_late)
+    assert "--trusted evil" in error(capsys, "--config", "toy.yaml", "--skip-classifier-check")
+    assert "--trusted evil" in error(capsys, "--config", "toy.yaml", "--skip-classifier-check", "--dry-run")
+
+
+def test_a_resumed_run_does_not_keep_its_checkpoint_in_memory(workplace: Path) -> None:
+    assert train() == 0
+    again = configured_run.ConfiguredRun(
+        [Path("configs/toy.yaml")], [], Path("checkpoints/toy"), Path("checkpoints/toy/last.ckpt"), ["toy"]
+    )
+    assert again.checkpoint == {}
 
 
 def test_another_architecture_cannot_be_resumed(

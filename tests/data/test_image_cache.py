@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cfe_lightning import images
+from cfe_lightning import images, medical_files
 from cfe_lightning.data import image_cache
 from cfe_lightning.data.celeba import CelebA
 from cfe_lightning.data.chexpert import PATHOLOGIES, CheXpert
@@ -120,6 +121,33 @@ def test_what_decides_on_the_pixels_decides_on_the_entry(root: Path) -> None:
         value = torch.full((1, 2, 2), float(number))
         assert cache.load(picture, settings, (1, 2, 2), value.clone)[0, 0, 0] == number
     assert len(entries(root)) == 20
+
+
+@pytest.mark.parametrize(("name", "reader"), [("a.dcm", "pydicom"), ("a.nii.gz", "nibabel"), ("a.png", None)])
+def test_the_version_of_what_reads_a_medical_file_decides_on_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reader: str | None
+) -> None:
+    (tmp_path / name).write_bytes(b"content")
+    read: list[str] = []
+
+    def value() -> torch.Tensor:
+        read.append(name)
+        return torch.zeros(1, 2, 2)
+
+    def load() -> None:
+        medical_files._versions.cache_clear()
+        ImageCache(tmp_path / "cache").load(tmp_path / name, "", (1, 2, 2), value)
+
+    load(), load()
+    assert len(read) == 1
+    version = importlib.metadata.version
+    for changed in ("pydicom", "nibabel"):
+        with monkeypatch.context() as patch:
+            newer = lambda package, changed=changed: "99" if package == changed else version(package)  # noqa: E731
+            patch.setattr(importlib.metadata, "version", newer)
+            load()
+    medical_files._versions.cache_clear()
+    assert len(read) == (1 if reader is None else 2)
 
 
 def test_an_exchanged_file_is_read_again(root: Path) -> None:
