@@ -1,9 +1,10 @@
-"""Explains as many images at a time as memory allows, and remembers how many those were."""
+"""Explains and judges as many images at a time as memory allows, and remembers how many those were."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
@@ -14,6 +15,8 @@ from cfe_lightning.explanation import Explanation
 log = logging.getLogger(__name__)
 
 Explain = Callable[[Tensor, Tensor | None], Explanation]
+Part = TypeVar("Part")
+Whole = TypeVar("Whole")
 
 
 class BackOff:
@@ -35,11 +38,28 @@ class BackOff:
         Raises:
             RuntimeError: As the device raises it, if not even a single image fits.
         """
+
+        def part(rows: slice) -> Explanation:
+            return explain(image[rows], None if target is None else target[rows])
+
+        return self.in_parts(len(image), part, Explanation.joined)
+
+    def in_parts(self, count: int, part: Callable[[slice], Part], join: Callable[[list[Part]], Whole]) -> Whole:
+        """What is made of a batch, in parts if need be.
+
+        Args:
+            count: Images of the batch.
+            part: Makes it of some of them.
+            join: Makes one of the parts, of which there may be one.
+
+        Raises:
+            RuntimeError: As the device raises it, if not even a single image fits.
+        """
         while True:
-            size = min(self.at_once or len(image), len(image))
-            explanation = _attempt(explain, image, target, size)
-            if explanation is not None:
-                return explanation
+            size = min(self.at_once or count, count)
+            whole = _attempt(count, part, join, size)
+            if whole is not None:
+                return whole
             garbage_collection_cuda()
             torch.manual_seed(torch.initial_seed())
             self.at_once = (size + 1) // 2
@@ -51,15 +71,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
 
 
-def _attempt(explain: Explain, image: Tensor, target: Tensor | None, size: int) -> Explanation | None:
-    """The explanation in parts of ``size`` images; None where memory ran out and smaller parts are possible.
+def _attempt(count: int, part: Callable[[slice], Part], join: Callable[[list[Part]], Whole], size: int) -> Whole | None:
+    """The whole in parts of ``size`` images; None where memory ran out and smaller parts are possible.
 
     A function of its own: an exception that is being handled keeps alive what had filled the memory.
     """
-    images = image.split(size)
-    targets = [None] * len(images) if target is None else target.split(size)
     try:
-        return Explanation.joined([explain(*part) for part in zip(images, targets, strict=True)])
+        return join([part(slice(first, first + size)) for first in range(0, count, size)])
     except RuntimeError as error:
         if size == 1 or not is_out_of_memory(error):
             raise

@@ -18,8 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 
-from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, name_of, silence_trainer
-from cfe_lightning.tensor_file import write_tensors
+from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, let_go, name_of, silence_trainer
+from cfe_lightning.tensor_file import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,14 @@ _FETCHING = (_DataFetcher.__iter__.__code__, _DataFetcher.__next__.__code__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old file and renames: whatever happens leaves the old checkpoint or the new one, whole."""
+    """Writes beside the old file and renames: whatever happens leaves the old checkpoint or the new one, whole.
+
+    Checkpoints say which older ones are to be removed, and are anybody's: only those are that lie where this run has
+    written, too.
+    """
+
+    def __init__(self) -> None:
+        self._folders: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves plain data and tensors to a local file.
@@ -42,6 +49,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, checkpoint)
         _keep_name(path)
+        self._folders.add(path.parent.resolve())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads plain data and tensors from a local file onto the CPU, from where Lightning moves them.
+
+        Args:
+            path: The file.
+            map_location: Not used, as Lightning gives none.
+            weights_only: Always so.
+
+        Raises:
+            ValueError: If the file holds anything else.
+        """
+        try:
+            return read_tensors(Path(path))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint: {error}; give a file of train.py.") from error
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a regular file called .ckpt from a folder that this run has written to, and leaves anything else."""
+        path = Path(path)
+        ours = path.suffix == ".ckpt" and path.parent.resolve() in self._folders
+        if ours and path.is_file() and not path.is_symlink():
+            path.unlink()
+        elif os.path.lexists(path):
+            log.warning("%s is no checkpoint in the folder of this run, so it was not removed.", path)
 
 
 def _keep_name(path: Path) -> None:
@@ -144,29 +179,26 @@ class LastCheckpoint(Checkpoint):
         self._saved: int | None = None
         self._between = False
         self._agreed = False
+        self._planned: BaseException | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listens to signals until the run ends, in Lightning's place."""
         if stage == "fit":
             silence_trainer(trainer)
-            self._agreed = False
+            self._agreed, self._planned = False, None
             self._signals.__enter__()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets a loader process that dies be noticed where it is waited for.
-
-        PyTorch's own handler raises wherever the program happens to be, also in the middle of an optimiser step.
-        """
+        """Remembers whether ``last.ckpt`` is what is resumed."""
         resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path(trainer).resolve()
         self._saved = _finished(trainer) if resumed else None
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            self._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Saves when it is time and ends a run that was asked to stop; this batch is none of the finished ones."""
         self._signals.patient = True
+        self._let_children_die()
         scheduled = self.every_n_batches is not None and _finished(trainer) % self.every_n_batches == 0
         self._stop_or_save(trainer, due=scheduled)
 
@@ -200,15 +232,13 @@ class LastCheckpoint(Checkpoint):
         self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves what is finished where only reading the next batch has failed."""
+        """Saves what is finished where only reading the next batch has failed; no process waits for this one."""
         try:
-            if self._signals.patient and not self._agreed and _in_fetching(exception):
-                # The others have their batch and are about to ask. A scheduler may tell loader processes to end, too.
-                reason = self._agree(trainer, self._signals.received or _READING_FAILED)
-                self._save_between(trainer)
-                if reason != _READING_FAILED:
-                    raise _stopped(trainer, reason) from exception
-            elif not (self._agreed and isinstance(exception, StopRequested | OtherProcessFailedError)):
+            if exception is self._planned:
+                let_go(trainer)  # they end by themselves, after the same batch
+            elif self._signals.patient and not self._agreed and _in_fetching(exception):
+                self._stop_unread(trainer, exception)
+            else:
                 end_launched(trainer)
         finally:
             self._leave()
@@ -216,24 +246,42 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Counts as finished what is finished: not the batch that was only read, not the validation to come."""
-        if not self._between:
-            return
+        """Counts as finished what is finished: not the batch that was only read, not the validation to come.
+
+        Called for every checkpoint, those of ``ModelCheckpoint`` included.
+        """
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]
-        for counts in (batches["total"], batches["current"]):
-            counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
-        if not trainer.validating:
-            batches["is_last_batch"] = False
-            for loader in loops["state_dict"].get("combined_loader", []):
-                loader["delivered"] = batches["current"]["completed"]
-        else:
-            # As if the run had died in the first validation batch: Lightning then validates before it goes on.
-            progress = loops["epoch_loop.val_loop.batch_progress"]
-            before = progress["total"]["completed"]
-            progress["total"] = {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
-            progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            progress["is_last_batch"] = False
+        loaders = loops["state_dict"].get("combined_loader", [])
+        if self._between:
+            for counts in (batches["total"], batches["current"]):
+                counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
+            if not trainer.validating:
+                batches["is_last_batch"] = False
+                for loader in loaders:
+                    loader["delivered"] = batches["current"]["completed"]
+            else:
+                # As if the run had died in the first validation batch: Lightning then validates before it goes on.
+                progress = loops["epoch_loop.val_loop.batch_progress"]
+                ended = progress["total"]["completed"]
+                begun = ended + 1
+                progress["total"] = {"ready": begun, "started": begun, "processed": ended, "completed": ended}
+                progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+                progress["is_last_batch"] = False
+        if batches["is_last_batch"]:
+            # Where limit_train_batches has ended the epoch, loaders have some left that the next one does not skip.
+            for loader in loaders:
+                loader["delivered"] = 0
+
+    def _let_children_die(self) -> None:
+        """Has a loader process that dies be noticed where it is waited for.
+
+        PyTorch's handler raises wherever the program happens to be, also in the middle of an optimiser step. It comes
+        with the first loader processes, which are there once a batch has been read.
+        """
+        listens = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        if self._child_handler is None and listens:
+            self._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _leave(self) -> None:
         self._signals.__exit__()
@@ -249,7 +297,21 @@ class LastCheckpoint(Checkpoint):
         if due or reason:
             self._save_between(trainer)
         if reason:
-            raise _stopped(trainer, reason)
+            self._planned = _stopped(trainer, reason)
+            raise self._planned
+
+    def _stop_unread(self, trainer: pl.Trainer, exception: BaseException) -> None:
+        """Saves and ends the run where this process could not read its next batch."""
+        try:
+            # The others have their batch and are about to ask. A scheduler may tell loader processes to end, too.
+            reason = self._agree(trainer, self._signals.received or _READING_FAILED)
+            self._save_between(trainer)
+        except BaseException:  # also a second Ctrl-C
+            end_launched(trainer)
+            raise
+        let_go(trainer)
+        if reason != _READING_FAILED:
+            raise _stopped(trainer, reason) from exception
 
     def _agree(self, trainer: pl.Trainer, reason: int) -> int:
         """The most urgent reason to stop of all processes, 0 for none."""
@@ -276,11 +338,7 @@ class LastCheckpoint(Checkpoint):
                 self._between = False
 
     def _save(self, trainer: pl.Trainer) -> None:
-        try:
-            trainer.save_checkpoint(self.path(trainer))
-        except OSError:
-            end_launched(trainer)  # they wait for this file
-            raise
+        trainer.save_checkpoint(self.path(trainer))
         self._saved = _finished(trainer)
 
     def path(self, trainer: pl.Trainer) -> Path:

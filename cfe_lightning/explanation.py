@@ -129,8 +129,8 @@ class Explanation:
     def __len__(self) -> int:
         return self.image.shape[0]
 
-    def select(self, index: Tensor) -> Explanation:
-        """The explanations of some images of the batch, by their numbers [b]."""
+    def select(self, index: Tensor | slice) -> Explanation:
+        """The explanations of some images of the batch, by their numbers [b], or of neighbours, not copied."""
 
         def chosen(value: Tensor | dict[str, Tensor] | None) -> Any:
             if isinstance(value, dict):

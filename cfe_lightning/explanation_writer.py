@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cfe_lightning import images
+from cfe_lightning.back_off import BackOff
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explanation, decides_for, draw_part, seed_of
 from cfe_lightning.manifest import OutputFolder, Row, image_folder, part_file
@@ -86,7 +88,9 @@ class ExplanationWriter(BasePredictionWriter):
             assert isinstance(classifier, FrozenClassifier), "every explainer has one"
             num_slices = pl_module.num_slices
             assert isinstance(num_slices, int), "every explainer says how many"
-            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds, num_slices)
+            back_off = pl_module.back_off
+            assert isinstance(back_off, BackOff), "every explainer has one"
+            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds, num_slices, back_off)
         self.output.append(trainer.global_rank, rows)
         if self._progress is not None:
             self._progress.update(len(rows))
@@ -109,6 +113,7 @@ class ExplanationWriter(BasePredictionWriter):
         sources: Sequence[Sequence[int]],
         seconds: float,
         num_slices: int = 1,
+        back_off: BackOff | None = None,
     ) -> list[Row]:
         """Saves the pictures of a batch and returns its rows.
 
@@ -119,14 +124,21 @@ class ExplanationWriter(BasePredictionWriter):
             sources: The B files' sizes and modification times.
             seconds: Time per image.
             num_slices: Of images that are montages.
+            back_off: Knows how many images fit into memory; judging may need more of it than explaining.
         """
-        judged = _judge(explanation, classifier)
-        measured = measure(explanation, classifier, judged.newly_decided(), num_slices)
-        pictures, gains = _pictures(explanation)
+
+        def judge(rows: slice) -> list[_Seen]:
+            return _see(explanation.select(rows), classifier, num_slices)
+
+        def together(parts: list[list[_Seen]]) -> list[_Seen]:
+            return [*chain.from_iterable(parts)]
+
+        seen = (back_off or BackOff()).in_parts(len(names), judge, together)
         finite = _finite(explanation).tolist()
         root = self.output.path.resolve()
 
         def save_one(index: int) -> Row:
+            one = seen[index]
             row: Row = {"name": names[index], "source": list(sources[index]), "status": "ok"}
             if not finite[index]:
                 return row | {"status": "failed", "error": "The explanation holds values that are not finite."}
@@ -137,17 +149,15 @@ class ExplanationWriter(BasePredictionWriter):
             for unfinished in (self.output.path / folder).glob(".*.part"):
                 unfinished.unlink()
             digests = {
-                file: images.save_image(picture[index], self.output.path / folder / file)
-                for file, picture in pictures.items()
+                file: images.save_image(picture, self.output.path / folder / file)
+                for file, picture in one.pictures.items()
             }
-            files = {key: file for key, file in _keys(explanation).items() if file in pictures}
+            files = {key: file for key, file in _keys(explanation).items() if file in one.pictures}
             if self.animation and explanation.steps is not None:
                 steps = explanation.steps[index].float().cpu()
                 images.save_animation(steps, self.output.path / folder / f"steps.{self.animation}")
-            row |= judged.row(index, classifier.class_names)
-            row |= {
-                key: _number(value) if isinstance(value, float) else value for key, value in measured[index].items()
-            }
+            row |= one.judged.row(one.place, classifier.class_names)
+            row |= {key: _number(value) if isinstance(value, float) else value for key, value in one.measured.items()}
             caveats = [clause for clause, holds in explanation.caveats.items() if bool(holds[index])]
             row["note"] = "; ".join(filter(None, [row["note"], *caveats])) or None
             row |= {
@@ -155,7 +165,7 @@ class ExplanationWriter(BasePredictionWriter):
                 "folder": folder,
                 "files": files,
                 "digests": {key: digests[file] for key, file in files.items()},
-                "gains": {name: _number(gain[index]) for name, gain in gains.items()},
+                "gains": {name: _number(gain) for name, gain in one.gains.items()},
                 "scores": {name: _number(score[index]) for name, score in explanation.scores.items()},
             }
             return row
@@ -228,6 +238,36 @@ class _Judged:
                     name: [_number(value) for value in score[index]] for name, score in self.step_scores.items()
                 }
         return row
+
+
+class _Seen(NamedTuple):
+    """What is to be saved of one image, on the CPU.
+
+    Attributes:
+        judged: What the classifier says about it and its neighbours.
+        place: Its own among them.
+        measured: Of the change, see ``measure``.
+        pictures: By file name, [C, H, W] in [-1, 1].
+        gains: Of the differences among them, [].
+    """
+
+    judged: _Judged
+    place: int
+    measured: Row
+    pictures: dict[str, Tensor]
+    gains: dict[str, Tensor]
+
+
+def _see(explanation: Explanation, classifier: FrozenClassifier, num_slices: int) -> list[_Seen]:
+    """Everything that needs memory of the device."""
+    judged = _judge(explanation, classifier)
+    measured = measure(explanation, classifier, judged.newly_decided(), num_slices)
+    pictures, gains = _pictures(explanation)
+    seen = []
+    for place, row in enumerate(measured):
+        own = ({name: value[place] for name, value in each.items()} for each in (pictures, gains))
+        seen.append(_Seen(judged, place, row, *own))
+    return seen
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TextIO
 
 from cfe_lightning.manifest_row import is_row
 from cfe_lightning.measured_sentence import measured_sentence
-from cfe_lightning.whole_file import whole_file
+from cfe_lightning.whole_file import refuse_links, whole_file
 
 SCHEMA = 1
 #: Of atlas.json, and the pictures beside it that a writer has left, whole or not.
@@ -160,12 +160,7 @@ class OutputFolder:
                 "--output, or pass --overwrite to start again."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        for entry in os.scandir(self.path):
-            if entry.is_symlink():
-                raise ValueError(
-                    f"{entry.path} is a link, so results would be written elsewhere: remove it, or give another "
-                    "--output."
-                )
+        refuse_links(self.path)
         if self.header() is None:
             # Shards that begin together write the same line, each from a file of its own.
             with whole_file(self.manifest_path, owner=str(self.shard or "")) as file:
@@ -202,9 +197,13 @@ class OutputFolder:
     def _shard_parts(self) -> list[Path]:
         return [] if self.shard is None else sorted(self.path.glob(f"manifest.{self.shard}-*.jsonl"))
 
+    def parts(self) -> list[Path]:
+        """Files with rows that are not merged yet: of processes that are at work, or were stopped."""
+        return sorted(self.path.glob("manifest.[0-9]*.jsonl"))
+
     def merge(self) -> None:
         """Moves the rows of all processes into manifest.jsonl, each name once; a later row replaces an earlier one."""
-        parts = sorted(self.path.glob("manifest.[0-9]*.jsonl"))
+        parts = self.parts()
         if not parts:
             return
         # Only names and places are held in memory, so 100,000 images fit everywhere.
@@ -224,6 +223,9 @@ class OutputFolder:
                         files[path].seek(offset)
                         file.write(files[path].readline().decode())
                     _write_lines(file, [{"end": len(some)}])
+                # The rows must not be in the memory only while the parts that held them are removed.
+                file.flush()
+                os.fsync(file.fileno())
         finally:
             for opened in files.values():
                 opened.close()
@@ -290,7 +292,7 @@ class OutputFolder:
         ]
         unfinished = [path for name in _OURS for path in self.path.glob(f".{name}.*part")]
         # The header goes last: without it the folder could no longer be recognised as ours.
-        for path in [*written, *unfinished, *self.path.glob("manifest.[0-9]*.jsonl"), self.manifest_path]:
+        for path in [*written, *unfinished, *self.parts(), self.manifest_path]:
             path.unlink(missing_ok=True)
 
 

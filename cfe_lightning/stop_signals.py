@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from types import FrameType, TracebackType
@@ -111,6 +112,28 @@ def end_launched(trainer: Any) -> None:
     Args:
         trainer: A ``Trainer`` that is about to fail.
     """
+    children = let_go(trainer)
+    for child in children:
+        child.kill()
+    for child in children:
+        if isinstance(child, subprocess.Popen):
+            child.wait()
+
+
+def let_go(trainer: Any) -> list[Any]:
+    """Keeps Lightning from watching the processes that the trainer has started.
+
+    As soon as one of them has failed, it would kill this one, too, which has not yet said what has happened.
+
+    Args:
+        trainer: A ``Trainer`` that is about to end, as are these processes.
+
+    Returns:
+        The processes; none where the trainer has started none.
+    """
     launcher = trainer.strategy.launcher
-    if launcher is not None:
-        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+    if launcher is None:
+        return []
+    children = [*launcher.procs]
+    launcher.procs.clear()  # the watching thread holds this very list, and ends where it is empty
+    return children

@@ -9,13 +9,16 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch.utils.data._utils import signal_handling
 from toy import ToyData, ToyDataset, ToyExplainer, toy_classifier, toy_trainer
 
 from cfe_lightning import checkpointing, stop_signals
@@ -113,21 +116,50 @@ def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "validation",
-    [{}, {"val_check_interval": 2, "check_val_every_n_epoch": None}],
-    ids=["validation after epochs", "validation every 2 batches"],
+    ("arguments", "num_images", "validations"),
+    [
+        ({}, 12, 2),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 12, 3),
+        ({"limit_train_batches": 3}, 20, 2),
+        ({"limit_train_batches": 3, "val_check_interval": 2, "check_val_every_n_epoch": None}, 20, 3),
+    ],
+    ids=[
+        "validation after epochs",
+        "validation every 2 batches",
+        "epochs of 3 of 5 batches",
+        "epochs of 3 of 5 batches, validation every 2",
+    ],
 )
-def test_resuming_from_any_checkpoint_equals_the_straight_run(tmp_path: Path, validation: dict[str, Any]) -> None:
+def test_resuming_from_any_checkpoint_equals_the_straight_run(
+    tmp_path: Path, arguments: dict[str, Any], num_images: int, validations: int
+) -> None:
+    def data() -> ToyData:
+        return ToyData(horizontal_flip=True, num_images=num_images)
+
     known = Events()
     keep = KeepEvery(tmp_path / "straight", known)
-    expected, events = run(tmp_path / "straight", keep, events=known, **validation)
-    assert events.count("validation") == (3 if validation else 2)
+    expected, events = run(tmp_path / "straight", keep, events=known, data=data(), **arguments)
+    assert events.count("validation") == validations
     assert {copy.stem[3:] for copy in keep.copies} >= {"batch", "before-validation", "epoch"}
     for copy, done in keep.copies.items():
-        resumed, rest = run(tmp_path / copy.stem, resume=copy, **validation)
+        resumed, rest = run(tmp_path / copy.stem, resume=copy, data=data(), **arguments)
         assert_same_end(expected, resumed)
         # Nothing is repeated and nothing is left out.
         assert rest == events[done:], copy.stem
+
+
+def test_best_ckpt_of_a_limited_epoch_is_resumed_with_the_first_batch_of_the_next(tmp_path: Path) -> None:
+    def go_on(name: str, resume: Path | None = None) -> tuple[dict[str, Any], list[Any]]:
+        # After the validation, before the end of the epoch.
+        when: Any = {"save_top_k": -1, "save_on_train_epoch_end": False}
+        best = ModelCheckpoint(tmp_path / name, monitor="val/loss", filename="{epoch}", **when)
+        data = ToyData(horizontal_flip=True, num_images=20)
+        return run(tmp_path / name, best, resume=resume, data=data, limit_train_batches=3)
+
+    expected, events = go_on("straight")
+    resumed, rest = go_on("resumed", tmp_path / "straight" / "epoch=0.ckpt")
+    assert_same_end(expected, resumed)
+    assert rest == events[-4:]
 
 
 def test_loader_processes_do_not_change_the_run(tmp_path: Path) -> None:
@@ -223,6 +255,41 @@ def test_only_a_second_ctrl_c_ends_the_batch_in_flight(
     with pytest.raises(StopRequested, match=r"^Stopped by Ctrl-C\.$"):
         run(tmp_path / "twice", Press(2, times=2))
     assert torch.load(tmp_path / "twice" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+class Launched(pl.Callback):
+    """Puts a process in place that the trainer seems to have started."""
+
+    def __init__(self) -> None:
+        self.killed: list[str] = []
+        self.procs = [SimpleNamespace(kill=lambda: self.killed.append("child"))]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.strategy._launcher = self
+
+
+@pytest.mark.parametrize("stop", ["planned", "again, while it is saved", "a full disk", "reading fails", "both"])
+def test_a_process_that_waits_is_ended_and_one_that_stops_as_well_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    launched, added = Launched(), [Press(2)]
+    raised: tuple[Any, ...] = (StopRequested, "after 2 batches by Ctrl-C")
+    arguments: dict[str, Any] = {"keep": LastCheckpoint(dirpath=str(tmp_path)), "num_sanity_val_steps": 0}
+    if stop in ("reading fails", "both"):
+        monkeypatch.setattr(Fragile, "gone", str(tmp_path / "gone"))
+        arguments["data"] = FragileData(num_images=28)  # that image is met in the first epoch, not in its first batch
+        added, raised = [Lose("train")], (UnreadableImageError, "5.png")
+    error: BaseException | None = None
+    if stop in ("again, while it is saved", "both"):
+        error, raised = StopRequested(signal.SIGINT), (StopRequested, r"^Stopped by Ctrl-C\.$")
+    elif stop == "a full disk":
+        error, raised = OSError(errno.ENOSPC, "full"), (OSError, "full")
+    if error is not None:
+        monkeypatch.setattr(checkpointing, "write_tensors", Mock(side_effect=error))
+    with pytest.raises(raised[0], match=raised[1]):
+        run(tmp_path, launched, *added, **arguments)
+    assert launched.procs == []
+    assert launched.killed == ([] if error is None else ["child"])
 
 
 def test_accumulated_gradients_are_stepped_with_before_a_run_stops(tmp_path: Path) -> None:
@@ -323,6 +390,23 @@ def test_a_loader_process_that_dies_costs_no_batch(tmp_path: Path, number: int |
     assert rest == events[len(known.events) :]
 
 
+def test_a_loader_process_that_dies_costs_no_batch_where_training_has_the_first_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # As in a new process: PyTorch sets its handler once, with the first loader processes.
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    keep = LastCheckpoint(dirpath=str(tmp_path))
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            run(tmp_path, KillWorker(), keep=keep, workers=1, num_sanity_val_steps=0)
+        assert signal_handling._SIGCHLD_handler_set
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    # Two optimiser steps for each of the three batches.
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
 def test_a_validation_after_the_last_batch_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best")
     trainer = toy_trainer(tmp_path, [best, LastCheckpoint()], val_check_interval=2, num_sanity_val_steps=0)
@@ -363,6 +447,41 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_names_the_file(tmp_path: Pa
     assert error.value.errno == errno.EFBIG
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_only_checkpoints_in_the_folder_of_the_run_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    io, run, other = AtomicCheckpointIO(), tmp_path / "run", tmp_path / "other"
+    io.save_checkpoint({"epoch": 1}, run / "best.ckpt")
+    (run / "folder.ckpt").mkdir()
+    other.mkdir()
+    for path in (other / "best.ckpt", other / "x.ckpt", run / "notes.txt", run / "folder.ckpt" / "x"):
+        path.write_text("of the user")
+    (run / "link.ckpt").symlink_to(other / "best.ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    names = ["notes.txt", "folder.ckpt", "link.ckpt", "../other/best.ckpt", "../run/../other/best.ckpt"]
+    for path in (*(f"{run}/{name}" for name in names), str(other), f"local://{other}/x.ckpt", f"{run}/gone.ckpt"):
+        io.remove_checkpoint(path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "other/best.ckpt is no checkpoint in the folder of this run, so it was not removed" in caplog.text
+    io.remove_checkpoint(str(run / "best.ckpt"))
+    assert not (run / "best.ckpt").exists()
+
+
+def test_a_better_checkpoint_still_replaces_the_one_before(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path / "run", monitor="val/loss", filename="best-{epoch}", mode="max")
+    run(tmp_path, keep)
+    assert len(list((tmp_path / "run").glob("*.ckpt"))) == 1
+
+
+def test_what_lightning_reads_is_plain_data_too(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"weight": torch.arange(3.0)}, tmp_path / "a.ckpt")
+    assert torch.equal(io.load_checkpoint(tmp_path / "a.ckpt")["weight"], torch.arange(3.0))
+    torch.save({"weight": torch.zeros(1).expand(10**12)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt cannot be read as a checkpoint: it claims a tensor"):
+        io.load_checkpoint(str(tmp_path / "a.ckpt"))
 
 
 def test_all_random_states_come_back() -> None:

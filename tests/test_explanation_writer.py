@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.back_off import BackOff
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.explanation_writer import ExplanationWriter
 from cfe_lightning.manifest import OutputFolder, Row
@@ -257,3 +259,44 @@ def test_values_that_are_no_numbers_fail_their_image_only(tmp_path: Path, spoilt
         **{"name": "b/c.png", "source": [1, 2], "status": "failed"},
         "error": "The explanation holds values that are not finite.",
     }
+
+
+class Limited(FrozenClassifier):
+    """A classifier that has room for ``most`` images at a time; keeps the sizes that it was asked for."""
+
+    most = 3
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.asked.append(len(image))
+        if len(image) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(image)
+
+
+def test_judging_backs_off_too_and_says_the_same(tmp_path: Path):
+    given = toy.FixedToyExplainer(toy.toy_classifier(3)).explain(toy.toy_images(7, 3))
+    names = [f"{index}.png" for index in range(7)]
+    rows, back_off = save(tmp_path / "whole", given, names), BackOff()
+    classifier = toy.toy_classifier(3)
+    classifier.asked, classifier.__class__ = [], Limited
+    writer = ExplanationWriter(OutputFolder(tmp_path / "parts"))
+    parts = writer.save(given, classifier, names, [[1, 2]] * 7, 0.5, back_off=back_off)
+    assert back_off.at_once == 2
+    # In vain twice, then no more than fits.
+    assert classifier.asked[:2] == [7, 4]
+    assert max(classifier.asked[2:]) == 2
+    assert parts == rows
+    written = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png/*.png")}
+    assert len(written) == 7 * len(rows[0]["files"])
+    for path in written:
+        assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+def test_one_image_that_cannot_be_judged_is_the_end(tmp_path: Path):
+    classifier = toy.toy_classifier(3)
+    classifier.asked, classifier.__class__, classifier.most = [], Limited, 0
+    back_off = BackOff()
+    writer = ExplanationWriter(OutputFolder(tmp_path))
+    with pytest.raises(torch.OutOfMemoryError):
+        writer.save(explanation(), classifier, NAMES, [[1, 2]] * 3, 0.5, back_off=back_off)
+    assert back_off.at_once == 1

@@ -237,6 +237,19 @@ def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path: Path
     assert (tmp_path / "x.txt").read_bytes() == b"whole \\udcff\n"
 
 
+def test_parts_are_removed_once_the_disk_has_their_rows(folder: OutputFolder, monkeypatch: pytest.MonkeyPatch):
+    folder.append(0, [row("a.png")])
+    synced = []
+
+    def fsync(number: int) -> None:
+        synced.append((os.fstat(number).st_size, len(list(folder.path.glob("manifest.0*.jsonl")))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder.merge()
+    assert synced == [(folder.manifest_path.stat().st_size, 1)]
+    assert not list(folder.path.glob("manifest.0*.jsonl"))
+
+
 def test_merged_rows_are_closed_in_parts_so_that_readers_hold_few(tmp_path: Path):
     folder = OutputFolder(tmp_path)
     folder.prepare({"classes": []})

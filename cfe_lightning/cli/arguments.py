@@ -8,9 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-#: Exit code of a command that was stopped by its user.
-INTERRUPTED = 130
-
 
 def count(text: str) -> int:
     """A whole number from 0."""

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cfe_lightning.cli import run_folder
-from cfe_lightning.cli.arguments import INTERRUPTED
 from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, shapes_of
-from cfe_lightning.stop_signals import StopRequested
 
 if TYPE_CHECKING:
     import torch
@@ -77,26 +75,13 @@ def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequ
         baselines: Names of baselines.
 
     Raises:
-        ValueError: If an option cannot be used, a classifier cannot be trained, or memory runs out.
+        ValueError: If an option cannot be used, or a classifier cannot be trained.
     """
     if options.checkpoint or options.data:
         raise ValueError("--bench trains its own explainers on built-in data: leave out --checkpoint and --data.")
     if options.output is None:
         raise ValueError("--bench keeps its trainings and results in a folder: add --output DIR.")
-    import torch
-
-    try:
-        return _run(options, device, baselines)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"The device ran out of memory at --batch-size {options.batch_size}: the same command with a smaller one "
-            "does the rest."
-        ) from error
-    except (KeyboardInterrupt, StopRequested) as stop:
-        sys.stderr.write(
-            f"\ninterrupted: what is finished is kept in {options.output}, the same command again does the rest\n"
-        )
-        return getattr(stop, "exit_code", INTERRUPTED)
+    return _run(options, device, baselines)
 
 
 def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from cfe_lightning.cli.configured_run import ConfiguredRun
 from cfe_lightning.cli.stopwatch import VAL_BATCHES, Measured, MeasuredError, Stopwatch, size_in_words
 from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.stop_signals import silence_trainer
 
 #: Callbacks that write files or talk, and whose work is no part of an iteration.
 _LEFT_OUT = (Checkpoint, ModelSummary, NonFiniteGuard, ProgressBar, SampleGrid)
@@ -37,6 +38,7 @@ class DryRun(ConfiguredRun):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The run's trainer, without what writes files, and with a short validation after the timed iterations."""
         trainer: Any = super().instantiate_trainer(**kwargs)
+        silence_trainer(trainer)  # what LastCheckpoint does in a run
         self.stopwatch = Stopwatch(trainer.limit_val_batches)
         kept = [callback for callback in trainer.callbacks if not isinstance(callback, _LEFT_OUT)]
         # Last, so that the work of all others counts.

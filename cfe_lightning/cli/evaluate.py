@@ -153,8 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(
         lambda: _evaluate(options),
         debug=options.debug,
-        kept="what is measured is kept, the same command again does the rest",
+        kept=f"what is measured at --batch-size {options.batch_size} is kept in {_folder(options)}, the same command "
+        "again does the rest",
     )
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """Where results are collected: --output, or beside the first checkpoint."""
+    return options.output or (options.checkpoint or [Path()])[0].parent / "evaluated"
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -169,10 +175,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"Only the bench takes {given}: add --bench synthetic, or leave it out.")
     if not options.checkpoint or not options.data:
         raise ValueError("There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench.")
-    folder = options.output or options.checkpoint[0].parent / "evaluated"
+    folder = _folder(options)
     _check_output(folder)
-    import torch
-
     from cfe_lightning import evaluation, evaluation_table
     from cfe_lightning.classifier import load_classifier
     from cfe_lightning.classifier_check import check_class_names
@@ -212,23 +216,18 @@ def _evaluate(options: argparse.Namespace) -> int:
         folder, _digest([settings, str(device), options.batch_size, options.gallery, _names(chosen)])
     )
     gallery = Gallery()
-    try:
-        result = evaluation.evaluate(
-            explainers,
-            _batches(chosen, options, len(store)),
-            judge=judge,
-            measures=measures,
-            reference=_reference(options, first),
-            store=store,
-            gallery=gallery,
-            shown=evaluation.evenly(len(chosen), options.gallery),
-            device=device,
-            seed=options.seed,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"The device ran out of memory at --batch-size {options.batch_size}: choose a smaller one."
-        ) from error
+    result = evaluation.evaluate(
+        explainers,
+        _batches(chosen, options, len(store)),
+        judge=judge,
+        measures=measures,
+        reference=_reference(options, first),
+        store=store,
+        gallery=gallery,
+        shown=evaluation.evenly(len(chosen), options.gallery),
+        device=device,
+        seed=options.seed,
+    )
     result.rows += rows
     for row in rows:
         gallery.fail(row.name, *row.notes)
@@ -497,7 +496,11 @@ def _device(asked: str) -> torch.device:
 
 
 def _check_output(folder: Path) -> None:
+    from cfe_lightning.whole_file import refuse_links
+
     file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
     if file is not None:
         raise NotADirectoryError(f"--output {folder} cannot be a folder, {file} is a file: give a folder.")
     check_writable(folder)
+    for part in (folder, folder / "unfinished"):
+        refuse_links(part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import os
 import sys
 import time
 import warnings
@@ -138,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(
         lambda: _explain(options) if options.verify is None else _verify(options),
         debug=options.debug,
-        kept="what is finished is kept, the same command again does the rest",
+        kept=f"what is finished at --batch-size {options.batch_size} is kept in {options.verify or options.output}, "
+        "the same command again does the rest",
     )
 
 
@@ -146,8 +148,6 @@ def _explain(options: argparse.Namespace) -> int:
     _check_options(options)
     check_torchvision()
     _check_folders(options.input, options.output)
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
     from cfe_lightning.acceleration import ChannelsLast, CompileBlocks
     from cfe_lightning.data.image_stream import ImageStream
     from cfe_lightning.data.patient_table import find_patients
@@ -155,7 +155,7 @@ def _explain(options: argparse.Namespace) -> int:
     from cfe_lightning.images import can_save_video, find_images
     from cfe_lightning.manifest import OutputFolder, Shard
     from cfe_lightning.medical_files import check_window, is_slice
-    from cfe_lightning.processes import launched_processes
+    from cfe_lightning.processes import is_first_process, launched_processes
     from cfe_lightning.survey_file import SurveyFile
 
     window = check_window(options.window)
@@ -169,11 +169,11 @@ def _explain(options: argparse.Namespace) -> int:
     names: list[str] = []
     batches: list[list[str]] = []
     # Only the first process touches the output folder; ImageStream hands its list to the others.
-    # Processes that torchrun or srun has started with a shard each know nothing of one another.
+    # Processes with a shard each know nothing of one another, whoever has started them.
     launched = launched_processes()
-    alone = part is not None and launched > 1
+    alone = part is not None and (launched > 1 or options.devices == 1)
     machines = 1 if alone else _machines(options.devices, launched)
-    is_first = alone or getattr(rank_zero_only, "rank", 0) == 0
+    is_first = alone or is_first_process()
     if is_first:
         found = find_images(options.input, is_slice) if explainer.num_slices == 1 else find_patients(options.input)
         names = list(islice(found, options.limit))
@@ -207,7 +207,8 @@ def _explain(options: argparse.Namespace) -> int:
         callbacks.append(ChannelsLast())
     if options.compile:
         callbacks.append(CompileBlocks())
-    _predict(options, explainer, stream, callbacks, machines)
+    devices = _own_device(options.accelerator) if alone and options.devices == 1 else options.devices
+    _predict(options, explainer, stream, callbacks, devices, machines)
     if not is_first:
         return 0
     if part is not None:
@@ -222,7 +223,21 @@ def _machines(devices: int, launched: int) -> int:
             f"torchrun or srun has started {launched} processes, but --devices is {devices}: give as --devices the "
             "processes of one machine."
         )
+    if launched == 1 and (machine := os.environ.get("NODE_RANK", "0")) != "0":
+        raise ValueError(
+            f"NODE_RANK is {machine}, but machines that torchrun or srun has not started cannot share the images: give "
+            "each a --shard of its own, or unset NODE_RANK."
+        )
     return max(launched // devices, 1)
+
+
+def _own_device(accelerator: str) -> int | list[int]:
+    """The trainer's ``devices`` for one shard: of several that were started on a machine, each takes another GPU."""
+    import torch
+
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    num_gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu") else 0
+    return 1 if place is None or num_gpus < 2 else [int(place) % num_gpus]
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -258,7 +273,12 @@ def _verify(options: argparse.Namespace) -> int:
     output = OutputFolder(options.verify)
     if output.header() is None:
         raise FileNotFoundError(f"{options.verify} holds no manifest.jsonl: give the --output of explain.py.")
-    output.merge()
+    if parts := output.parts():
+        # Not merged here: whoever still writes would lose rows.
+        raise ValueError(
+            f"{options.verify} holds rows of a run or shard that has not finished ({parts[0].name}): let it finish, or "
+            "give its command again without --shard, then --verify."
+        )
     classifier = _verifying_classifier(options, output)
     num_slices = (output.header() or {}).get("num_slices", 1)
     verdicts = dict(tqdm(verify(options.verify, classifier, num_slices), desc="verifying", unit="image", disable=None))
@@ -332,6 +352,7 @@ def _predict(
     explainer: ExplainerModule,
     stream: pl.LightningDataModule,
     callbacks: list[pl.Callback],
+    devices: int | list[int],
     machines: int,
 ) -> None:
     import lightning.pytorch as pl
@@ -347,10 +368,12 @@ def _predict(
     try:
         pl.Trainer(
             accelerator=options.accelerator,
-            devices=options.devices,
+            devices=devices,
             num_nodes=machines,
             # A process that is through waits for the slowest, however long that takes.
-            strategy="auto" if options.devices * machines == 1 else DDPStrategy(timeout=timedelta(days=7)),
+            strategy="auto"
+            if isinstance(devices, list) or devices * machines == 1
+            else DDPStrategy(timeout=timedelta(days=7)),
             precision=options.precision,
             inference_mode=False,
             deterministic="warn",
@@ -363,15 +386,12 @@ def _predict(
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or 1 not in (options.batch_size, explainer.back_off.at_once):
             raise
         raise ValueError(
             "The device ran out of memory with a single image: the same command with --precision bf16-mixed, "
             "--accelerator cpu or on a larger device does the rest."
         ) from error
-    except SystemExit as error:
-        # Lightning turns Ctrl-C and SIGTERM into this once it has stopped the other processes.
-        raise KeyboardInterrupt from error
 
 
 def _finish(

@@ -38,6 +38,7 @@ def guarded(command: Callable[[], int], *, debug: bool, kept: str) -> int:
     Returns:
         The command's own exit code, ``NOTHING_DONE``, ``FAULT``, or 128 + the signal.
     """
+    kept = plain(kept)  # it may name a file
     try:
         with StopSignals():
             return command()

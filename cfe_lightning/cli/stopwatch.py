@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from cfe_lightning.checkpointing import AtomicCheckpointIO
 from cfe_lightning.data.image_data import ImageData, Sample, Split
+from cfe_lightning.stop_signals import end_launched
 
 #: Iterations before the clock counts, and the fewest that it counts.
 _WARM_UP, _TIMED = 3, 10
@@ -209,6 +210,11 @@ class Stopwatch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run with few iterations was seen whole."""
         self._end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves no process that waits for this one; where all was measured, they end with it."""
+        if not isinstance(exception, MeasuredError):
+            end_launched(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
         # Once more: a validation may have left something in it.

@@ -265,7 +265,10 @@ class _ResumableLoader(DataLoader[Sample]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches of the current epoch that were delivered; a finished epoch counts as none of the next."""
+        """Batches of the current epoch that were delivered; a finished epoch counts as none of the next.
+
+        One that ``limit_train_batches`` has ended is known to ``LastCheckpoint``, not here.
+        """
         return {"delivered": self.delivered % len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def test_an_interrupted_training_is_done_again(
         assert run(*arguments) == 130
     said = capsys.readouterr().err
     assert said.strip() == (
-        f"interrupted: what is finished is kept in {tmp_path}, the same command again does the rest"
+        f"interrupted: what is measured at --batch-size 32 is kept in {tmp_path}, the same command again does the rest"
     )
     assert not list(tmp_path.rglob("trained.json"))
 
@@ -212,7 +212,8 @@ def test_too_little_memory_is_one_sentence(
     monkeypatch.setattr(bench, "_run", fails)
     assert run("--output", tmp_path) == 2
     assert capsys.readouterr().err == (
-        "error: The device ran out of memory at --batch-size 32: the same command with a smaller one does the rest.\n"
+        "error: Memory ran out (CUDA out of memory): choose smaller batches or images, or a machine with more of it "
+        f"(what is measured at --batch-size 32 is kept in {tmp_path}, the same command again does the rest).\n"
     )
     monkeypatch.undo()
     monkeypatch.setattr(train, "_train", fails)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,33 @@ def dry_run(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[dict[s
     end = max(number for number, line in enumerate(lines) if line.startswith(("checkpoint", "all"))) + 1
     rows = {line[:23].strip(): line[23:].strip() for line in lines[:end] if line}
     return rows, lines[end:]
+
+
+@pytest.mark.parametrize(("batch", "code", "ended"), [(2, 143, ["child"]), (None, 0, [])])
+def test_a_signal_ends_it_at_once_and_what_was_started_with_it(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int | None,
+    code: int,
+    ended: list[str],
+) -> None:
+    write_config()
+    killed: list[str] = []
+    launcher = SimpleNamespace(procs=[SimpleNamespace(kill=lambda: killed.append("child"))])
+    step = ToyExplainer.training_step
+
+    def stopped(self: ToyExplainer, images: Any, batch_idx: int) -> None:
+        self.trainer.strategy._launcher = launcher
+        if batch_idx == batch:
+            signal.raise_signal(signal.SIGTERM)
+        step(self, images, batch_idx)
+
+    monkeypatch.setattr(ToyExplainer, "training_step", stopped)
+    assert main(["--config", "toy.yaml", "--trusted", "toy", "--dry-run", "--skip-classifier-check"]) == code
+    said = "\ninterrupted by SIGTERM: nothing is left behind, the same command measures anew\n"
+    assert capsys.readouterr().err.endswith(said) == bool(code)
+    assert killed == ended
 
 
 def test_it_says_what_a_run_takes_and_leaves_nothing_behind(

@@ -6,11 +6,14 @@ import json
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from toy import FixedToyExplainer, ToyData, save_checkpoint, toy_checkpoint, toy_classifier
 
+from cfe_lightning import evaluation
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import evaluate
 from cfe_lightning.evaluation_store import EvaluationStore
@@ -259,7 +262,28 @@ def test_interrupt_says_so(
 
     monkeypatch.setattr(FrozenClassifier, "forward", interrupted)
     assert run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / "out") == 130
-    assert "interrupted: what is measured is kept" in capsys.readouterr().err
+    said = f"interrupted: what is measured at --batch-size 32 is kept in {tmp_path / 'out'}, the same command again"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_is_one_sentence_on_every_device(
+    checkpoint: Path,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=error))
+    assert run("--checkpoint", checkpoint, "--data", config, "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: Memory ran out ({error}): choose smaller batches or images, or a machine with more of it (what is "
+        f"measured at --batch-size 32 is kept in {tmp_path / 'out'}, the same command again does the rest)."
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import explain
-from cfe_lightning.cli.arguments import INTERRUPTED
 from cfe_lightning.data.patient_slices import middle_slices
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.manifest import OutputFolder
@@ -144,13 +143,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     def dies_after_two_batches(self: OutputFolder, rank: int, rows: Any) -> None:
         append(self, rank, rows)
         if self.path.joinpath("manifest.0.jsonl").read_text().count('"end"') == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
-    interrupt = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "append", dies_after_two_batches)
-        assert run(checkpoint, photos, out) == INTERRUPTED
-    signal.signal(signal.SIGINT, interrupt)
+        assert run(checkpoint, photos, out) == 130
     explained: list[str] = []
 
     def record(self: OutputFolder, rank: int, rows: Any) -> None:
@@ -510,7 +507,8 @@ def test_a_full_disk_is_told_in_one_sentence_and_finished_work_is_kept(
         assert run(checkpoint, photos, tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: No space left on device: ")
-    assert error.endswith("steps.png (what is finished is kept, the same command again does the rest)")
+    kept = f"what is finished at --batch-size 2 is kept in {tmp_path / 'out'}, the same command again does the rest"
+    assert error.endswith(f"steps.png ({kept})")
     assert (tmp_path / "out" / "manifest.0.jsonl").read_text().count('"name"') == 2
     assert run(checkpoint, photos, tmp_path / "out") == 0
     assert len(table(tmp_path / "out")) == 7

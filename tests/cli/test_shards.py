@@ -15,6 +15,7 @@ from torch import Tensor
 from cfe_lightning.cli import explain
 from cfe_lightning.cli.arguments import shard as read_shard
 from cfe_lightning.explanation import Explanation
+from cfe_lightning.explanation_writer import ExplanationWriter
 from cfe_lightning.manifest import OutputFolder, Shard
 
 __all__ = ["checkpoint", "photos"]
@@ -138,6 +139,57 @@ def test_a_shard_must_not_remove_what_others_write(
     assert "--overwrite with --shard would remove what the other shards are writing" in sentence(capsys)
 
 
+@pytest.mark.parametrize(
+    ("environment", "num_gpus", "accelerator", "devices"),
+    [
+        ({"SLURM_LOCALID": "2"}, 4, "auto", [2]),
+        ({"LOCAL_RANK": "5", "SLURM_LOCALID": "0"}, 4, "gpu", [1]),
+        ({"SLURM_LOCALID": "2"}, 1, "auto", 1),
+        ({"SLURM_LOCALID": "2"}, 4, "cpu", 1),
+        ({}, 4, "auto", 1),
+    ],
+)
+def test_shards_on_one_machine_take_a_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], num_gpus: int, accelerator: str, devices: object
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert explain._own_device(accelerator) == devices
+
+
+def test_machines_started_by_hand_take_shards(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert run(checkpoint, photos, tmp_path / "out") == 2
+    assert "NODE_RANK is 1, but machines that torchrun or srun has not started cannot share" in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+    assert run(checkpoint, photos, tmp_path / "out", "--shard", "2/2") == 0
+    capsys.readouterr()
+    assert run(checkpoint, photos, tmp_path / "out", "--shard", "1/2", "--devices", "2") == 2
+    assert "NODE_RANK is 1" in sentence(capsys)
+
+
+def test_what_shards_still_write_is_neither_verified_nor_merged(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out, "--shard", "1/2") == 0
+    rows = (out / "manifest.1of2-0.jsonl").read_bytes()
+    capsys.readouterr()
+    assert explain.main(["--verify", str(out), "--checkpoint", str(checkpoint), "--trusted", "toy"]) == 2
+    assert sentence(capsys) == (
+        f"{out} holds rows of a run or shard that has not finished (manifest.1of2-0.jsonl): let it finish, or "
+        "give its command again without --shard, then --verify."
+    )
+    assert (out / "manifest.1of2-0.jsonl").read_bytes() == rows
+    assert run(checkpoint, photos, out) == 0
+    assert explain.main(["--verify", str(out), "--trusted", "toy"]) == 0
+
+
 def test_where_memory_is_short_a_batch_is_explained_in_parts(
     photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +209,20 @@ def test_an_image_too_large_for_the_device_is_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
         "error: The device ran out of memory with a single image: the same command with --precision"
+    )
+
+
+def test_memory_that_runs_out_elsewhere_is_not_said_to_be_for_want_of_a_single_image(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ExplanationWriter, "on_predict_start", full)
+    assert run(checkpoint, photos, tmp_path / "out") == 2
+    assert sentence(capsys) == (
+        "Memory ran out (CUDA out of memory): choose smaller batches or images, or a machine with more of it (what is "
+        f"finished at --batch-size 2 is kept in {tmp_path / 'out'}, the same command again does the rest)."
     )
 
 
