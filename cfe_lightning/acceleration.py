@@ -21,19 +21,24 @@ from torch.utils.checkpoint import checkpoint
 
 from cfe_lightning.networks.running_statistics import uncounted
 
-#: Graphs that one block may need: with and without gradient, in training and not, for one and for any batch size.
+#: Graphs that one block may need: with and without gradient, in training and not, for each of a few batch sizes.
 _GRAPHS_PER_BLOCK = 16
 
 
 def to_channels_last(module: nn.Module) -> None:
-    """Stores the weights of all convolutions with the channels of a place side by side, in place.
+    """Stores the weights of all dense convolutions with the channels of a place side by side, in place.
 
-    Tensor cores convolve half-precision maps in this layout; for grouped convolutions and on a CPU it can be slower.
+    Tensor cores convolve half-precision maps in this layout; on a CPU it can be slower. Grouped convolutions keep
+    theirs: they gain nothing, and between those of DXAI's generator, instance norms and concatenations leave maps in
+    the usual layout, which each would have to convert. One that is given a map in the new layout works in it anyway.
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups > 1:
+            layer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(module: nn.Module, backend: str = "inductor", *, dynamic: bool | None = None) -> None:
     """Has ``torch.compile`` make kernels for every block of a module, in place.
 
     Blocks, not the whole: alike blocks share one graph, so that there is less to compile (the first batch takes
@@ -44,6 +49,8 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     Args:
         module: With a method ``blocks``.
         backend: Of ``torch.compile``; "inductor" needs a C++ compiler on a CPU, and Triton on a GPU.
+        dynamic: False compiles for every shape anew. None takes a second shape for a sign that any may come; as alike
+            blocks count as one function, these are the sizes of their maps, and kernels are slower for it.
 
     Raises:
         ValueError: If the module has no blocks.
@@ -54,8 +61,10 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     most = _GRAPHS_PER_BLOCK * len(blocks)
     limits.recompile_limit = max(limits.recompile_limit, most)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, most)
+    # With several processes it would cut graphs where gradients are exchanged; a block is small enough as it is.
+    limits.optimize_ddp = False
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=dynamic)
 
 
 def recompute_activations(module: nn.Module) -> None:
@@ -112,7 +121,8 @@ class CompileBlocks(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Marks the blocks; each is compiled when it is first needed."""
-        compile_blocks(pl_module, self.backend)
+        # Training has few batch sizes, a search or the rest of a list of images has many.
+        compile_blocks(pl_module, self.backend, dynamic=False if stage == "fit" else None)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the module as it was."""

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from cfe_lightning.precision import full_precision
 
+#: Types of devices where one kernel takes an optimiser's step (``fused``), several times as fast as an operation each.
+FUSED = ("cpu", "cuda")
+
 Part = TypeVar("Part", bound=Sized)
 Result = TypeVar("Result")
 

@@ -34,10 +34,10 @@ from cfe_lightning.methods.dxai_blending import (
     masked_distance,
     neutral_strength,
 )
-from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
+from cfe_lightning.micro_batches import FUSED, check_micro_batches, descend, parts_of, twice
 from cfe_lightning.networks.discriminators import ResidualCritic
 from cfe_lightning.networks.multi_branch import MappingNetwork, MultiBranchGenerator, Norm, single_branch
-from cfe_lightning.precision import differentiable_twice
+from cfe_lightning.precision import differentiable_twice, full_precision
 from cfe_lightning.processes import log_training, log_validation
 
 Objective = Literal["paper", "neutral"]
@@ -54,7 +54,7 @@ class _Part:
         image: [B, C, H, W].
         label: The class each is rendered in, [B].
         alternative: And the other one, [B].
-        logits: The classifier's, [B, K].
+        logits: The classifier's, [B, K]; None where nothing asks for them.
         latent: Noise of the styles in both classes, [2, B, Z].
         alpha: Shares of the blending, [B, N - 1, 1, 1, 1].
     """
@@ -62,7 +62,7 @@ class _Part:
     image: Tensor
     label: Tensor
     alternative: Tensor
-    logits: Tensor
+    logits: Tensor | None
     latent: Tensor
     alpha: Tensor
 
@@ -75,7 +75,7 @@ class _Part:
             image=self.image[rows],
             label=self.label[rows],
             alternative=self.alternative[rows],
-            logits=self.logits[rows],
+            logits=None if self.logits is None else self.logits[rows],
             latent=self.latent[:, rows],
             alpha=self.alpha[rows],
         )
@@ -252,6 +252,10 @@ class Dxai(ExplainerModule):
             distinct part exchanged for the target's (both at the neutral strength if that is asked for and enough to
             reach the target).
         """
+        return self._explained(image, target)[0]
+
+    def _explained(self, image: Tensor, target: Tensor | None) -> tuple[Explanation, Tensor]:
+        """The explanation, and the branches in the predicted class that it is made of, [B, N, C, H, W]."""
         logits = self.classifier(image)
         predicted = logits.argmax(dim=1)
         target = self.default_target(logits) if target is None else target
@@ -275,7 +279,7 @@ class Dxai(ExplainerModule):
         strengths = image.new_tensor(SWEEP)
         steps = image[:, None] - strengths.view(1, -1, 1, 1, 1) * distinct[:, None]
         undecided = self.classifier(removed).softmax(dim=1)
-        return Explanation(
+        explanation = Explanation(
             image=image,
             logits=logits,
             target=target,
@@ -296,6 +300,7 @@ class Dxai(ExplainerModule):
                 "distinct_strength": share.view(-1).expand(len(image)),
             },
         )
+        return explanation, own
 
     @torch.no_grad()
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
@@ -319,22 +324,40 @@ class Dxai(ExplainerModule):
 
         Paper: a fresh random latent per image; here: the mean, because an explanation must not depend on chance.
         """
-        if self._mean_styles is None or self._mean_styles.device != self.device:
-            latent = torch.randn(num_samples, self.mapping.latent_dim, generator=torch.Generator().manual_seed(0))
-            latent = latent.to(self.device)
-            classes = torch.arange(self.classifier.num_classes, device=self.device)
+        # Lightning goes back from a validation to training without a call of ``train``: what is kept is then of the
+        # averaged weights.
+        kept = None if self.training else self._mean_styles
+        if kept is not None and kept.device == self.device:
+            return kept
+        latent = torch.randn(num_samples, self.mapping.latent_dim, generator=torch.Generator().manual_seed(0))
+        latent = latent.to(self.device)
+        classes = torch.arange(self.classifier.num_classes, device=self.device)
+        # What is kept must not depend on the precision that was asked for first.
+        with full_precision(latent):
             styles = torch.stack([self.mapping(latent, k.expand(num_samples)).mean(dim=0) for k in classes])
-            if self.training:
-                return styles
-            self._mean_styles = styles
-        return self._mean_styles
+        self._mean_styles = None if self.training else styles
+        return styles
 
     def train(self, mode: bool = True) -> Dxai:
         """Forgets the cached styles: the weights may change after this call."""
         self._mean_styles = None
         return super().train(mode)
 
+    def on_fit_end(self) -> None:
+        """Forgets the styles of the last validation, whose averaged weights are put away again."""
+        self._mean_styles = None
+
     # Training
+
+    def setup(self, stage: str) -> None:
+        """Lets the critic learn: a fit before has left it frozen, and as a classifier it is (preset "joint_d").
+
+        Not first in ``configure_optimizers``: before that, several processes look for the weights whose gradients they
+        have to exchange.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self.critic.requires_grad_(True)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One critic step and one generator step on a shared set of renderings."""
@@ -354,8 +377,9 @@ class Dxai(ExplainerModule):
     def _draw(self, batch: dict[str, Any]) -> _Part:
         """The classes that a batch is rendered in, and its random numbers."""
         image = batch["image"]
-        logits = self.classifier(image)
-        label = batch["label"] if self.source == "label" else logits.argmax(dim=1)
+        imitated = self.weights.critic_class_term == "kl"
+        logits = self.classifier(image) if imitated or self.source == "classifier" else None
+        label = batch["label"] if logits is None or self.source == "label" else logits.argmax(dim=1)
         return _Part(
             image=image,
             label=label,
@@ -394,6 +418,7 @@ class Dxai(ExplainerModule):
         }
         total = terms["critic_real"] + terms["critic_fake"]
         if self.weights.critic_class_term == "kl":
+            assert part.logits is not None, "what the critic imitates is drawn with the batch"
             terms["critic_class"] = kl_between_logits(part.logits, judged)
             total = total + terms["critic_class"]
         elif self.weights.critic_class_term == "cross_entropy":
@@ -464,13 +489,12 @@ class Dxai(ExplainerModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measures what an explanation of unseen images would be worth, with the deterministic mean style."""
         image, label = batch["image"], batch["label"]
-        explanation = self.explain(image)
+        explanation, branches = self._explained(image, None)
         distinct = explanation.parts["distinct"]
         agnostic_logits = self.classifier(explanation.parts["agnostic"])
         removed_logits = self.classifier(image - distinct)
         own_class = F.cross_entropy(self.classifier(explanation.parts["reconstruction"]), label)
         # What was trained is the whole of branch 0, however much of it an explanation takes away.
-        branches = self.generator(image, self.mean_styles()[explanation.predicted])
         without_logits = self.classifier(branches[:, 1:].sum(dim=1))
         if self.objective == "paper":
             removed_class = F.cross_entropy(without_logits, runner_up(explanation.logits))
@@ -499,11 +523,11 @@ class Dxai(ExplainerModule):
         generator_rate, mapping_rate, critic_rate = self.learning_rates
         # Both betas must be floats: recent PyTorch rejects mixed types.
         options: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": self.weight_decay}
+        options["fused"] = self.device.type in FUSED
         groups = [
             {"params": self.generator.parameters(), "lr": generator_rate},
             {"params": self.mapping.parameters(), "lr": mapping_rate},
         ]
-        self.critic.requires_grad_(True)
         return [torch.optim.Adam(groups, **options), torch.optim.Adam(self.critic.parameters(), critic_rate, **options)]
 
 

@@ -129,7 +129,7 @@ def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tens
     """The share of the distinct part to remove until the classifier is as undecided as it gets on that path.
 
     Minimises KL(uniform || classifier(image - strength * distinct)) over strengths from 0 to 2: a grid of 0.1, refined
-    twice around its best point to 0.004. All strengths of an image are judged in one batch.
+    twice around its best point to 0.004. The classifier judges a bounded number of images at a time.
 
     Args:
         classifier: The judge.
@@ -144,6 +144,6 @@ def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tens
         offsets = torch.linspace(-reach, reach, num_points, device=image.device, dtype=image.dtype)
         candidates = (strength[:, None] + offsets).clamp(0, 2)
         removed = image[:, None] - candidates[:, :, None, None, None] * distinct[:, None]
-        undecided = kl_from_uniform(classifier(removed.flatten(0, 1))).view(len(image), num_points)
+        undecided = kl_from_uniform(classifier.along(removed).flatten(0, 1)).view(len(image), num_points)
         strength = candidates.gather(1, undecided.argmin(dim=1, keepdim=True)).squeeze(1)
     return strength

@@ -33,6 +33,7 @@ from cfe_lightning.networks.steerable_pyramid import (
     Transform,
     default_scales,
 )
+from cfe_lightning.precision import full_precision
 
 TransformName = Literal["csp", "dft", "pixel", "csp_rect"]
 AlphaUnit = Literal["rms", "l2", "phase", "raw"]
@@ -339,7 +340,7 @@ class Extrapolator:
         transform = self.transform_for(course.image)
         if not course.motions or not isinstance(transform, SteerablePyramid):
             return None
-        with torch.autocast(alpha.device.type, enabled=False):
+        with full_precision(alpha):
             field = motion_field(course.motions, alpha, transform, cap=self.cap)
         return self._crop(field, self._pad(course.image))
 

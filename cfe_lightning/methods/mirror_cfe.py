@@ -43,7 +43,7 @@ from cfe_lightning.methods.mirror_spread import (
     spread_by_water_filling,
     spread_uniform,
 )
-from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
+from cfe_lightning.micro_batches import FUSED, check_micro_batches, descend, parts_of, twice
 from cfe_lightning.networks.mirror_decoder import DecoderNorm, MirrorDecoder, PatchCritic
 from cfe_lightning.networks.running_statistics import uncounted
 from cfe_lightning.precision import full_precision, single
@@ -153,8 +153,9 @@ class MirrorCFE(ExplainerModule):
         betas: Adam's.
         decay_from: Share of the training after which both learning rates fall linearly towards zero; 1 keeps them.
         micro_batches: Parts that a batch is computed in, one after the other: the same gradient in less memory, for
-            one more pass of the decoder. The batch norm, the mean length in the feature loss and the partners of the
-            triangulation are those of a part, and the critic's spectral norms are refined once per part.
+            one more pass of the decoder; what the classifier sees is kept of the whole batch, without a gradient. The
+            batch norm, the mean length in the feature loss and the partners of the triangulation are those of a part,
+            and the critic's spectral norms are refined once per part.
 
     Raises:
         ValueError: If the classifier has no pooled feature map, or an argument is out of range.
@@ -218,6 +219,7 @@ class MirrorCFE(ExplainerModule):
         self.decay_from = decay_from
         self.micro_batches = check_micro_batches(micro_batches)
         self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
+        self.in_pairs = bool(pairs)
 
         feature_map = classifier.pooled_feature_map()
         self.levels = classifier.find_levels(levels)
@@ -248,15 +250,17 @@ class MirrorCFE(ExplainerModule):
     # Through the mirror
 
     @torch.no_grad()
-    def reflect(self, image: Tensor, target: Tensor | None = None) -> Mirrored:
+    def reflect(self, image: Tensor, target: Tensor | None = None, seen: Activations | None = None) -> Mirrored:
         """All of the way from the predicted class to a target that needs no decoder.
 
         Args:
             image: [B, C, H, W] in [-1, 1].
             target: Classes asked for, [B]; None asks for ``default_target``. Where a target is predicted already the
                 way leads to the runner-up, because no mirror stands in between.
+            seen: What the classifier sees in them, with ``levels``, if at hand.
         """
-        seen = self.classifier.activations(image, self.levels)
+        if seen is None:
+            seen = self.classifier.activations(image, self.levels)
         with full_precision(image):
             return self._reflected(seen, target)
 
@@ -452,6 +456,16 @@ class MirrorCFE(ExplainerModule):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        """Lets the critic learn, which a fit before has left frozen.
+
+        Not first in ``configure_optimizers``: before that, several processes look for the weights whose gradients they
+        have to exchange.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self.critic.requires_grad_(True)
+
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Lowers the learning rates; from the progress alone, so that a resumed run goes on where it was."""
         if self.decay_from < 1 and self.trainer.max_epochs and self.trainer.max_epochs > 0:
@@ -463,21 +477,27 @@ class MirrorCFE(ExplainerModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One critic step and one decoder step on the same renderings."""
-        image, source = self._inside_pairs(batch["image"])
+        image = batch["image"]
+        if self.in_pairs:
+            image, _ = self._inside_pairs(image)
+        with torch.no_grad():
+            seen = self.classifier.activations(image, self.levels)
+        source = seen.logits.argmax(dim=1)
         decoder_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
         target, step = self._draw_target(source), torch.rand(len(image), 1, device=image.device)
-        parts = [self._part(image[r], target[r], step[r]) for r in parts_of(len(image), self.micro_batches)]
-        seen, rendered = twice(self._render, parts)
+        rows = parts_of(len(image), self.micro_batches)
+        parts = [self._part(image[r], target[r], step[r], _rows_of(seen, r)) for r in rows]
+        shown, rendered = twice(self._render, parts)
         self.critic.requires_grad_(True)
-        terms = descend(self, parts, lambda part: self._critic_loss(part, seen(part)[1]), "critic", critic_optimizer)
+        terms = descend(self, parts, lambda part: self._critic_loss(part, shown(part)[1]), "critic", critic_optimizer)
         self.critic.requires_grad_(False)
         terms |= descend(
             self, parts, lambda part: self._decoder_loss(part, *rendered(part)), "decoder", decoder_optimizer
         )
         log_training(self, terms, len(image))
 
-    def _part(self, image: Tensor, target: Tensor, step: Tensor) -> _Part:
-        mirrored = self.reflect(image, target)
+    def _part(self, image: Tensor, target: Tensor, step: Tensor, seen: Activations | None = None) -> _Part:
+        mirrored = self.reflect(image, target, seen)
         shown = torch.where(step[:, 0] < 0.5, mirrored.source, mirrored.target)
         return _Part(image=image, mirrored=mirrored, step=step, shown=shown)
 
@@ -575,12 +595,18 @@ class MirrorCFE(ExplainerModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for the decoder and for the critic."""
-        self.critic.requires_grad_(True)
-        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas}
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "fused": self.device.type in FUSED}
         return [
             torch.optim.Adam(self.decoder.parameters(), **options),
             torch.optim.Adam(self.critic.parameters(), **options),
         ]
+
+
+def _rows_of(seen: Activations, rows: slice) -> Activations:
+    """What the classifier sees in some of the images."""
+    return Activations(
+        feature_map=seen.feature_map[rows], levels=[level[rows] for level in seen.levels], logits=seen.logits[rows]
+    )
 
 
 def _features_at(mirrored: Mirrored, step: Tensor) -> Tensor:

@@ -409,10 +409,9 @@ def reflect(
     degenerate = (weight[source] == weight[target]).all(dim=1)
     on_boundary = (margin(logits, source, target) == 0) & ~degenerate
     stuck = degenerate | on_boundary
-    if bool(stuck.any()):
-        moved = torch.where(stuck[:, None], features, moved)
-        status = torch.where(degenerate, _DEGENERATE, torch.where(on_boundary, _ON_BOUNDARY, status))
-        error = residual(moved)
+    moved = torch.where(stuck[:, None], features, moved)
+    status = torch.where(degenerate, _DEGENERATE, torch.where(on_boundary, _ON_BOUNDARY, status))
+    error = residual(moved)
     least, most = bounds or (0.0, torch.inf)
     return Reflection(
         features=moved,

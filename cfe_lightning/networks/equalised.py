@@ -17,9 +17,6 @@ from torch.nn import functional as F
 
 from cfe_lightning.precision import single
 
-#: Of the outer product that makes the low-pass filter; sums to 1.
-_TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
-
 
 def activate(x: Tensor) -> Tensor:
     """Leaky ReLU that keeps the second moment: slope 0.2, times the square root of 2."""
@@ -47,7 +44,8 @@ def low_pass(x: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Ten
         gain: 4 after an upsampling by zeros in between.
         stride: Keeps every pixel, or every second one.
     """
-    taps = x.new_tensor(_TAPS)
+    # (1, 3, 3, 1) / 8, computed where it is used: a copy to a GPU would wait for it at every layer. Exact in bfloat16.
+    taps = 0.5 - (torch.arange(4, device=x.device, dtype=x.dtype) - 1.5).abs() / 4
     kernel = (torch.outer(taps, taps) * gain).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
 

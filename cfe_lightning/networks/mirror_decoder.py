@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from cfe_lightning.precision import single
+from cfe_lightning.precision import full_precision, single
 
 DecoderNorm = Literal["batch", "group"]
 #: A level as (channels, height, width).
@@ -141,10 +141,13 @@ class MirrorDecoder(nn.Module):
         for index, (size, stage) in enumerate(zip(self.sizes, self.stages, strict=True)):
             hidden = _resized(hidden, size)
             if index < len(self.editors):
-                level, summary = (_repeated(x[index], len(feature_map)) for x in (levels, summaries))
-                edited = self.editors[index](summary, feature_map)
-                share = F.interpolate(mask, size=size, mode="nearest")
-                hidden = torch.cat([hidden, torch.lerp(level.to(edited), edited, share.to(edited))], dim=1)
+                level = levels[index]
+                edited = self.editors[index](_repeated(summaries[index], len(feature_map)), feature_map)
+                share = F.interpolate(mask, size=size, mode="nearest").to(edited)
+                # A level is shared by all steps of its image and not copied, which would cost its layout, too.
+                per_image = (value.unflatten(0, (len(level), -1)) for value in (edited, share))
+                mixed = torch.lerp(level.to(edited)[:, None], *per_image).flatten(0, 1)
+                hidden = torch.cat([hidden, mixed], dim=1)
             hidden = stage(hidden)
         return single(self.head(hidden)).tanh()
 
@@ -172,9 +175,9 @@ class PatchCritic(nn.Module):
         current = channels + (class_dim if num_classes else 0)
         layers: list[nn.Module] = []
         for width in widths:
-            layers += [spectral_norm(nn.Conv2d(current, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+            layers += [spectral_norm(_ExactWeight(current, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
             current = width
-        layers.append(spectral_norm(nn.Conv2d(current, 1, 3, padding=1)))
+        layers.append(spectral_norm(_ExactWeight(current, 1, 3, padding=1)))
         self.body = nn.Sequential(*layers)
 
     def forward(self, image: Tensor, shown: Tensor) -> Tensor:
@@ -183,6 +186,16 @@ class PatchCritic(nn.Module):
             planes = self.embedding(shown)[:, :, None, None].expand(-1, -1, *image.shape[2:])
             image = torch.cat([image, planes], dim=1)
         return self.body(image)
+
+
+class _ExactWeight(nn.Conv2d):
+    """A convolution whose weight is computed in single precision: half of it would blur the spectral norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, h, w]."""
+        with full_precision(x):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
 
 
 def _convolution(in_channels: int, out_channels: int, norm: DecoderNorm) -> nn.Sequential:
@@ -194,7 +207,9 @@ def _convolution(in_channels: int, out_channels: int, norm: DecoderNorm) -> nn.S
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    # Autocast would make float32 of it on a GPU; what follows is a convolution, which rounds it in any case.
+    with full_precision(x):
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def _repeated(x: Tensor, batch: int) -> Tensor:

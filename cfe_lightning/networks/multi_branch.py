@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.networks.resampled_convolution import convolve_and_pool, upsample_and_convolve
-from cfe_lightning.precision import single
+from cfe_lightning.precision import full_precision, single
 
 Norm = Literal["instance", "none"]
 
@@ -99,7 +99,9 @@ class StyledResidualBlock(nn.Module):
         shortcut = self.shortcut(x)
         if self.up:
             residual = upsample_and_convolve(residual, self.conv1)
-            shortcut = F.interpolate(shortcut, scale_factor=2.0, mode="nearest")
+            # Autocast would make float32 of it on a GPU, and of all that follows; copies need no digits.
+            with full_precision(shortcut):
+                shortcut = F.interpolate(shortcut, scale_factor=2.0, mode="nearest")
         else:
             residual = self.conv1(residual)
         residual = self.conv2(F.leaky_relu(self.norm2(residual, style), 0.2))

@@ -15,8 +15,10 @@ def uncounted(network: nn.Module) -> Iterator[None]:
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # Without running statistics at all a pass would keep other tensors for its gradient.
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        # Without running statistics at all a pass would keep other tensors for its gradient; without a counter, a norm
+        # that is synchronised over processes refuses to work. What counts here is thrown away.
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
     try:
         yield
     finally:

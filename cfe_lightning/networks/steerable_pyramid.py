@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cfe_lightning.precision import full_precision
+
 Synthesis = Literal["adjoint", "two_sided"]
 
 
@@ -139,7 +141,8 @@ class SteerablePyramid(Transform):
 
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
         """Bands [..., K, h, w] and residuals [..., H, W] to images [..., H, W]."""
-        with _full_precision(bands[0]):
+        # Here and below: there is no FFT of half precision on the CPU, and phases need the digits.
+        with full_precision(bands[0]):
             spectrum = bands[0].new_zeros((*bands[0].shape[:-3], self.height, self.width))
             for j, band in enumerate(bands):
                 weights = getattr(self, f"back{j}")
@@ -160,7 +163,7 @@ class SteerablePyramid(Transform):
 
     def enlarged(self, maps: Tensor) -> Tensor:
         """Real maps [..., h, w] with one value per sample of a scale, interpolated to [..., H, W] without aliasing."""
-        with _full_precision(maps):
+        with full_precision(maps):
             part = torch.fft.fft2(maps)
             spectrum = part.new_zeros((*maps.shape[:-2], self.height, self.width))
             _embed_and_add(spectrum, part)
@@ -169,7 +172,7 @@ class SteerablePyramid(Transform):
 
     def _analyse(self, image: Tensor, masks: str, residuals: bool) -> Decomposition:
         _check_size(image, self.height, self.width)
-        with _full_precision(image):
+        with full_precision(image):
             spectrum = torch.fft.fft2(image, norm="ortho")
             bands = []
             for j in range(self.scales):
@@ -208,14 +211,14 @@ class FourierTransform(Transform):
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
         """Images [..., H, W] to the band [..., 1, H, W] of their Fourier coefficients and the residual [..., H, W]."""
         _check_size(image, *self.fixed.shape)
-        with _full_precision(image):
+        with full_precision(image):
             spectrum = torch.fft.fft2(image, norm="ortho")
             rest = [torch.fft.ifft2(spectrum * self.fixed, norm="ortho").real] if residuals else []
             return Decomposition([(spectrum * self.window).unsqueeze(-3)], rest)
 
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
         """The band [..., 1, H, W] and the residual [..., H, W] to images [..., H, W]."""
-        with _full_precision(bands[0]):
+        with full_precision(bands[0]):
             spectrum = bands[0].squeeze(-3) * self.window
             for residual in residuals:
                 spectrum = spectrum + torch.fft.fft2(residual, norm="ortho") * self.fixed
@@ -296,8 +299,3 @@ def _check_size(image: Tensor, height: int, width: int) -> None:
 
 def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    """There is no FFT of half precision on the CPU, and phases need the digits."""
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -211,8 +211,32 @@ def test_an_explanation_is_the_same_when_compiled() -> None:
     torch.manual_seed(0)
     model, image = dxai().eval(), toy_images(6, NUM_CLASSES)
     expected = model.explain(image)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     compile_blocks(model, "aot_eager")
     assert_same_answer(model.explain(image), expected)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def test_grouped_convolutions_keep_their_layout() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.ConvTranspose2d(8, 8, 3, groups=2),
+        nn.ConvTranspose2d(8, 8, 3),
+    )
+    to_channels_last(network)
+    laid_out = [layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in network]
+    assert laid_out == [True, False, False, True]
+    model, seen = dxai(), []
+    to_channels_last(model)
+    for layer in model.generator.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    model.eval().explain(toy_images(6, NUM_CLASSES).contiguous(memory_format=torch.channels_last))
+    assert seen
+    assert all(seen)
 
 
 def test_images_of_every_stage_are_laid_out(tmp_path: Path) -> None:
@@ -269,6 +293,37 @@ def test_the_compiler_does_not_stop_after_eight_widths() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
 
 
+@pytest.mark.parametrize(("dynamic", "num_graphs"), [(False, 3), (None, 2)])
+@torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8, optimize_ddp=True)
+def test_maps_of_another_size_are_compiled_anew(dynamic: bool | None, num_graphs: int) -> None:
+    class Narrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(ResidualBlock(4, 4, 1) for _ in range(3))
+
+        def blocks(self) -> list[nn.Module]:
+            return [*self.layers]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network = Narrowing()
+    compile_blocks(network, "eager", dynamic=dynamic)
+    for side, block in zip((16, 8, 4), network.blocks(), strict=True):
+        block(torch.zeros(2, 4, side, side))
+    # A second size would have stood for any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+    assert not torch._dynamo.config.optimize_ddp
+
+
+@pytest.mark.parametrize(("stage", "dynamic"), [("fit", False), ("predict", None), ("validate", None)])
+def test_training_alone_is_compiled_for_fixed_sizes(stage: str, dynamic: bool | None, monkeypatch: Any) -> None:
+    model, asked = dxai(), []
+    monkeypatch.setattr(ResidualBlock, "compile", lambda self, **options: asked.append(options))
+    CompileBlocks("eager").setup(pl.Trainer(logger=False), model, stage)
+    assert asked
+    assert all(options == {"backend": "eager", "dynamic": dynamic} for options in asked)
+
+
 def test_what_is_differentiated_twice_is_not_compiled() -> None:
     torch.manual_seed(0)
     critic = dxai().critic
@@ -307,6 +362,8 @@ def test_an_uncounted_pass_leaves_running_statistics() -> None:
     network = nn.Sequential(norm)
     image = torch.randn(4, 3, 5, 5) + 2
     with uncounted(network):
+        # Synchronised over processes a norm insists on a counter.
+        assert norm.num_batches_tracked is not None
         same = network(image)
     assert norm.running_mean is not None
     assert norm.num_batches_tracked is not None

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import CASES, IMAGE_SIZE, NUM_CLASSES, Case
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from toy import ToyData, save_checkpoint, toy_images, toy_trainer
 
 from cfe_lightning.callbacks import EMA
@@ -157,6 +158,25 @@ def test_every_term_is_finite_and_every_parameter_moves(
     now = dict(explainer.named_parameters())
     still = [name for name in seen["trainable"] if torch.equal(now[name], seen["before"][name])]
     assert not still
+
+
+def test_every_fit_begins_with_weights_that_can_learn(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes exchange the gradients of those weights alone that can learn when the strategy is set up."""
+    explainer = case.build()
+    seen: list[set[str]] = []
+
+    def setup(strategy: SingleDeviceStrategy, trainer: pl.Trainer) -> None:
+        seen.append({name for name, value in explainer.named_parameters() if value.requires_grad})
+        set_up(strategy, trainer)
+
+    set_up = SingleDeviceStrategy.setup
+    monkeypatch.setattr(SingleDeviceStrategy, "setup", setup)
+    for _ in range(2 if case.num_epochs else 0):
+        trainer = train(explainer, tmp_path, [], limit_train_batches=1, limit_val_batches=0)
+        stepped = {id(value) for one in trainer.optimizers for group in one.param_groups for value in group["params"]}
+        assert {name for name, value in explainer.named_parameters() if id(value) in stepped} <= seen[-1]
 
 
 def test_hyper_parameters_are_plain_data(case: Case, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from cases import DXAI
 from torch.nn import functional as F
-from toy import ToyData, toy_classifier, toy_images
+from toy import ToyData, toy_classifier, toy_images, toy_trainer
 
+from cfe_lightning.callbacks import EMA
 from cfe_lightning.explanation import alternative_class
 from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.methods.dxai import SWEEP, Dxai
@@ -105,6 +106,35 @@ def test_cached_styles_follow_the_weights():
         model.mapping.towers[-1].bias.add_(1)
     model.eval()
     torch.testing.assert_close(model.mean_styles(), before + 1)
+
+
+def test_cached_styles_are_exact_whatever_was_asked_for_first():
+    model, image = tiny().eval(), toy_images(4, 3)
+    exact = model.mean_styles().clone()
+    model.eval()  # forgets them
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.explain(image)
+    assert torch.equal(model.mean_styles(), exact)
+    model.explain(image)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_styles_of_a_validation_do_not_outlive_its_weights(training, tmp_path):
+    model = tiny(mapping_learning_rate=0.1).train(training)
+    # The last epoch, which no validation follows, moves the average on.
+    trainer = toy_trainer(tmp_path, [EMA(0.9)], max_epochs=3, check_val_every_n_epoch=2)
+    trainer.fit(model, ToyData(num_classes=3))
+    after = model.mean_styles().clone()
+    torch.testing.assert_close(after, model.eval().mean_styles(), rtol=0, atol=0)
+
+
+def test_few_images_at_a_time_are_judged_for_the_neutral_strength(monkeypatch):
+    classifier, image, judged = toy_classifier(2), toy_images(16, 2), []
+    forward = classifier.forward
+    monkeypatch.setattr(classifier, "forward", lambda images: judged.append(len(images)) or forward(images))
+    neutral_strength(classifier, image, image - image.flip(-1))
+    assert max(judged) <= 128 < 16 * 21
+    assert sum(judged) == 16 * (21 + 11 + 11)
 
 
 def test_neutral_strength_finds_where_a_known_classifier_is_undecided():
@@ -347,6 +377,28 @@ def test_every_preset_trains_all_its_parameters(preset, objective):
     assert ("train/orthogonality" in logged[0]) == (preset == "first")
     assert ("train/critic_class" in logged[0]) == (preset != "final")
     assert ("train/neutral" in logged[0]) == (objective == "neutral")
+
+
+@pytest.mark.parametrize("preset", ["paper", "final", "first", "joint_d"])
+@pytest.mark.parametrize("source", ["label", "classifier"])
+def test_the_classifier_judges_a_batch_only_where_its_answer_is_used(preset, source):
+    model, judged = tiny(preset=preset, source=source), []
+    model.classifier.register_forward_pre_hook(lambda *_: judged.append(1))
+    image, label = toy_images(4, 3), torch.tensor([0, 1, 2, 0])
+    part = model._draw({"image": image, "label": label})
+    needed = source == "classifier" or preset in ("paper", "first")
+    assert len(judged) == needed
+    assert (part.logits is not None) == needed
+    wanted = label if source == "label" else model.classifier(image).argmax(dim=1)
+    assert torch.equal(part.label, wanted)
+
+
+def test_a_validation_renders_a_batch_once(tmp_path):
+    model, encoded = tiny(), []
+    encode = model.generator.encode
+    model.generator.encode = lambda image: encoded.append(len(image)) or encode(image)  # type: ignore[method-assign]
+    toy_trainer(tmp_path, limit_val_batches=2).validate(model, ToyData(num_classes=3), verbose=False)
+    assert len(encoded) == 2
 
 
 def test_weights_override_the_preset():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from cases import AUTOENCODER, DXAI, MIRROR, pooled_classifier
+from lightning.pytorch.strategies import DDPStrategy
 from saved_tensors import SavedTensors
 from torch import Tensor, nn
 from toy import STYLEX, ToyData, toy_classifier, toy_trainer
 
 from cfe_lightning.classifier_training import ClassifierTraining
-from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.explainer import ExplainerModule, check_precision
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
@@ -196,6 +199,41 @@ def test_under_autocast_no_gradient_of_single_precision_is_rounded(tmp_path: Pat
         assert torch.equal(exact, other)
 
 
+@pytest.mark.parametrize("build", [dxai, stylex, mirror])
+def test_steps_by_hand_are_not_taken_in_float16(build: Build, tmp_path: Path) -> None:
+    model, data = build(), ToyData(num_classes=3, image_size=16)
+    named = f"{type(model).__name__} cannot be trained with precision 16-true, because float16 gradients vanish"
+    with pytest.raises(ValueError, match=named):
+        toy_trainer(tmp_path, precision="16-true", limit_train_batches=1, limit_val_batches=0).fit(model, data)
+    # A CPU has no 16-mixed: Lightning takes another there.
+    with pytest.raises(ValueError, match=r"with precision 16-mixed, .* in its alternating steps: use bf16-mixed or 32"):
+        check_precision(model, "16-mixed")
+    for precision in ("32-true", "bf16-mixed", "bf16-true", "64-true"):
+        check_precision(model, precision)
+    check_precision(autoencoder(), "16-mixed")
+
+
+@pytest.mark.parametrize("build", [dxai, mirror])
+def test_fused_steps_are_those_without_and_go_on_from_them(build: Build) -> None:
+    """Checkpoints from before hold the state of optimisers that are not fused."""
+    ends = []
+    for fused_from in (0, 1, 3):
+        torch.manual_seed(0)
+        optimizer, _ = build().configure_optimizers()  # type: ignore[misc]
+        assert optimizer.defaults["fused"]
+        plain = torch.optim.Adam([group | {"fused": False} for group in optimizer.param_groups])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for step in range(3):
+            if step == fused_from == 1:
+                optimizer.load_state_dict(plain.state_dict())
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            (optimizer if step >= fused_from else plain).step()
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    for end in ends[:2]:
+        torch.testing.assert_close(end, ends[2], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("build", [autoencoder, classifier])
 def test_with_one_optimiser_lightning_adds_up_gradients(
     build: Callable[[], pl.LightningModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +250,31 @@ def test_with_one_optimiser_lightning_adds_up_gradients(
     (first, second), (together,) = taken
     for one, other, both in zip(first, second, together, strict=True):
         torch.testing.assert_close(both, (one + other) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_processes_exchange_gradients_with_the_last_part_only() -> None:
+    weight, apart, seen = torch.ones(1, requires_grad=True), [False], []
+
+    class Strategy(DDPStrategy):
+        @contextmanager
+        def block_backward_sync(self) -> Iterator[None]:
+            apart[0] = True
+            yield
+            apart[0] = False
+
+    def backward(value: Tensor) -> None:
+        seen.append(apart[0])
+        value.backward()
+
+    module: Any = SimpleNamespace(
+        trainer=SimpleNamespace(strategy=Strategy(), precision="32-true"), manual_backward=backward
+    )
+    parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([6.0])]
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    terms = descend(module, parts, lambda part: {"loss": (weight * part).mean()}, "loss", optimizer)
+    assert seen == [True, True, False]
+    assert weight.grad is not None
+    assert weight.grad.item() == terms["loss"].item() == 3.0
 
 
 def test_parts_differ_by_one_image_at_most() -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import MIRROR, pooled_classifier
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 from toy import ToyData, toy_images, toy_trainer
 
@@ -19,6 +19,7 @@ from cfe_lightning.classifier_tracing import trace_layers
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.mirror_geometry import STATUS, swapped
 from cfe_lightning.networks.classifiers import PooledCnn
+from cfe_lightning.networks.mirror_decoder import MirrorDecoder
 
 
 def tiny(num_classes: int = 3, classifier: FrozenClassifier | None = None, **changes: Any) -> MirrorCFE:
@@ -274,6 +275,67 @@ def test_training_stays_inside_the_pairs():
     kept = inside[:, 0, 0, 0].long()
     assert kept.tolist() == [0, 2, 0, 2, 0, 2]
     assert model._draw_target(source).tolist() == [2, 0, 2, 0, 2, 0]
+
+
+def test_a_step_shows_the_classifier_a_batch_once(tmp_path: Path):
+    model, judged = tiny(), []
+    model.head()  # which is read once
+    network = model.classifier.network
+    network.register_forward_pre_hook(lambda _, inputs: judged.append((len(inputs[0]), torch.is_grad_enabled())))
+    trainer = toy_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(model, ToyData(num_classes=3, batch_size=4, num_images=8))
+    # The images, and what was rendered of them.
+    assert judged == [(4, False), (8, True)]
+
+
+def test_the_critic_s_spectral_norms_are_computed_in_single_precision():
+    model, seen = MirrorCFE(pooled_classifier(), **MIRROR), []
+    layers = [layer for layer in model.critic.body if hasattr(layer, "parametrizations")]
+    assert len(layers) == 3
+    for layer in layers:
+        # On a CPU autocast leaves a norm alone, on a GPU it does not.
+        norm = layer.parametrizations.weight[0]
+        norm.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        judged = model.critic(toy_images(2, 3), torch.tensor([0, 1]))
+    assert seen == [False] * 3
+    assert judged.dtype == torch.bfloat16
+
+
+def test_autocast_does_not_widen_what_is_enlarged(monkeypatch: pytest.MonkeyPatch):
+    model, seen = tiny(), []
+    interpolate = nn.functional.interpolate
+
+    def watched(x: Tensor, **options: Any) -> Tensor:
+        # On a GPU autocast would take single precision for it.
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return interpolate(x, **options)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mirrored = model.reflect(toy_images(2, 3))
+        monkeypatch.setattr(nn.functional, "interpolate", watched)
+        model.decode(mirrored, torch.ones(2, 2))
+    maps = [enabled for dtype, enabled in seen if dtype == torch.bfloat16]
+    assert maps
+    assert not any(maps)
+
+
+def test_images_decoded_together_are_those_decoded_alone():
+    torch.manual_seed(0)
+    decoder = MirrorDecoder(
+        map_shape=(6, 2, 2),
+        level_shapes=[(4, 4, 4), (3, 8, 8)],
+        image_size=16,
+        norm="group",
+        non_negative=[True, False],
+    )
+    maps, mask = torch.randn(6, 6, 2, 2), torch.rand(6, 1, 2, 2)
+    levels = [torch.randn(2, 4, 4, 4), torch.randn(2, 3, 8, 8)]
+    together = decoder(maps, levels, decoder.summarise(levels), mask)
+    for index in range(6):
+        own = [level[index // 3, None] for level in levels]
+        alone = decoder(maps[index, None], own, decoder.summarise(own), mask[index, None])
+        torch.testing.assert_close(together[index, None], alone)
 
 
 def test_the_learning_rates_fall_in_the_last_part(tmp_path: Path):

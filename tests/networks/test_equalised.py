@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfe_lightning.networks.equalised import (
     EqualConv,
@@ -54,6 +56,30 @@ def test_an_impulse_shows_the_filter_and_stays_in_its_channel() -> None:
     passed = low_pass(x, 1)
     torch.testing.assert_close(passed[0, 0], taps[:, None] * taps)
     assert passed[0, 1].abs().max() == 0
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_filter_is_exact_and_not_copied_from_the_host(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 8, 8).to(dtype)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype) / 8
+    expected = F.conv2d(x, torch.outer(taps, taps).expand(3, 1, 4, 4), padding=1, groups=3)
+    with Operations() as done:
+        passed = low_pass(x, 1)
+    assert torch.equal(passed, expected)
+    assert "convolution" in done.names
+    assert not done.names & {"lift_fresh", "_to_copy", "copy_"}
 
 
 @pytest.mark.parametrize("padding", [1, 2])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cfe_lightning.networks.multi_branch import (
     MappingNetwork,
@@ -96,6 +97,21 @@ def test_encoding_once_equals_encoding_twice():
     once = generator.decode(generator.encode(image), styles, image)
     twice = torch.cat([generator(image, styles[:2]), generator(image, styles[2:])])
     torch.testing.assert_close(once, twice, atol=1e-5, rtol=0)
+
+
+def test_autocast_does_not_widen_what_is_enlarged(monkeypatch):
+    generator, seen = tiny(), []
+    interpolate = F.interpolate
+
+    def watched(x, **options):
+        # On a GPU autocast would take single precision for it.
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return interpolate(x, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generator(torch.rand(2, 3, 32, 32), torch.rand(2, generator.num_styles, 8))
+    assert seen == [(torch.bfloat16, False)] * 2
 
 
 def test_concatenation_keeps_branches_together():
