@@ -113,18 +113,18 @@ def measure_speed(cell: Cell, settings: Settings) -> dict[str, Any]:
             first[name] = time.perf_counter() - begin
         answers[name] = _outcome(contender, answer)
         judged[name] = calls.forwards / contender.num_images
-        if contender.variant.compiled:
-            # Penalties and other settings of gradients are graphs of their own.
-            for iteration, _ in [*contender.phases()] * 2:
-                contender(iteration)
+        # Kernels are loaded, and tuned, when they are first needed; penalties and other settings of gradients are
+        # graphs of their own, compiled once more when a size turns out to change.
+        for iteration, _ in [*contender.phases()] * (2 if contender.variant.compiled else 1):
+            contender(iteration)
     seconds = take_turns(contenders, settings)
     exact = answers.get("fp32", answers[AS_BUILT])
     ways = STRAIGHTFORWARD.get((cell.work, cell.method), {})
     return {
         "images": built.num_images,
         "rounds": len(seconds[AS_BUILT]),
-        "seconds": {name: statistics.mean(values) for name, values in seconds.items()},
-        "images_per_second": {name: 1 / statistics.mean(values) for name, values in seconds.items()},
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "images_per_second": {name: 1 / statistics.median(values) for name, values in seconds.items()},
         "first_turn_seconds": first,
         "ratio": {name: spread(values, seconds[AS_BUILT]) for name, values in seconds.items() if name != AS_BUILT},
         "judged_per_image": judged,
@@ -276,7 +276,10 @@ def measure_files(cell: Cell, settings: Settings) -> dict[str, Any]:
         "images": images,
         "rounds": settings.rounds,
         "batch_size": settings.explain_images,
-        "images_per_second": {AS_BUILT: 1 / statistics.mean(batches), "--batch-size 1": 1 / statistics.mean(singles)},
+        "images_per_second": {
+            AS_BUILT: 1 / statistics.median(batches),
+            "--batch-size 1": 1 / statistics.median(singles),
+        },
         "ratio": {"--batch-size 1": spread(singles, batches)},
     }
 

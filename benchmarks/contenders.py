@@ -319,7 +319,9 @@ class Contender:
         module: Any = self.module
         if not hasattr(self, "_code"):
             self._code = module.autoencoder.encode(self.batch["image"])
-        return module.autoencoder.decode(torch.randn_like(self.batch["image"]), self._code, module.decoding_steps)
+        # By shape: the memory layout of the images must not change the numbers.
+        noise = torch.randn(self.batch["image"].shape, device=self.device)
+        return module.autoencoder.decode(noise, self._code, module.decoding_steps)
 
     def phases(self) -> list[tuple[int, float]]:
         """Iterations that stand for all others, with their shares: penalties come every few iterations only."""
