@@ -32,7 +32,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --extra dev --no-annotate --no-header --no-emit-index-url --upgrade \

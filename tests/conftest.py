@@ -7,6 +7,10 @@ import os
 
 import pytest
 
+# Before torch is imported, and for all processes that tests start: tensors are small here, and more threads would
+# mostly wait for each other, on a busy machine for seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
