@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor
 
 from cfe_lightning.precision import full_precision
+from cfe_lightning.processes import average_gradients
 
 #: Types of devices where one kernel takes an optimiser's step (``fused``), several times as fast as an operation each.
 FUSED = ("cpu", "cuda")
@@ -73,7 +74,7 @@ def descend(
     name: str,
     *optimizers: Any,
 ) -> dict[str, Tensor]:
-    """One step of some optimisers with the gradient of all parts together; processes exchange it once, in the last.
+    """One step of some optimisers with the gradient of all parts together; processes exchange it once.
 
     Args:
         module: With manual optimisation.
@@ -88,16 +89,21 @@ def descend(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     strategy, total = module.trainer.strategy, sum(map(len, parts))
+    # DDP would send the weights of all networks after every backward pass, whichever of them take a step.
+    by_hand = isinstance(strategy, DDPStrategy)
     means: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        with nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync():
+        apart = isinstance(strategy, ParallelStrategy) and (by_hand or index < len(parts) - 1)
+        with strategy.block_backward_sync() if apart else nullcontext():  # type: ignore[attr-defined]
             share = len(part) / total
             terms = loss(part)
             # Under autocast the gradient of what was computed in single precision would be rounded.
             with full_precision(terms[name]):
                 module.manual_backward(terms[name] * share)
             means = {key: means.get(key, 0) + share * value.detach() for key, value in terms.items()}
+    if by_hand:
+        groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+        average_gradients(weight for group in groups for weight in group["params"])
     for optimizer in optimizers:
         optimizer.step()
     return means

@@ -6,12 +6,12 @@ Alone, a process hears itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 def is_first_process() -> bool:
@@ -62,6 +62,28 @@ def log_validation(module: pl.LightningModule, values: Mapping[str, Tensor], cou
     # Lightning averages the processes' numbers of images as whole numbers; a multiple leaves no remainder to be lost.
     weight = count * num_processes()
     module.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=weight, sync_dist=True)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients become their means over the processes, in one exchange.
+
+    Args:
+        parameters: The same in every process, with a gradient of the same ones in each.
+    """
+    if num_processes() == 1:
+        return
+    mine = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in mine if parameter.grad is not None]
+    # Equally long in every process whatever has a gradient, or they would wait for each other for ever.
+    values = [torch.zeros_like(each) if each.grad is None else each.grad for each in mine]
+    count = torch.full((1,), float(len(gradients)), device=values[0].device)
+    together = torch.cat([*(value.flatten() for value in values), count])
+    distributed.all_reduce(together)
+    *means, mean_count = together.div_(num_processes()).split([*(each.numel() for each in mine), 1])
+    # Told by the device when it comes to it: asking would wait for it.
+    torch._assert_async(mean_count == count, "processes have gradients of other weights")
+    present = [mean.view_as(each) for mean, each in zip(means, mine, strict=True) if each.grad is not None]
+    torch._foreach_copy_(gradients, present)
 
 
 def rows_of_all(mine: Tensor) -> Tensor:

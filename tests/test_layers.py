@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         *("explainer", "explanation", "classifier", "images", "networks", "losses", "methods", "atlas", "step_search"),
         *("micro_batches", "precision", "processes"),
     },
-    "micro_batches": {"precision"},
+    "micro_batches": {"precision", "processes"},
     "data": {"images", "medical_files", "data", "whole_file"},
     # Whoever looks at an explanation knows no method; manifest and explanation_writer are parts of explain.py's
     # output, report_atlas of report, tally, evaluation_comparison and evaluation_table of evaluation, drawing and

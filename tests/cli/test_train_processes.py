@@ -46,8 +46,7 @@ class Method:
             batches is not that of their union: each process has its own minibatch deviation, masked mean, scale, ...
         steps: Optimiser steps per batch, lazy ones aside.
         explains: Whether it takes a classifier.
-        own: Endings of buffers that differ between the processes: a batch norm counts the images of its own process;
-            the next pass begins with what the first process has.
+        own: Endings of buffers that differ between the processes: a batch norm counts the images of its own process.
         unlike: What is logged of a batch as a whole, not of each of its images.
         callbacks: Beside those of every run.
         runs: Which of the three it is trained in.

@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import AUTOENCODER, DXAI, MIRROR, pooled_classifier
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy
 from saved_tensors import SavedTensors
 from torch import Tensor, nn
 from toy import STYLEX, ToyData, toy_classifier, toy_trainer
 
+from cfe_lightning import micro_batches
 from cfe_lightning.classifier_training import ClassifierTraining
 from cfe_lightning.explainer import ExplainerModule, check_precision
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
@@ -252,27 +253,33 @@ def test_with_one_optimiser_lightning_adds_up_gradients(
         torch.testing.assert_close(both, (one + other) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_processes_exchange_gradients_with_the_last_part_only() -> None:
-    weight, apart, seen = torch.ones(1, requires_grad=True), [False], []
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(DDPStrategy, [True, True, True]), (FSDPStrategy, [True, True, False])], ids=["DDP", "other"]
+)
+def test_processes_exchange_gradients_once(
+    kind: type[ParallelStrategy], expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DDP by hand, those of weights that take a step; under another strategy in its way, with the last part."""
+    weight, apart, seen, averaged = torch.ones(1, requires_grad=True), [False], [], []
 
-    class Strategy(DDPStrategy):
-        @contextmanager
-        def block_backward_sync(self) -> Iterator[None]:
-            apart[0] = True
-            yield
-            apart[0] = False
+    @contextmanager
+    def block(_: Any) -> Iterator[None]:
+        apart[0] = True
+        yield
+        apart[0] = False
 
     def backward(value: Tensor) -> None:
         seen.append(apart[0])
         value.backward()
 
-    module: Any = SimpleNamespace(
-        trainer=SimpleNamespace(strategy=Strategy(), precision="32-true"), manual_backward=backward
-    )
+    monkeypatch.setattr(kind, "block_backward_sync", block)
+    monkeypatch.setattr(micro_batches, "average_gradients", lambda weights: averaged.append([*weights]))
+    module: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=kind()), manual_backward=backward)
     parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([6.0])]
     optimizer = torch.optim.SGD([weight], lr=0.0)
     terms = descend(module, parts, lambda part: {"loss": (weight * part).mean()}, "loss", optimizer)
-    assert seen == [True, True, False]
+    assert seen == expected
+    assert averaged == ([[weight]] if kind is DDPStrategy else [])
     assert weight.grad is not None
     assert weight.grad.item() == terms["loss"].item() == 3.0
 
