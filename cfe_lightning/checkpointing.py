@@ -356,7 +356,7 @@ def _stopped(trainer: pl.Trainer, reason: int) -> BaseException:
     batches = f"Training stopped after {_finished(trainer)} batches"
     if reason == _READING_FAILED:
         return OtherProcessFailedError(f"{batches}, because another process failed.")
-    return StopRequested(reason, f"{batches} by {name_of(reason)}.")
+    return StopRequested(reason, f"{batches} by {name_of(reason)}.", agreed=True)
 
 
 def _in_fetching(error: BaseException) -> bool:

@@ -25,15 +25,18 @@ class StopRequested(BaseException):
     Args:
         number: The signal.
         message: What has been stopped, a sentence.
+        agreed: All processes of the run end, after the same batch.
 
     Attributes:
         number: As given.
+        agreed: As given.
         exit_code: 128 + the signal, as a shell has it: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
-    def __init__(self, number: int, message: str | None = None) -> None:
+    def __init__(self, number: int, message: str | None = None, *, agreed: bool = False) -> None:
         super().__init__(message or f"Stopped by {name_of(number)}.")
         self.number = number
+        self.agreed = agreed
         self.exit_code = 128 + number
 
 

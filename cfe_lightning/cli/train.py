@@ -139,9 +139,10 @@ def _stopped(stop: StopRequested, last: Path | None) -> int:
     if is_first_process():
         how = "No batch is lost: give the same command again." if last is None else "Continue with: train.py --resume "
         sys.stderr.write(f"\n{stop} {how}{last or ''}\n")
-    # Lightning kills the process that a user waits for as soon as one that it has launched fails.
+    # Lightning kills the process that a user waits for as soon as one that it has launched fails: not where that one
+    # ends by itself, but where it waits for the others to come, deaf to signals.
     own_launcher = int(os.environ.get("LOCAL_RANK", "0")) > 0 and launched_processes() == 1
-    return 0 if own_launcher else stop.exit_code
+    return 0 if own_launcher and stop.agreed else stop.exit_code
 
 
 def _dry_run(options: argparse.Namespace, arguments: tuple[Any, ...]) -> int:

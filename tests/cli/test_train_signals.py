@@ -14,6 +14,10 @@ import pytest
 import torch
 import toy
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from cfe_lightning.cli.train import _stopped
+from cfe_lightning.stop_signals import StopRequested
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -144,3 +148,14 @@ def test_all_processes_stop_after_the_same_batch_and_continue_bit_for_bit(tmp_pa
         for key, value in expected["state_dict"].items():
             assert torch.equal(value, resumed["state_dict"][key]), (name, key)
         assert str(resumed["callbacks"]["RandomState"]) == str(expected["callbacks"]["RandomState"])
+
+
+@pytest.mark.parametrize(("agreed", "code"), [(True, 0), (False, 143)])
+def test_a_process_of_lightnings_own_launcher_fails_only_where_the_first_would_wait_for_it(
+    agreed: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert _stopped(StopRequested(signal.SIGTERM, agreed=agreed), None) == code
