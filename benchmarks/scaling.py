@@ -217,7 +217,7 @@ def measure_training(training: Training, rounds: int, folder: Path) -> dict[str,
     """Images per second, and per second of the processors, of every set-up in every round."""
     config = configured(training.config, folder, max_epochs=-1, limit_val_batches=1)
     shown = config["trainer"]["callbacks"]
-    kept = [entry for entry in shown if not entry["class_path"].endswith(("SampleGrid", "LastCheckpoint"))]
+    kept = [entry for entry in shown if not entry["class_path"].endswith("SampleGrid")]
 
     def work(setup: str, name: str, ask: int, answer: int) -> None:
         turns = {"ask": ask, "answer": answer, "block": training.block, "warm_up": training.warm_up}

@@ -316,7 +316,7 @@ class LastCheckpoint(Checkpoint):
     def _agree(self, trainer: pl.Trainer, reason: int) -> int:
         """The most urgent reason to stop of all processes, 0 for none."""
         if trainer.world_size > 1:
-            # Lightning has just waited for all of them and for the device, so that this costs little more.
+            # Waits for all of them and for the device once a batch, in the place of Lightning's own exchange.
             told = torch.tensor(reason, device=trainer.strategy.root_device)
             reason = int(trainer.strategy.reduce(told, reduce_op="max"))
         self._agreed = reason != 0

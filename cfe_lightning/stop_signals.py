@@ -99,7 +99,8 @@ def silence_trainer(trainer: Any) -> None:
     """Keeps Lightning from handling signals itself.
 
     Its handler of SIGTERM calls a collective wherever a process happens to be and ends processes after different
-    batches; that of SLURM requeues the job with a checkpoint that ``--resume`` does not know.
+    batches; that of SLURM requeues the job with a checkpoint that ``--resume`` does not know. Before every batch, all
+    processes would ask for that handler's news and wait for the device.
 
     Args:
         trainer: A ``Trainer``, before it runs.
@@ -107,6 +108,9 @@ def silence_trainer(trainer: Any) -> None:
     connector = trainer._signal_connector
     assert callable(connector.register_signal_handlers), "Lightning has moved its signal handlers"
     connector.register_signal_handlers = lambda: None
+    loop = trainer.fit_loop.epoch_loop
+    assert callable(loop._broadcast_sigterm_tensor), "Lightning has moved its exchange of SIGTERM"
+    loop._broadcast_sigterm_tensor = lambda: None
 
 
 def end_launched(trainer: Any) -> None:

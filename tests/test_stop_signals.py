@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import distributed
+from toy import toy_trainer
 
-from cfe_lightning.stop_signals import end_launched, let_go
+from cfe_lightning.stop_signals import end_launched, let_go, silence_trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals of POSIX")
 
@@ -85,3 +88,18 @@ def test_where_none_was_started_there_is_none_to_end() -> None:
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
     assert let_go(trainer) == []
     end_launched(trainer)
+
+
+def test_a_silenced_trainer_neither_listens_nor_exchanges_what_it_has_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged: list[Any] = []
+    monkeypatch.setattr(distributed, "broadcast", lambda *arguments, **_: exchanged.append(arguments))
+    trainer = toy_trainer(Path())
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor()
+    assert len(exchanged) == 1
+    before = signal.getsignal(signal.SIGTERM)
+    silence_trainer(trainer)
+    trainer._signal_connector.register_signal_handlers()
+    loop._broadcast_sigterm_tensor()
+    assert len(exchanged) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
