@@ -1,6 +1,6 @@
 """Speed, memory and time to a fixed quality of all methods: the tables of docs/results.md, section "Speed and memory".
 
-    python benchmarks/run.py --quick                    # two CPU cores, about a quarter of an hour
+    python benchmarks/run.py --quick                    # two CPU cores, half an hour to an hour
     python benchmarks/run.py                            # small networks on the CPU, all sizes: hours
     python benchmarks/run.py --device cuda              # published widths
     python benchmarks/run.py --only speed/train/Dxai    # some cells
