@@ -280,11 +280,19 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def first_difference(one: Any, other: Any) -> str:
-    """Where two tables part."""
-    if not (isinstance(one, list) and isinstance(other, list)):
-        return ""
-    pairs = itertools.zip_longest(one, other)
-    return "".join(f": {old} became {new}" for old, new in itertools.islice((p for p in pairs if p[0] != p[1]), 1))
+    """Where two things part: the row of a table, or the tensor in nested containers and by how much."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
+        return f" by {(one.double() - other.double()).abs().max():.3g}"
+    if isinstance(one, dict) and isinstance(other, dict):
+        if all(isinstance(value, str) for value in one.values()):
+            return f": {one} became {other}"
+        pairs = [(name, one.get(name), other.get(name)) for name in one.keys() | other.keys()]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        pairs = [(place, *pair) for place, pair in enumerate(itertools.zip_longest(one, other))]
+    else:
+        return f": {one!r:.200} became {other!r:.200}"
+    found = ((name, old, new) for name, old, new in sorted(pairs, key=lambda p: str(p[0])) if not same(old, new))
+    return "".join(f" {name}{first_difference(old, new)}" for name, old, new in itertools.islice(found, 1))
 
 
 class Trial:

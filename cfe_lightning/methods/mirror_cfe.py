@@ -51,6 +51,8 @@ from cfe_lightning.processes import log_training, log_validation
 
 #: Pictures decoded at a time while explaining: bounds the memory whatever the number of steps.
 _CHUNK = 256
+#: On a CPU, where more of them do not fit its cache: twice as fast at 128 pixels.
+_CHUNK_ON_CPU = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -413,7 +415,8 @@ class MirrorCFE(ExplainerModule):
         # The boundary is a step of its own: an even number of steps would miss it.
         step = torch.cat([grid.expand(batch, -1), meets[:, None].to(grid)], dim=1)
         summaries = self.decoder.summarise(mirrored.levels)
-        rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, _CHUNK // batch), dim=1)]
+        at_once = _CHUNK_ON_CPU if image.device.type == "cpu" else _CHUNK
+        rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, at_once // batch), dim=1)]
         pictures = torch.cat(rendered, dim=1)
         logits = self.classifier.along(pictures, _CHUNK)[:, :-1]
         steps, boundary = pictures[:, :-1], pictures[:, -1]
