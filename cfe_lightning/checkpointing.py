@@ -252,7 +252,14 @@ class LastCheckpoint(Checkpoint):
         """
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]
+        validated = loops["epoch_loop.val_loop.batch_progress"]
         loaders = loops["state_dict"].get("combined_loader", [])
+        # What is resumed in the middle of a validation has begun a batch more than it has finished, for ever; what is
+        # resumed between two epochs does not know how long the last validation was.
+        ended = validated["total"]["completed"]
+        validated["total"] = dict.fromkeys(validated["total"], ended)
+        validated["current"] = dict.fromkeys(validated["current"], 0)
+        validated["is_last_batch"] = False
         if self._between:
             for counts in (batches["total"], batches["current"]):
                 counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
@@ -262,12 +269,8 @@ class LastCheckpoint(Checkpoint):
                     loader["delivered"] = batches["current"]["completed"]
             else:
                 # As if the run had died in the first validation batch: Lightning then validates before it goes on.
-                progress = loops["epoch_loop.val_loop.batch_progress"]
-                ended = progress["total"]["completed"]
-                begun = ended + 1
-                progress["total"] = {"ready": begun, "started": begun, "processed": ended, "completed": ended}
-                progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-                progress["is_last_batch"] = False
+                validated["total"] |= dict.fromkeys(("ready", "started"), ended + 1)
+                validated["current"] |= dict.fromkeys(("ready", "started"), 1)
         if batches["is_last_batch"]:
             # Where limit_train_batches has ended the epoch, loaders have some left that the next one does not skip.
             for loader in loaders:

@@ -10,14 +10,14 @@ pixels) sees one part instead of the batch; each method says which of its terms 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfe_lightning.precision import full_precision
 from cfe_lightning.processes import average_gradients
@@ -107,3 +107,13 @@ def descend(
     for optimizer in optimizers:
         optimizer.step()
     return means
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No weight of the module gets a gradient inside; a gradient still passes through it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

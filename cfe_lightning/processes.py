@@ -86,6 +86,17 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     torch._foreach_copy_(gradients, present)
 
 
+def take_buffers_of_first(module: nn.Module) -> None:
+    """All processes hold the buffers of the first, which a checkpoint holds: the running statistics of batch norms.
+
+    DDP sends them before a validation, but not where optimisers are stepped by hand: every process would measure
+    another network.
+    """
+    if num_processes() > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, 0)
+
+
 def rows_of_all(mine: Tensor) -> Tensor:
     """The rows of all processes in the order of the data, of which process r of W has every W-th row from r on.
 

@@ -54,6 +54,10 @@ class KeepEvery(Checkpoint):
         self.copies: dict[Path, int] = {}
         self.seen = 0
 
+    def setup(self, *_: Any, **__: Any) -> None:
+        last = self.folder / "last.ckpt"
+        self.seen = last.stat().st_mtime_ns if last.is_file() else 0  # what is resumed
+
     def _copy(self, name: str, *, begun: int = 0) -> None:
         last = self.folder / "last.ckpt"
         if last.is_file() and last.stat().st_mtime_ns != self.seen:
@@ -90,7 +94,7 @@ def run(
     if resume is not None:
         torch.manual_seed(1)
         folder.mkdir()
-        shutil.copy(resume, folder / "last.ckpt")
+        resume = Path(shutil.copy(resume, folder / "last.ckpt"))
     events = events or Events()
     trainer = toy_trainer(
         folder,
@@ -113,6 +117,19 @@ def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert str(before) == str(after)
     assert one["global_step"] == other["global_step"] == 12
     assert str(one["callbacks"]["RandomState"]) == str(other["callbacks"]["RandomState"])
+
+
+def unlike(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two checkpoints part."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [where]
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(name, one.get(name), other.get(name)) for name in one.keys() | other.keys()]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = [(place, *pair) for place, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [f"{where}: {one!r:.80} became {other!r:.80}"]
+    return [found for name, old, new in pairs for found in unlike(old, new, f"{where}.{name}")]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +158,18 @@ def test_resuming_from_any_checkpoint_equals_the_straight_run(
     expected, events = run(tmp_path / "straight", keep, events=known, data=data(), **arguments)
     assert events.count("validation") == validations
     assert {copy.stem[3:] for copy in keep.copies} >= {"batch", "before-validation", "epoch"}
-    for copy, done in keep.copies.items():
-        resumed, rest = run(tmp_path / copy.stem, resume=copy, data=data(), **arguments)
+    for place, (copy, done) in enumerate(keep.copies.items(), start=1):
+        again = Events()
+        keep_again = KeepEvery(tmp_path / copy.stem, again)
+        resumed, rest = run(tmp_path / copy.stem, keep_again, resume=copy, data=data(), events=again, **arguments)
         assert_same_end(expected, resumed)
         # Nothing is repeated and nothing is left out.
         assert rest == events[done:], copy.stem
+        # It writes what the straight run writes: another kill, at any later moment, ends as one does.
+        for before, after in zip(list(keep.copies)[place:], keep_again.copies, strict=True):
+            assert before.stem[3:] == after.stem[3:]
+            pair = [torch.load(path, weights_only=True) for path in (before, after)]
+            assert unlike(*pair) == [], (copy.stem, before.stem)
 
 
 def test_best_ckpt_of_a_limited_epoch_is_resumed_with_the_first_batch_of_the_next(tmp_path: Path) -> None:

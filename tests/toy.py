@@ -256,8 +256,8 @@ class Witness(pl.Callback):
 
     ``gradients``: of the first steps, which optimiser, what it saw (``seen``) and what this process had computed
     (``local``), by parameter; ``state`` and ``averaged``: all weights after the last batch and those of ``EMA``;
-    ``train`` and ``val``: what was logged, per batch and per validation; ``written``: files that this process has
-    opened for writing, by name and number.
+    ``measured``: the weights of the last validation; ``train`` and ``val``: what was logged, per batch and per
+    validation; ``written``: files that this process has opened for writing, by name and number.
 
     Args:
         folder: Where the files go.
@@ -311,6 +311,9 @@ class Witness(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hold(self.steady)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.record["measured"] = {name: value.detach().clone() for name, value in _weights(pl_module)}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hold(False)

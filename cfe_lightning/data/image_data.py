@@ -272,7 +272,8 @@ class _ResumableLoader(DataLoader[Sample]):
         return {"delivered": self.delivered % len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass starts after the delivered batches."""
+        """The next pass starts after the delivered batches; a checkpoint that is written before it says so, too."""
+        self.delivered = state["delivered"]
         self.sampler.skip = state["delivered"] * self.batch_size  # type: ignore[attr-defined, operator]
 
 

@@ -43,7 +43,7 @@ from cfe_lightning.methods.mirror_spread import (
     spread_by_water_filling,
     spread_uniform,
 )
-from cfe_lightning.micro_batches import FUSED, check_micro_batches, descend, parts_of, twice
+from cfe_lightning.micro_batches import FUSED, check_micro_batches, descend, frozen, parts_of, twice
 from cfe_lightning.networks.mirror_decoder import DecoderNorm, MirrorDecoder, PatchCritic
 from cfe_lightning.networks.running_statistics import uncounted
 from cfe_lightning.precision import full_precision, single
@@ -459,16 +459,6 @@ class MirrorCFE(ExplainerModule):
 
     # Training
 
-    def setup(self, stage: str) -> None:
-        """Lets the critic learn, which a fit before has left frozen.
-
-        Not first in ``configure_optimizers``: before that, several processes look for the weights whose gradients they
-        have to exchange.
-        """
-        super().setup(stage)
-        if stage == "fit":
-            self.critic.requires_grad_(True)
-
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Lowers the learning rates; from the progress alone, so that a resumed run goes on where it was."""
         if self.decay_from < 1 and self.trainer.max_epochs and self.trainer.max_epochs > 0:
@@ -491,12 +481,11 @@ class MirrorCFE(ExplainerModule):
         rows = parts_of(len(image), self.micro_batches)
         parts = [self._part(image[r], target[r], step[r], _rows_of(seen, r)) for r in rows]
         shown, rendered = twice(self._render, parts)
-        self.critic.requires_grad_(True)
         terms = descend(self, parts, lambda part: self._critic_loss(part, shown(part)[1]), "critic", critic_optimizer)
-        self.critic.requires_grad_(False)
-        terms |= descend(
-            self, parts, lambda part: self._decoder_loss(part, *rendered(part)), "decoder", decoder_optimizer
-        )
+        with frozen(self.critic):
+            terms |= descend(
+                self, parts, lambda part: self._decoder_loss(part, *rendered(part)), "decoder", decoder_optimizer
+            )
         log_training(self, terms, len(image))
 
     def _part(self, image: Tensor, target: Tensor, step: Tensor, seen: Activations | None = None) -> _Part:

@@ -8,13 +8,12 @@ Shapes: B images, C channels, H, W pixels, K classes, D entries of the latent, L
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfe_lightning.losses import adversarial_loss, path_length_penalty, r1_penalty
 from cfe_lightning.methods.style_ranking import Scoring
@@ -229,13 +228,3 @@ def path_lengths(picture: Tensor, latents: Tensor, direction: Tensor) -> Tensor:
     noise = direction / (picture.shape[2] * picture.shape[3]) ** 0.5
     (jacobian,) = torch.autograd.grad((picture * noise).sum(), latents, create_graph=True)
     return (jacobian.square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No weight of the module gets a gradient inside; a gradient still passes through it."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

@@ -52,12 +52,11 @@ from cfe_lightning.methods.style_training import (
     Part,
     PathPart,
     critic_loss,
-    frozen,
     generator_loss,
     path_loss,
     r1_loss,
 )
-from cfe_lightning.micro_batches import check_micro_batches, descend, parts_of, twice
+from cfe_lightning.micro_batches import check_micro_batches, descend, frozen, parts_of, twice
 from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
 from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator

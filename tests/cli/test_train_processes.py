@@ -202,6 +202,14 @@ def test_the_processes_hold_the_same_weights(name: str, run: str, trained: Path)
 
 
 @each_pair
+def test_the_processes_measure_the_same_network(name: str, run: str, trained: Path) -> None:
+    """The statistics of batch norms included, which each has from its own images until then."""
+    first, second = (witnessed(trained / name / run, rank)["measured"] for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert [key for key, value in first.items() if not value.equal(second[key])] == []
+
+
+@each_pair
 def test_every_step_follows_the_mean_gradient_of_the_processes(name: str, run: str, trained: Path) -> None:
     """All terms and the statistics that each process has of its own batch included."""
     first, second = (witnessed(trained / name / run, rank)["gradients"] for rank in (0, 1))
