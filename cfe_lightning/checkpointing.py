@@ -8,14 +8,14 @@ import os
 import random
 import signal
 import threading
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 
 from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, let_go, name_of, silence_trainer
@@ -276,6 +276,18 @@ class LastCheckpoint(Checkpoint):
             for loader in loaders:
                 loader["delivered"] = 0
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tells ModelCheckpoint where its files are once the folder of the run was moved.
+
+        It would forget them, and write a worse best.ckpt over the best.
+        """
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and state is not None:
+                _find_again(state, Path(callback.dirpath))
+
     def _let_children_die(self) -> None:
         """Has a loader process that dies be noticed where it is waited for.
 
@@ -347,6 +359,20 @@ class LastCheckpoint(Checkpoint):
     def path(self, trainer: pl.Trainer) -> Path:
         """Where ``last.ckpt`` is."""
         return Path(self.dirpath or trainer.default_root_dir) / "last.ckpt"
+
+
+def _find_again(state: dict[str, Any], folder: Path) -> None:
+    """Renames the files in the state of a ModelCheckpoint to those of a folder, if that has them all."""
+    old = state["dirpath"]
+
+    def moved(path: str) -> str:
+        inside = path and PurePath(path).is_relative_to(old)
+        return str(folder / PurePath(path).relative_to(old)) if inside else path
+
+    kept = {moved(path): score for path, score in state["best_k_models"].items()}
+    if old != str(folder) and kept and all(Path(path).is_file() for path in kept):
+        names = {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        state.update(names, dirpath=str(folder), best_k_models=kept)
 
 
 def _finished(trainer: pl.Trainer) -> int:

@@ -440,6 +440,25 @@ def test_a_validation_after_the_last_batch_is_part_of_the_checkpoint(tmp_path: P
     assert best.best_model_score is not None
 
 
+def test_the_best_of_a_run_is_known_where_its_folder_was_moved_to(tmp_path: Path) -> None:
+    def train(name: str, epochs: int, resume: Path | None = None) -> tuple[ModelCheckpoint, dict[str, Any]]:
+        pl.seed_everything(0, verbose=False)
+        # The loss falls, so that the first epoch is the best.
+        largest: Any = {"monitor": "val/loss", "mode": "max", "enable_version_counter": False}
+        best = ModelCheckpoint(tmp_path / name, filename="best", **largest)
+        added: list[pl.Callback] = [best, LastCheckpoint()]
+        trainer = toy_trainer(tmp_path / name, added, max_epochs=epochs, plugins=[AtomicCheckpointIO()])
+        trainer.fit(ToyExplainer(toy_classifier()), ToyData(), ckpt_path=resume, weights_only=True)
+        return best, torch.load(tmp_path / name / "best.ckpt", weights_only=True)
+
+    before, kept = train("here", 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    after, still_kept = train("there", 2, tmp_path / "there" / "last.ckpt")
+    assert after.best_model_score == before.best_model_score
+    assert still_kept["global_step"] == kept["global_step"]
+    assert {after.best_model_path, *after.best_k_models} == {str(tmp_path / "there" / "best.ckpt")}
+
+
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
