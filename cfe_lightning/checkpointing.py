@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.loop import _Loop
 
 from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, let_go, name_of, silence_trainer
 from cfe_lightning.tensor_file import read_tensors, write_tensors
@@ -180,6 +181,7 @@ class LastCheckpoint(Checkpoint):
         self._between = False
         self._agreed = False
         self._planned: BaseException | None = None
+        self._last_step: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listens to signals until the run ends, in Lightning's place."""
@@ -192,6 +194,8 @@ class LastCheckpoint(Checkpoint):
         """Remembers whether ``last.ckpt`` is what is resumed."""
         resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path(trainer).resolve()
         self._saved = _finished(trainer) if resumed else None
+        if trainer.fit_loop.restarted_on_epoch_end:
+            _leave_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -205,6 +209,8 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves before every validation, which may be long or fail; what is resumed here begins with it."""
         if not trainer.sanity_checking:
+            if self._last_step is not None:
+                trainer.fit_loop.epoch_loop.max_steps = self._last_step
             self._stop_or_save(trainer, due=True)
 
     def on_validation_batch_start(
@@ -279,14 +285,20 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Tells ModelCheckpoint where its files are once the folder of the run was moved.
+        """Prepares what is resumed.
 
-        It would forget them, and write a worse best.ckpt over the best.
+        ModelCheckpoint is told where its files are once the folder of the run was moved: it would forget them, and
+        write a worse best.ckpt over the best. A run whose last step is done still has its validation to come, which
+        Lightning would leave out.
         """
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and state is not None:
                 _find_again(state, Path(callback.dirpath))
+        limit = trainer.fit_loop.max_steps
+        if 0 < limit <= checkpoint["global_step"] and _is_to_validate(checkpoint):
+            self._last_step = limit
+            trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
 
     def _let_children_die(self) -> None:
         """Has a loader process that dies be noticed where it is waited for.
@@ -373,6 +385,24 @@ def _find_again(state: dict[str, Any], folder: Path) -> None:
     if old != str(folder) and kept and all(Path(path).is_file() for path in kept):
         names = {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
         state.update(names, dirpath=str(folder), best_k_models=kept)
+
+
+def _is_to_validate(checkpoint: dict[str, Any]) -> bool:
+    """Whether the batch that a checkpoint was written after is followed by a validation; see ``on_save_checkpoint``."""
+    total = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    return bool(total["started"] > total["completed"])
+
+
+def _leave_epoch(trainer: pl.Trainer) -> None:
+    """Begins the next epoch where a finished one is resumed with ``max_steps``.
+
+    Lightning would go through it once more without a batch, and the next would have the images of the one after it.
+    """
+    loop = trainer.fit_loop
+    loop.epoch_progress.increment_completed()
+    loop.reset_restart_stage()
+    # The setter of the loop itself takes nothing but True where there are max_steps.
+    _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
 
 
 def _finished(trainer: pl.Trainer) -> int:

@@ -139,12 +139,14 @@ def unlike(one: Any, other: Any, where: str = "") -> list[str]:
         ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 12, 3),
         ({"limit_train_batches": 3}, 20, 2),
         ({"limit_train_batches": 3, "val_check_interval": 2, "check_val_every_n_epoch": None}, 20, 3),
+        ({"max_steps": 12}, 12, 2),
     ],
     ids=[
         "validation after epochs",
         "validation every 2 batches",
         "epochs of 3 of 5 batches",
         "epochs of 3 of 5 batches, validation every 2",
+        "steps are counted",
     ],
 )
 def test_resuming_from_any_checkpoint_equals_the_straight_run(
