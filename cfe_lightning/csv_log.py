@@ -66,13 +66,11 @@ class CsvLog(Logger):
             rows = [row for row in self._read() if row["step"] != str(step)]
             self._columns += new
             self._write(rows)
-            self._row_start = self.path.stat().st_size
-        line = io.StringIO(newline="")
-        csv.DictWriter(line, self._columns).writerow(self._row)
+            return
         with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._row_start)
             # In one piece and before anything is cut off: a kill must not cost what the row held already.
-            file.write(line.getvalue().encode())
+            file.write(self._line())
             file.flush()
             file.truncate()
 
@@ -87,15 +85,24 @@ class CsvLog(Logger):
             for row in known[len(rows) :]:
                 self._row = {name: value for name, value in row.items() if value} | {"step": step}
         self._write(rows)
-        self._row_start = self.path.stat().st_size
 
     def _read(self) -> list[dict[str, str]]:
         with self.path.open(newline="") as file:
             # A kill can leave half a line behind.
             return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
 
+    def _line(self) -> bytes:
+        """The current row; nothing before there is one."""
+        line = io.StringIO(newline="")
+        if self._row:
+            csv.DictWriter(line, self._columns).writerow(self._row)
+        return line.getvalue().encode()
+
     def _write(self, rows: list[dict[str, str]]) -> None:
+        """All rows at once, the current one as the last."""
         with whole_file(self.path) as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
+            file.write(self._line().decode())
+        self._row_start = self.path.stat().st_size - len(self._line())

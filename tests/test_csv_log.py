@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cfe_lightning import csv_log
 from cfe_lightning.csv_log import CsvLog
 
 
@@ -72,6 +73,25 @@ def test_a_kill_while_a_row_is_completed_leaves_what_it_held(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         log.log_metrics({"val/loss": 2.0}, step=1)
     assert [row["loss"] for row in rows(path)] == ["1.0", "2.0"]
+
+
+def test_a_kill_while_a_log_is_continued_leaves_what_its_last_row_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.csv"
+    killed = CsvLog(path)
+    killed.log_metrics({"loss": 0.0, "val/loss": 1.0}, step=0)
+    killed.log_metrics({"loss": 2.0}, step=1)
+    killed.log_metrics({"loss": 3.0}, step=2)
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # The older steps have been written anew, the row of the step not yet.
+    monkeypatch.setattr(csv_log, "naming", dies)
+    with pytest.raises(KeyboardInterrupt):
+        CsvLog(path, resume=True).log_metrics({"val/loss": 4.0}, step=1)
+    assert [tuple(row.values()) for row in rows(path)] == [("0", "0.0", "1.0"), ("1", "2.0", "")]
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
