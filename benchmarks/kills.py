@@ -165,6 +165,9 @@ class Forked:
                 os.dup2(file.fileno(), 2)
             code = 99
             try:
+                # Makes PyTorch's pool of threads anew, which a fork has lost: two threads that did so at the same time
+                # would fail.
+                torch.set_num_threads(1)
                 prepare()
                 code = command(arguments)
             finally:

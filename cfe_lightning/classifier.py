@@ -230,8 +230,9 @@ class FrozenClassifier(nn.Module):
         num_labels = len(self.label_names)
         return self.network(self.prepare(image)).sigmoid().view(len(image), num_labels)
 
-    def along(self, path: Tensor, at_once: int = 128) -> Tensor:
+    def along(self, path: Tensor, at_once: int | None = None) -> Tensor:
         """Logits of every picture of paths, [B, T, C, H, W] -> [B, T, K]; so many at a time, to bound the memory."""
+        at_once = at_once or images.pictures_at_once(path.shape[-2] * path.shape[-1], path.device)
         return torch.cat([self(part) for part in path.flatten(0, 1).split(at_once)]).unflatten(0, path.shape[:2])
 
     def features(self, image: Tensor) -> Tensor:

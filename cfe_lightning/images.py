@@ -315,6 +315,18 @@ def visible_change(image: Tensor, edited: Tensor) -> Tensor:
     return to_unit(edited.float()).clamp(0, 1) - to_unit(image.float()).clamp(0, 1)
 
 
+def pictures_at_once(pixels: int, device: torch.device, *, most: int = 128, on_cpu: int = 2**18) -> int:
+    """How many pictures a network is given at a time: bounds the memory, and on a CPU what has to fit its cache.
+
+    Args:
+        pixels: Of one picture.
+        device: Where they are.
+        most: The bound.
+        on_cpu: Pixels of all of them on a CPU.
+    """
+    return max(1, min(most, on_cpu // pixels)) if device.type == "cpu" else most
+
+
 def to_uint8(image: Tensor) -> Tensor:
     """[-1, 1] to bytes, clamped and rounded to the nearest level (truncation can undo a flip)."""
     return _levels(image).to(torch.uint8)

@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).parents[1]
 # What Lightning's launcher sets for the processes that it starts is set here.
 _SERVER = """
 import importlib, json, os, signal, socket, sys
-import lpips, toy, cfe_lightning.cli.configured_run, cfe_lightning.methods.stylex, cfe_lightning.report
+import torch, lpips, toy, cfe_lightning.cli.configured_run, cfe_lightning.methods.stylex, cfe_lightning.report
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 def start(command, run, rank, port):
@@ -30,6 +30,8 @@ def start(command, run, rank, port):
         rank_zero_only.rank = rank
     code = 1
     try:
+        # Makes PyTorch's pool of threads anew, which a fork has lost: two threads that did so at once would fail.
+        torch.set_num_threads(1)
         code = command.main(run["arguments"])
     finally:
         sys.stdout.flush(), sys.stderr.flush()

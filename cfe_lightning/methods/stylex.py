@@ -27,6 +27,7 @@ from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.images import pictures_at_once
 from cfe_lightning.losses import Lpips, kl_between_logits, relative_distance
 from cfe_lightning.methods.style_atlas import draw_atlas
 from cfe_lightning.methods.style_ranking import Scoring, SearchResult, candidate_table
@@ -68,7 +69,7 @@ _log = logging.getLogger(__name__)
 
 Perception = Literal["classifier", "lpips", "none"]
 
-#: Pictures synthesised at a time while explaining and searching: bounds the memory whatever is asked.
+#: Latents that styles are made of at a time: bounds the memory whatever is asked.
 _CHUNK = 128
 #: Pictures per round of the search for the shortest way.
 _POINTS = 8
@@ -313,7 +314,8 @@ class StylEx(ExplainerModule):
         """
         batch, num_steps = change.shape[:2]
         rows = torch.arange(batch, device=change.device).repeat_interleave(num_steps)
-        parts = zip(rows.split(_CHUNK), change.flatten(0, 1).split(_CHUNK), strict=True)
+        at_once = pictures_at_once(self.image_size**2, change.device)
+        parts = zip(rows.split(at_once), change.flatten(0, 1).split(at_once), strict=True)
         pictures = [self._render(latent[row], label[row], moved) for row, moved in parts]
         return torch.cat(pictures).unflatten(0, (batch, num_steps))
 
