@@ -187,7 +187,7 @@ class LastCheckpoint(Checkpoint):
         """Listens to signals until the run ends, in Lightning's place."""
         if stage == "fit":
             silence_trainer(trainer)
-            self._agreed, self._planned = False, None
+            self._agreed, self._planned, self._last_step = False, None, None
             self._signals.__enter__()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

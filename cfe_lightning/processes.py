@@ -94,7 +94,10 @@ def take_buffers_of_first(module: nn.Module) -> None:
     """
     if num_processes() > 1:
         for buffer in module.buffers():
-            distributed.broadcast(buffer, 0)
+            sent = buffer.contiguous()  # not every backend takes another layout
+            distributed.broadcast(sent, 0)
+            if sent is not buffer:
+                buffer.copy_(sent)
 
 
 def rows_of_all(mine: Tensor) -> Tensor:
