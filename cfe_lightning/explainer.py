@@ -26,7 +26,6 @@ from cfe_lightning.classifier import (
     resolve_class_path,
 )
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.processes import take_buffers_of_first
 from cfe_lightning.tensor_file import no_larger_than, read_tensors, write_tensors
 
 #: Keys of a checkpoint that only a resumed training needs.
@@ -102,11 +101,6 @@ class ExplainerModule(pl.LightningModule, ABC):
         """Refuses to train in float16 where that goes wrong; a subclass with a ``setup`` of its own calls this one."""
         if stage == "fit":
             check_precision(self, str(self.trainer.precision))
-
-    @final
-    def on_validation_epoch_start(self) -> None:
-        """Has all processes measure the same network."""
-        take_buffers_of_first(self)
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:

@@ -48,7 +48,7 @@ from cfe_lightning.micro_batches import FUSED, check_micro_batches, descend, fro
 from cfe_lightning.networks.mirror_decoder import DecoderNorm, MirrorDecoder, PatchCritic
 from cfe_lightning.networks.running_statistics import uncounted
 from cfe_lightning.precision import full_precision, single
-from cfe_lightning.processes import log_training, log_validation
+from cfe_lightning.processes import log_training, log_validation, take_buffers_of_first
 
 #: Pictures decoded at a time while explaining, and their pixels together on a CPU: twice as fast at 128 pixels.
 _CHUNK = 256
@@ -564,6 +564,10 @@ class MirrorCFE(ExplainerModule):
         apart = (rendered - image[chosen]).abs().mean(dim=(1, 2, 3)) / ratio
         outside = F.relu((1 - self.tolerance) * apart - moved) + F.relu(moved - (1 + self.tolerance) * apart)
         return (outside * counts).sum() / counts.sum().clamp_min(1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Has all processes measure the decoder with the same batch statistics."""
+        take_buffers_of_first(self.decoder)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
