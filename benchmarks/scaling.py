@@ -142,6 +142,9 @@ class Process:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             try:
+                # Makes PyTorch's pool of threads anew, which a fork has lost: two threads that did so at the same time
+                # would fail.
+                torch.set_num_threads(1)
                 work(asked, answered)
             except BaseException:
                 traceback.print_exc()
@@ -263,7 +266,9 @@ def measure_explaining(method: str, rounds: int, folder: Path) -> dict[str, list
         devices = 2 if setup == "together" else 1
         where = ["--checkpoint", str(folder / f"{method}.ckpt"), "--input", str(folder / "photos")]
         count = ["--limit", str(EXPLAINED[method] * devices), "--devices", str(devices), "--overwrite"]
-        explain.main([*where, *count, "--output", str(folder / name), "--accelerator", "cpu", "--batch-size", "8"])
+        rest = ["--output", str(folder / name), "--accelerator", "cpu", "--batch-size", "8"]
+        if code := explain.main([*where, *count, *rest]):
+            raise RuntimeError(f"explain.py ended with {code}.")
         os.write(answer, b"end\n")
         os.read(ask, 1)
         os._exit(0)
