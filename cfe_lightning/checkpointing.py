@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
 
+from cfe_lightning.processes import largest_of_all
 from cfe_lightning.stop_signals import StopRequested, StopSignals, end_launched, let_go, name_of, silence_trainer
 from cfe_lightning.tensor_file import read_tensors, write_tensors
 
@@ -342,10 +343,8 @@ class LastCheckpoint(Checkpoint):
 
     def _agree(self, trainer: pl.Trainer, reason: int) -> int:
         """The most urgent reason to stop of all processes, 0 for none."""
-        if trainer.world_size > 1:
-            # Waits for all of them and for the device once a batch, in the place of Lightning's own exchange.
-            told = torch.tensor(reason, device=trainer.strategy.root_device)
-            reason = int(trainer.strategy.reduce(told, reduce_op="max"))
+        # Once a batch, in the place of Lightning's own exchange.
+        reason = largest_of_all(reason, trainer.strategy.root_device)
         self._agreed = reason != 0
         return reason
 

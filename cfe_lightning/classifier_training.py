@@ -26,7 +26,7 @@ from cfe_lightning.classifier import (
     resolve_class_path,
 )
 from cfe_lightning.classifier_tracing import probe_image, trace_layers
-from cfe_lightning.processes import log_training
+from cfe_lightning.processes import log_training, take_buffers_of_first
 
 _OURS = "cfe_lightning.networks.classifiers"
 
@@ -109,6 +109,9 @@ class ClassifierTraining(pl.LightningModule):
         self.accuracy = MeanMetric()
         self.loss = MeanMetric()
         self.best: dict[str, Any] | None = None
+        # For DDP: every weight of our own networks has a gradient, in each batch; batch statistics are sent before a
+        # validation instead of in each iteration.
+        self.ddp_options = {"find_unused_parameters": "." in architecture, "broadcast_buffers": False}
 
     def configure_model(self) -> None:
         """Builds the network once the data have said how many classes there are."""
@@ -168,6 +171,10 @@ class ClassifierTraining(pl.LightningModule):
         correct = (logits.detach().argmax(dim=1) == batch["label"]).float().mean()
         log_training(self, {"loss": loss, "accuracy": correct}, len(logits), prog_bar=True)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Has all processes measure, and keep, the same batch statistics."""
+        take_buffers_of_first(self.network)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collects accuracy and loss over all images of all processes."""

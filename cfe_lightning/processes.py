@@ -122,6 +122,21 @@ def rows_of_all(mine: Tensor) -> Tensor:
     return torch.stack(gathered, dim=1).flatten(0, 1)[: int(counts.sum())]
 
 
+def largest_of_all(value: int, device: torch.device) -> int:
+    """The largest of the processes' numbers; waits for all of them, and for the device.
+
+    Args:
+        value: This process's.
+        device: Where the processes exchange tensors.
+    """
+    if num_processes() == 1:
+        return value
+    # Lightning's own reduce would have all wait at a barrier before.
+    told = torch.tensor(value, device=device)
+    distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+    return int(told)
+
+
 def num_processes() -> int:
     """How many processes exchange tensors now; 1 before training and without several."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "drawing": {"explanation", "images"},
     "callbacks": {"whole_file", "explanation", "classifier", "images", "drawing"},
     "acceleration": {"networks"},
-    "checkpointing": {"stop_signals", "tensor_file"},
+    "checkpointing": {"processes", "stop_signals", "tensor_file"},
     "csv_log": {"whole_file"},
     "environment": set(),
     "stop_signals": set(),

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -155,8 +156,9 @@ class ConfiguredRun(LightningCLI):
         }
         trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
         if given.strategy == "auto" and trainer.world_size > 1:
-            # A GAN's two optimisers each leave the other's weights without a gradient, at which plain DDP stops.
-            ours["strategy"] = "ddp_find_unused_parameters_true"
+            # DDP without it stops at a weight that a loss leaves out: not every module has said that it has none.
+            options = {"find_unused_parameters": True, **getattr(self.model, "ddp_options", {})}
+            ours["strategy"] = DDPStrategy(**options)
             trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
         if (launched := launched_processes()) not in (1, trainer.world_size):
             raise ValueError(

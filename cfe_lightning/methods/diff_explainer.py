@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, confidence_gap, runner_up
-from cfe_lightning.images import cut_montage, montage_side, tile_montage
+from cfe_lightning.images import cut_montage, montage_side, pictures_at_once, tile_montage
 from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder, load_autoencoder
 from cfe_lightning.methods.semantic_agent import (
     METRICS,
@@ -49,8 +49,6 @@ from cfe_lightning.step_search import smallest_step, sure_enough
 
 _log = logging.getLogger(__name__)
 
-#: Pictures decoded at a time: bounds the memory whatever the number of steps.
-_CHUNK = 128
 #: A reconstruction whose predicted class lost or won more probability than this is another image to the classifier.
 _FAITHFUL = 0.1
 #: Distances, in standard deviations of the codes, at which the metrics are compared.
@@ -278,9 +276,10 @@ class DiffExplainer(ExplainerModule):
         batch, num_steps = change.shape[:2]
         code = (located.code[:, None] + change[:, :, None].to(located.code)).flatten(0, 2)
         noise_map = located.noise_map[:, None].expand(-1, num_steps, -1, -1, -1, -1).flatten(0, 2)
+        at_once = pictures_at_once(self.autoencoder.image_size**2, change.device)
         slices = [
             self.autoencoder.decode(noise, moved, self.decoding_steps, self.sampler)
-            for noise, moved in zip(noise_map.split(_CHUNK), code.split(_CHUNK), strict=True)
+            for noise, moved in zip(noise_map.split(at_once), code.split(at_once), strict=True)
         ]
         return tile_montage(torch.cat(slices).unflatten(0, (-1, self.num_slices))).unflatten(0, (batch, num_steps))
 

@@ -110,6 +110,8 @@ class DiffusionAutoencoder(pl.LightningModule):
         self.prediction = prediction
         self.learning_rate = learning_rate
         self.validation_steps = check_steps(validation_steps)
+        # For DDP: every weight has a gradient, and no buffer ever changes.
+        self.ddp_options = {"find_unused_parameters": False, "broadcast_buffers": False}
 
     def blocks(self) -> list[nn.Module]:
         """Of encoder and U-Net, see ``ExplainerModule.blocks``."""

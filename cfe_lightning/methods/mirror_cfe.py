@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,7 @@ from cfe_lightning.networks.running_statistics import uncounted
 from cfe_lightning.precision import full_precision, single
 from cfe_lightning.processes import log_training, log_validation, take_buffers_of_first
 
-#: Pictures decoded at a time while explaining, and their pixels together on a CPU: twice as fast at 128 pixels.
-_CHUNK = 256
-_PIXELS_ON_CPU = 2**17
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -363,6 +361,17 @@ class MirrorCFE(ExplainerModule):
         mask = edit_mask(class_maps(maps, rows), step.flatten(), self.thresholds, self.soft_mask)
         return self.decoder(maps, mirrored.levels, summaries, mask).unflatten(0, (batch, num_steps))
 
+    def _decode_in_parts(self, mirrored: Mirrored, step: Tensor, at_once: int) -> Tensor:
+        """As ``decode``, so many pictures at a time: several steps of all images, or few images one after the other."""
+        rendered = []
+        for start in range(0, len(step), at_once):
+            rows = slice(start, start + at_once)
+            part, steps = _rows_of(mirrored, rows), step[rows]
+            summaries = self.decoder.summarise(part.levels)
+            chunks = steps.split(max(1, at_once // len(steps)), dim=1)
+            rendered.append(torch.cat([self.decode(part, chunk, summaries) for chunk in chunks], dim=1))
+        return torch.cat(rendered)
+
     def intended(self, mirrored: Mirrored, step: Tensor) -> Tensor:
         """The head's logits of the features that each step stands for, [B, T] -> [B, T, K] float64."""
         with full_precision(step):
@@ -414,10 +423,7 @@ class MirrorCFE(ExplainerModule):
         grid = torch.linspace(0, 1, self.num_steps, device=image.device)
         # The boundary is a step of its own: an even number of steps would miss it.
         step = torch.cat([grid.expand(batch, -1), meets[:, None].to(grid)], dim=1)
-        summaries = self.decoder.summarise(mirrored.levels)
-        at_once = pictures_at_once(image[0, 0].numel(), image.device, most=_CHUNK, on_cpu=_PIXELS_ON_CPU)
-        rendered = [self.decode(mirrored, part, summaries) for part in step.split(max(1, at_once // batch), dim=1)]
-        pictures = torch.cat(rendered, dim=1)
+        pictures = self._decode_in_parts(mirrored, step, pictures_at_once(image[0, 0].numel(), image.device))
         logits = self.classifier.along(pictures)[:, :-1]
         steps, boundary = pictures[:, :-1], pictures[:, -1]
         reconstruction, reflection = steps[:, 0], steps[:, -1]
@@ -598,11 +604,17 @@ class MirrorCFE(ExplainerModule):
         ]
 
 
-def _rows_of(seen: Activations, rows: slice) -> Activations:
-    """What the classifier sees in some of the images."""
-    return Activations(
-        feature_map=seen.feature_map[rows], levels=[level[rows] for level in seen.levels], logits=seen.logits[rows]
-    )
+def _rows_of(whole: Batch, rows: slice) -> Batch:
+    """Some images of what is known of a batch: tensors whose first dimension is the batch, whatever holds them."""
+    part: Any
+    if isinstance(whole, Tensor):
+        part = whole[rows]
+    elif isinstance(whole, list):
+        part = [_rows_of(each, rows) for each in whole]
+    else:
+        known: Any = whole
+        part = replace(known, **{each.name: _rows_of(getattr(whole, each.name), rows) for each in fields(known)})
+    return part  # type: ignore[no-any-return]
 
 
 def _features_at(mirrored: Mirrored, step: Tensor) -> Tensor:

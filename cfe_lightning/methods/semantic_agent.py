@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adam import adam
 from torchmetrics.functional import classification
 
 from cfe_lightning.losses import kl_between_logits
@@ -126,8 +127,8 @@ def refine(
 ) -> None:
     """Trains an agent further with Adam, in place; the same on every process.
 
-    The gradient is written out: that of so small a batch is a few products, and autograd would take most of the time,
-    which every process of a run spends again.
+    The gradient is written out, and Adam is called as a function: that of so small a batch is a few products, and
+    autograd and an optimiser's bookkeeping would take most of the time, which every process of a run spends again.
 
     Args:
         agent: [D] -> [F].
@@ -140,17 +141,35 @@ def refine(
         learning_rate: Adam's.
         batch_size: Codes of one step.
     """
-    optimizer = torch.optim.Adam(agent.parameters(), lr=learning_rate, fused=True)
+    # The bias is the weight of an entry that is always 1: one tensor to be moved instead of two.
+    codes = F.pad(codes, (0, 1), value=1.0)
+    weight = torch.cat([agent.weight, agent.bias[:, None]], dim=1).detach()
+    mean, square, taken = torch.zeros_like(weight), torch.zeros_like(weight), weight.new_zeros(())
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         order = torch.randperm(len(codes), generator=generator).to(codes.device)
         shuffled = (values[order].split(batch_size) for values in (codes, features, logits))
         for code, wanted, wanted_logits in zip(*shuffled, strict=True):
-            with torch.no_grad():
-                gradient = alignment_gradient(agent(code), wanted, wanted_logits, head, kind)
-                agent.weight.grad, agent.bias.grad = gradient.T @ code, gradient.sum(dim=0)
-            optimizer.step()
-    agent.zero_grad(set_to_none=True)
+            gradient = alignment_gradient(code @ weight.T, wanted, wanted_logits, head, kind)
+            adam(
+                [weight],
+                [gradient.T @ code],
+                [mean],
+                [square],
+                [],
+                [taken],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=learning_rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+    with torch.no_grad():
+        agent.weight.copy_(weight[:, :-1])
+        agent.bias.copy_(weight[:, -1])
 
 
 def metric_matrix(kind: StepMetric, statistics: CodeStatistics, shrinkage: float = 0.05) -> Tensor:

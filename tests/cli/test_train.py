@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import logging
 import re
 import signal
@@ -450,6 +451,12 @@ def test_several_devices_find_the_strategy_that_two_optimisers_need(workplace: P
     several = configured_run.ConfiguredRun(config, ["--trainer.devices", "2"], tmp_path / "run", None, ["toy"]).trainer
     assert several.world_size == 2
     assert several.strategy._ddp_kwargs == {"find_unused_parameters": True}
+    ours = {"class_path": "cfe_lightning.classifier_training.ClassifierTraining", "init_args": {"output": "a.pt"}}
+    for architecture, unknown in (("resnet18", False), ("torchvision.models.resnet18", True)):
+        ours["init_args"]["architecture"] = architecture
+        options = ["--trainer.devices", "2", "--model", json.dumps(ours)]
+        several = configured_run.ConfiguredRun(config, options, tmp_path / "run", None, ["toy", "torchvision"]).trainer
+        assert several.strategy._ddp_kwargs == {"find_unused_parameters": unknown, "broadcast_buffers": False}
     assert configured_run.ConfiguredRun(config, [], tmp_path / "run", None, ["toy"]).trainer.world_size == 1
 
 
