@@ -127,6 +127,20 @@ def test_explaining_depends_on_nothing_but_the_image(trained: tuple[ExplainerMod
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_explaining_does_not_depend_on_how_many_pictures_are_made_at_a_time(
+    trained: tuple[ExplainerModule, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than the batch has images, and a number that nothing is a multiple of."""
+    explainer, _ = trained
+    whole = explain(explainer)
+    monkeypatch.setattr("cfe_lightning.images._PIXELS_ON_CPU", 5 * IMAGE_SIZE**2)
+    parts = explain(explainer)
+    for name in ("counterfactual", "counterfactual_logits", "steps", "attribution"):
+        expected, actual = getattr(whole, name), getattr(parts, name)
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_classifier_is_bit_identical_after_training(trained: tuple[ExplainerModule, dict[str, Any]]) -> None:
     explainer, seen = trained
     assert explainer.classifier.fingerprint() == seen["fingerprint"]
