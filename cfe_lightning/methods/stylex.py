@@ -403,12 +403,12 @@ class StylEx(ExplainerModule):
         weight = self.generator.affine_weights(self.edited_layers)
         return factor_directions(weight, points, self.search_directions, self.normalise_rows)
 
-    def search(self, images: int | None = None, batch_size: int = 256) -> SearchResult:
+    def search(self, images: int | None = None, batch_size: int | None = None) -> SearchResult:
         """EigenFind over the reference, for all classes at once.
 
         Args:
             images: Per class; None takes ``search_images``.
-            batch_size: Pictures at a time; no result depends on it.
+            batch_size: Pictures at a time; None takes ``pictures_at_once``. No result depends on it.
         """
         latent, logits = self.starting_points()
         directions = self.directions(latent, self.label(logits))
@@ -416,16 +416,19 @@ class StylEx(ExplainerModule):
         return replace(self.measure(directions, latent[chosen], logits[chosen], batch_size), index=chosen)
 
     @torch.no_grad()
-    def measure(self, directions: Directions, latent: Tensor, logits: Tensor, batch_size: int = 256) -> SearchResult:
+    def measure(
+        self, directions: Directions, latent: Tensor, logits: Tensor, batch_size: int | None = None
+    ) -> SearchResult:
         """Moves images along directions both ways and asks the classifier.
 
         Args:
             directions: Which.
             latent: Of the images, [n, D] or [n, L, D].
             logits: Of the images, [n, K].
-            batch_size: Pictures at a time; no result depends on it.
+            batch_size: Pictures at a time; None takes ``pictures_at_once``. No result depends on it.
         """
         start = time.perf_counter()
+        batch_size = batch_size or pictures_at_once(self.image_size**2, latent.device)
         steps = absolute_steps(directions, self.degree, self.degree_unit)
         judge = self.judge(latent, self.label(logits))
         rows = torch.arange(len(latent), device=latent.device)
