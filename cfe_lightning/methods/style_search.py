@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explanation import decides_for
+from cfe_lightning.images import pictures_at_once
 from cfe_lightning.networks.stylegan2 import Entering, Styles, Synthesis
 
 DirectionSpace = Literal["pca_w", "sefa_w", "pca_s"]
@@ -118,7 +119,7 @@ def coordinate_table(
     classifier: FrozenClassifier,
     styles: Styles,
     shifts: Tensor,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     images_at_once: int = 8,
 ) -> Tensor:
     """The classifier's logits of every image with one style changed, for all styles and both signs, [n, 2, M, K].
@@ -130,9 +131,11 @@ def coordinate_table(
         classifier: What is explained.
         styles: Of n images.
         shifts: ``coordinate_shifts``, [n, 2, M].
-        batch_size: Edits at a time.
+        batch_size: Edits at a time; None takes ``pictures_at_once``.
         images_at_once: Whose features are held at a time.
     """
+    # Two slots for every doubling of the sides, from 4 x 4 pixels on.
+    batch_size = batch_size or pictures_at_once(2 ** (synthesis.num_slots + 2), shifts.device)
     said = []
     for index in torch.arange(len(shifts), device=shifts.device).split(images_at_once):
         mine, shift = styles.rows(index), shifts[index]
