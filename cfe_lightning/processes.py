@@ -89,8 +89,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def take_buffers_of_first(module: nn.Module) -> None:
     """All processes hold the buffers of the first, which a checkpoint holds: the running statistics of batch norms.
 
-    DDP sends them before a validation, but not where optimisers are stepped by hand: every process would measure
-    another network.
+    DDP does not send them where optimisers are stepped by hand, nor where a module has told it not to in every
+    iteration (``ddp_options``): without this every process would measure another network.
     """
     if num_processes() > 1:
         for buffer in module.buffers():
