@@ -25,7 +25,7 @@ from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.data.image_data import ImageData, Sample, Split
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.networks import discriminators
+from cfe_lightning.networks import style_critic
 
 #: A StylEx of a few thousand parameters.
 STYLEX: dict[str, Any] = {
@@ -387,7 +387,7 @@ _STEADY: tuple[tuple[Any, str, Callable[..., Tensor]], ...] = (
     (torch, "randn_like", lambda x: _wave(x.shape, device=x.device, dtype=x.dtype)),
     (torch, "randint", _steady_randint),
     (torch, "randperm", lambda count, **options: torch.arange(count, device=options.get("device"))),
-    (discriminators, "stddev_map", lambda x, *_: F.pad(x, (0, 0, 0, 0, 0, 1))),
+    (style_critic, "stddev_map", lambda x, *_: F.pad(x, (0, 0, 0, 0, 0, 1))),
 )
 _TRUE: dict[tuple[Any, str], Any] = {}
 

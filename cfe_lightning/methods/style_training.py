@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfe_lightning.losses import adversarial_loss, path_length_penalty, r1_penalty
 from cfe_lightning.methods.style_ranking import Scoring
-from cfe_lightning.networks.discriminators import StyleCritic
+from cfe_lightning.networks.style_critic import StyleCritic
 from cfe_lightning.networks.stylegan2 import StyleGenerator
 from cfe_lightning.precision import differentiable_twice, single
 

@@ -58,8 +58,8 @@ from cfe_lightning.methods.style_training import (
     r1_loss,
 )
 from cfe_lightning.micro_batches import check_micro_batches, descend, frozen, parts_of, twice
-from cfe_lightning.networks.discriminators import LabelEntry, StyleCritic
 from cfe_lightning.networks.equalised import channel_table
+from cfe_lightning.networks.style_critic import LabelEntry, StyleCritic
 from cfe_lightning.networks.stylegan2 import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
 from cfe_lightning.precision import full_precision, single
 from cfe_lightning.processes import log_training, log_validation, rows_of_all

@@ -127,7 +127,7 @@ def images_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros(x: Tensor) -> Tensor:
         return torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
 
-    monkeypatch.setattr("cfe_lightning.networks.discriminators.stddev_map", zeros)
+    monkeypatch.setattr("cfe_lightning.networks.style_critic.stddev_map", zeros)
 
 
 @pytest.mark.usefixtures("images_not_compared")

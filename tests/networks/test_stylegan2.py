@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.networks.discriminators import StyleCritic
 from cfe_lightning.networks.equalised import activate, channel_table
+from cfe_lightning.networks.style_critic import StyleCritic
 from cfe_lightning.networks.stylegan2 import (
     Conditioning,
     MappingNetwork,
