@@ -22,7 +22,7 @@ from contenders import Contender, Variant, build, copied, shapes
 from straightforward import STRAIGHTFORWARD
 from torch import Tensor, nn
 
-from cfe_lightning import classifier_calls
+from cfe_lightning.classifier import counting as classifier_calls
 from cfe_lightning.cli import explain as explain_command
 from cfe_lightning.data.synthetic import SyntheticShapes
 

@@ -21,11 +21,11 @@ from straightforward import Straightforward, explain_one_by_one
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cfe_lightning import acceleration
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.frozen import build_network
+from cfe_lightning.compute import acceleration
 from cfe_lightning.data.synthetic import SyntheticShapes
-from cfe_lightning.methods.diff_explainer import DiffExplainer
-from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
+from cfe_lightning.methods.diff_explainer import DiffExplainer, DiffusionAutoencoder
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.steerable_lens import SteerableLens
@@ -160,7 +160,7 @@ def untrained_classifier(kind: str, size: int, images: Tensor | None = None) -> 
         "DenseNet121": {"small_image": False},
     }.get(kind, {})
     spec = ClassifierSpec(
-        class_path=f"cfe_lightning.networks.classifiers.{kind}",
+        class_path=f"cfe_lightning.classifier.networks.{kind}",
         init_args={"num_classes": 2, "channels": 3, **further},
         head=head,
         feature_map=feature_map,

@@ -21,12 +21,12 @@ import yaml
 from cells import AS_BUILT, Cell, Settings
 from contenders import METHODS, Variant
 
-from cfe_lightning.acceleration import ChannelsLast, CompileBlocks, RecomputeActivations
-from cfe_lightning.class_paths import resolve_class_path
 from cfe_lightning.classifier import FrozenClassifier, load_classifier
-from cfe_lightning.classifier_training import ClassifierTraining
+from cfe_lightning.classifier.training import ClassifierTraining
+from cfe_lightning.compute.acceleration import ChannelsLast, CompileBlocks, RecomputeActivations
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.synthetic import SyntheticShapes
+from cfe_lightning.files.trust import resolve_class_path
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 

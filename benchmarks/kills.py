@@ -46,12 +46,12 @@ from lightning.pytorch.loops.fetchers import _DataFetcher  # noqa: E402
 from methods.cases import CASES  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from cfe_lightning.callbacks import SampleGrid  # noqa: E402
-from cfe_lightning.checkpointing import AtomicCheckpointIO  # noqa: E402
 from cfe_lightning.cli import explain, train  # noqa: E402
-from cfe_lightning.csv_log import CsvLog  # noqa: E402
-from cfe_lightning.explanation_writer import ExplanationWriter  # noqa: E402
-from cfe_lightning.manifest import OutputFolder  # noqa: E402
+from cfe_lightning.explaining.folder import OutputFolder  # noqa: E402
+from cfe_lightning.explaining.writer import ExplanationWriter  # noqa: E402
+from cfe_lightning.training import SampleGrid  # noqa: E402
+from cfe_lightning.training.csv_log import CsvLog  # noqa: E402
+from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO  # noqa: E402
 
 #: What the commands import when they need it: once, before the first fork.
 for module in ("atlas", "cli.configured_run", "data.image_stream", "global_view", "report", "untrained"):
@@ -410,10 +410,10 @@ def write_config(folder: Path, name: str, workers: int) -> None:
             **{"max_epochs": 3, "val_check_interval": 4, "accelerator": "cpu", "logger": False},
             **{"log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False},
             "callbacks": [
-                {"class_path": "cfe_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
-                {"class_path": "cfe_lightning.callbacks.SampleGrid", "init_args": {"every_n_batches": 8}},
+                {"class_path": "cfe_lightning.training.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "cfe_lightning.training.SampleGrid", "init_args": {"every_n_batches": 8}},
                 {
-                    "class_path": "cfe_lightning.checkpointing.LastCheckpoint",
+                    "class_path": "cfe_lightning.training.LastCheckpoint",
                     "init_args": {"every_n_batches": EVERY_N_BATCHES},
                 },
             ],

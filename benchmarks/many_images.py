@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.networks import SimpleCnn
 from cfe_lightning.methods.dxai import Dxai
-from cfe_lightning.networks.classifiers import SimpleCnn
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16
@@ -65,7 +65,7 @@ def save_explainer(path: Path) -> None:
     torch.manual_seed(0)
     arguments = {"num_classes": 2, "channels": 3, "image_size": SIZE}
     spec = ClassifierSpec(
-        class_path="cfe_lightning.networks.classifiers.SimpleCnn",
+        class_path="cfe_lightning.classifier.networks.SimpleCnn",
         init_args=arguments,
         head=None,
         class_names=("a", "b"),

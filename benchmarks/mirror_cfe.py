@@ -18,11 +18,11 @@ import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from cfe_lightning import load_explainer
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.folder import ImageFolder
-from cfe_lightning.data.image_data import Split
 from cfe_lightning.images import grid, to_pil
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
-from cfe_lightning.methods.mirror_geometry import closed_form_swap, lbfgs_swap, position, reflect, swap_matrix
+from cfe_lightning.methods.mirror_cfe.geometry import closed_form_swap, lbfgs_swap, position, reflect, swap_matrix
 
 
 def figures(model: MirrorCFE, data: ImageFolder, batch_size: int, split: Split) -> dict[str, float]:

@@ -12,7 +12,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from cfe_lightning.data.image_data import Split
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.images import save_image
 

@@ -33,7 +33,7 @@ from fitting import GOALS
 from straightforward import STRAIGHTFORWARD
 from tables import markdown
 
-from cfe_lightning.whole_file import whole_file
+from cfe_lightning.files.atomic import whole_file
 
 ROOT = Path(__file__).parents[1]
 SIZES = (32, 64, 128, 256)

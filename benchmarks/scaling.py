@@ -43,13 +43,13 @@ import torch
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from cfe_lightning.class_paths import resolve_class_path
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, load_classifier
+from cfe_lightning.classifier.networks import PooledCnn, SimpleCnn
 from cfe_lightning.cli import explain, train
 from cfe_lightning.data.synthetic import SyntheticShapes
-from cfe_lightning.explanation_writer import ExplanationWriter
-from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
-from cfe_lightning.networks.classifiers import PooledCnn, SimpleCnn
+from cfe_lightning.explaining.writer import ExplanationWriter
+from cfe_lightning.files.trust import resolve_class_path
+from cfe_lightning.methods.diff_explainer import DiffusionAutoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32

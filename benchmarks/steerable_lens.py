@@ -25,15 +25,15 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, load_classifier
+from cfe_lightning.classifier.networks import PooledCnn
+from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.folder import ImageFolder
-from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.images import draw_motion, grid, signed_difference, to_pil
 from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import wilson
 from cfe_lightning.metrics.warp import warp_energy
-from cfe_lightning.networks.classifiers import PooledCnn
 
 SHAPES = ("disc", "square", "triangle", "cross")
 #: Rows of the toy table: the options of each.

@@ -19,23 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.compute.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai
-from cfe_lightning.methods.dxai_blending import distance
-from cfe_lightning.methods.lens_course import Course, Frames
-from cfe_lightning.methods.mirror_cfe import MirrorCFE, Mirrored
-from cfe_lightning.methods.mirror_geometry import Reflection, bisect_step, margin
-from cfe_lightning.methods.mirror_spread import spread_uniform
+from cfe_lightning.methods.dxai.blending import distance
+from cfe_lightning.methods.dxai.critic import CriticBlock
+from cfe_lightning.methods.dxai.generator import MultiBranchGenerator, ResidualBlock, StyledResidualBlock
+from cfe_lightning.methods.mirror_cfe import MirrorCFE
+from cfe_lightning.methods.mirror_cfe.geometry import Reflection, bisect_step, margin
+from cfe_lightning.methods.mirror_cfe.method import Mirrored
+from cfe_lightning.methods.mirror_cfe.spread import spread_uniform
 from cfe_lightning.methods.steerable_lens import SteerableLens
-from cfe_lightning.methods.style_training import Fake, Part, critic_loss, generator_loss, r1_loss
+from cfe_lightning.methods.steerable_lens.course import Course, Frames
+from cfe_lightning.methods.steerable_lens.pyramid import Decomposition, SteerablePyramid
 from cfe_lightning.methods.stylex import StylEx
-from cfe_lightning.networks.discriminators import CriticBlock
-from cfe_lightning.networks.equalised import activate, low_pass
-from cfe_lightning.networks.multi_branch import MultiBranchGenerator, ResidualBlock, StyledResidualBlock
-from cfe_lightning.networks.steerable_pyramid import Decomposition, SteerablePyramid
-from cfe_lightning.networks.stylegan2 import StyledConv, ToImage
+from cfe_lightning.methods.stylex.generator import StyledConv, ToImage
+from cfe_lightning.methods.stylex.layers import activate, low_pass
+from cfe_lightning.methods.stylex.training import Fake, Part, critic_loss, generator_loss, r1_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfe_lightning import load_explainer
+from cfe_lightning.compute.losses import kl_between_logits
+from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.folder import ImageFolder
-from cfe_lightning.data.image_data import ImageData
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.images import grid, signed_difference, to_pil
-from cfe_lightning.losses import kl_between_logits
-from cfe_lightning.methods.style_ranking import effects, rank_directions
-from cfe_lightning.methods.style_reference import first_of_each_class
-from cfe_lightning.methods.style_search import coordinate_shifts, coordinate_table
 from cfe_lightning.methods.stylex import StylEx
+from cfe_lightning.methods.stylex.ranking import effects, rank_directions
+from cfe_lightning.methods.stylex.reference import first_of_each_class
+from cfe_lightning.methods.stylex.search import coordinate_shifts, coordinate_table
 
 SETTINGS = (
     *(("pca_w", "sigma", degree) for degree in (0.0, 1.0, 2.0, 4.0)),

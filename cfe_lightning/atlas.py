@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.manifest import ATLAS_PICTURE, ATLAS_SCHEMA
-from cfe_lightning.whole_file import whole_file
+from cfe_lightning.explaining.folder import ATLAS_PICTURE, ATLAS_SCHEMA
+from cfe_lightning.files.atomic import whole_file
 
 #: Sides that a cell of a picture has at least, in pixels; smaller images are enlarged by a whole factor.
 SMALLEST_CELL = 48

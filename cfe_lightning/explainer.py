@@ -16,17 +16,16 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from cfe_lightning.atlas import Atlas
-from cfe_lightning.back_off import BackOff
-from cfe_lightning.classifier import (
-    ClassifierSpec,
-    FrozenClassifier,
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.frozen import (
     build_network,
     check_outputs,
     fill,
-    resolve_class_path,
 )
+from cfe_lightning.compute.memory import BackOff
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.tensor_file import no_larger_than, read_tensors, write_tensors
+from cfe_lightning.files.tensors import no_larger_than, read_tensors, write_tensors
+from cfe_lightning.files.trust import public_path, resolve_class_path
 
 #: Keys of a checkpoint that only a resumed training needs.
 RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
@@ -112,7 +111,7 @@ class ExplainerModule(pl.LightningModule, ABC):
         """Adds what ``load_explainer`` needs to rebuild method and classifier from this file alone."""
         kind = type(self)
         checkpoint["explainer"] = {
-            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "class_path": public_path(kind),
             "version": importlib.metadata.version("cfe-lightning"),
         }
         checkpoint["classifier"] = self.classifier.spec.to_dict()

@@ -106,7 +106,7 @@ def _running_yaml() -> dict[str, str]:
     }
     found = {f"tag {name}": f"model: {tag}\n" for name, tag in tags.items()}
     wrap = {"state_dict_path": "x.pt", "class_names": ["a", "b"], "image_size": 16, "mean": [0.5], "std": [0.5]}
-    sources = "cfe_lightning.classifier_sources"
+    sources = "cfe_lightning.classifier.sources"
     lambda_callback = "lightning.pytorch.callbacks.LambdaCallback"
     named = {
         "model of a module beside it": config(model__class_path="evil.Model"),
@@ -174,7 +174,7 @@ def _running_yaml() -> dict[str, str]:
         ),
         "the network of a classifier that is trained": config(
             model={
-                "class_path": "cfe_lightning.classifier_training.ClassifierTraining",
+                "class_path": "cfe_lightning.classifier.training.ClassifierTraining",
                 "init_args": {"output": "out/classifier.pt", "architecture": "evil.Network"},
             },
             data={"class_path": "cfe_lightning.data.synthetic.SyntheticShapes"},

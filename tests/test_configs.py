@@ -13,11 +13,12 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier, build_network
-from cfe_lightning.cli.configured_run import ConfiguredRun
+from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.frozen import build_network
+from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.chexpert import PATHOLOGIES
-from cfe_lightning.data.image_data import ImageData
-from cfe_lightning.methods.diffusion_autoencoder import DiffusionAutoencoder
+from cfe_lightning.methods.diff_explainer import DiffusionAutoencoder
+from cfe_lightning.training.run import ConfiguredRun
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -34,7 +35,7 @@ def classifier_file(folder: Path, data: dict[str, Any], pairs: list[list[str]] |
     channels, image_size = size_of(data)
     names = tuple(itertools.chain.from_iterable(pairs)) if pairs else ("a", "b")
     spec = ClassifierSpec(
-        class_path="cfe_lightning.networks.classifiers.PooledCnn",
+        class_path="cfe_lightning.classifier.networks.PooledCnn",
         init_args={"num_classes": len(names), "channels": channels},
         head="fc",
         feature_map="stage3",

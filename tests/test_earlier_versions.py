@@ -1,8 +1,8 @@
 """Files of version 0.1.0 stay loadable, resumable and verifiable; ``data/version_0_1_0.tar.xz`` holds some of them.
 
 The archive has one small training run per method (last checkpoint and config, ``metrics_of_two_epochs.csv`` of the run
-straight on), a classifier file, four images, two output folders of ``explain.py``, and version 0.1.0's explanations of the four images
-(``expected.pt``); ``made_by.py`` in it wrote them.
+straight on), a classifier file, four images, two output folders of ``explain.py``, and version 0.1.0's explanations of
+the four images (``expected.pt``); ``made_by.py`` in it wrote them.
 """
 
 from __future__ import annotations

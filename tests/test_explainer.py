@@ -11,8 +11,9 @@ import pytest
 import torch
 from toy import FixedToyExplainer, ToyExplainer, save_checkpoint, toy_checkpoint, toy_classifier, toy_images
 
-from cfe_lightning.classifier import FrozenClassifier, resolve_class_path
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.explainer import load_explainer, strip_checkpoint
+from cfe_lightning.files.trust import resolve_class_path
 
 
 class Payload:
@@ -161,7 +162,7 @@ def test_a_method_without_arguments(tmp_path: Path) -> None:
     # Lightning leaves hyper_parameters out of a checkpoint when there are none.
     path = save_checkpoint(Bare(toy_classifier()), tmp_path / "bare.ckpt")
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {}
-    assert isinstance(load_explainer(path, ["toy", __name__]), Bare)
+    assert isinstance(load_explainer(path, ["toy", __name__.partition(".")[0]]), Bare)
 
 
 class Bare(ToyExplainer):

@@ -14,7 +14,8 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-from cfe_lightning.cli import evaluate, explain, run_folder, train
+from cfe_lightning.cli import evaluate, explain, train
+from cfe_lightning.training import folder as run_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

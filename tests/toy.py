@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from cfe_lightning.callbacks import EMA
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
-from cfe_lightning.data.image_data import ImageData, Sample, Split
+from cfe_lightning.data.base import ImageData, Sample, Split
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.networks import style_critic
+from cfe_lightning.methods.stylex import critic as style_critic
+from cfe_lightning.training import EMA
 
 #: A StylEx of a few thousand parameters.
 STYLEX: dict[str, Any] = {

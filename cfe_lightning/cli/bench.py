@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cfe_lightning.cli import run_folder
 from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, shapes_of
+from cfe_lightning.training import folder as run_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from cfe_lightning.known_cause import Cell
+    from cfe_lightning.evaluation.known_cause import Cell
 
 #: Test images of every cell, unless --limit says otherwise.
 _NUM_TEST = 64
@@ -85,8 +85,8 @@ def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequ
 
 
 def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:
-    from cfe_lightning import known_cause_report
-    from cfe_lightning.known_cause import Bench
+    from cfe_lightning.evaluation import known_cause_page as known_cause_report
+    from cfe_lightning.evaluation.known_cause import Bench
 
     cells = _cells(options)
     methods = [_method(name) for name in _names(options.methods)]
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[
 def _cells(options: argparse.Namespace) -> list[Cell]:
     """All combinations; every set of data is made once, so that a wrong size is refused before the first training."""
     from cfe_lightning.data.synthetic import Cue
-    from cfe_lightning.known_cause import Cell
+    from cfe_lightning.evaluation.known_cause import Cell
 
     for cue in _names(options.cues):
         if cue not in get_args(Cue):
@@ -143,9 +143,9 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 
 def _method(name: str) -> Method:
     """The config of a method: by its file name, or by the module that the method is in."""
-    from cfe_lightning.class_paths import resolve_class_path
-    from cfe_lightning.cli.config_file import load_config
     from cfe_lightning.explainer import ExplainerModule
+    from cfe_lightning.files.configs import load_config
+    from cfe_lightning.files.trust import resolve_class_path
 
     folder = run_folder.find_configs([CLASSIFIER])[0].parent
     found: dict[str, Path] = {}

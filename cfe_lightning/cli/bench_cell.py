@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cfe_lightning.cli import run_folder, train
-from cfe_lightning.stop_signals import StopRequested
-from cfe_lightning.whole_file import whole_file
+from cfe_lightning.cli import train
+from cfe_lightning.compute.signals import StopRequested
+from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.training import folder as run_folder
 
 if TYPE_CHECKING:
     import torch
 
     from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.data.synthetic import Cue, SyntheticShapes
+    from cfe_lightning.evaluation.known_cause import Bench, Cell, MarkUse
     from cfe_lightning.explanation import Explainer
-    from cfe_lightning.known_cause import Bench, Cell, MarkUse
 
 #: What every cell's classifier is trained by.
 CLASSIFIER = "classifier_synthetic.yaml"
@@ -68,7 +69,7 @@ class BenchCell:
         """What moving the mark does to the classifier."""
         import torch
 
-        from cfe_lightning.known_cause import MarkUse, mark_use
+        from cfe_lightning.evaluation.known_cause import MarkUse, mark_use
 
         data = self.shapes.dataset("test")
         moved = [data.render(index, int(data.labels[index]), 1 - data.mark_corner(index)) for index in range(len(data))]
@@ -113,7 +114,8 @@ class BenchCell:
     def _explain(self, name: str, explainer: Explainer) -> tuple[dict[str, torch.Tensor], float]:
         import torch
 
-        from cfe_lightning import known_cause, known_cause_report
+        from cfe_lightning.evaluation import known_cause
+        from cfe_lightning.evaluation import known_cause_page as known_cause_report
 
         torch.manual_seed(self.options.seed)
         started, found = time.perf_counter(), []
@@ -131,7 +133,7 @@ class BenchCell:
     def method(self, method: Method) -> Explainer:
         """A method for this cell's classifier, trained unless it learns nothing."""
         from cfe_lightning.explainer import load_explainer
-        from cfe_lightning.untrained import build_untrained
+        from cfe_lightning.methods.find import build_untrained
 
         if not method.needs_training:
             module = method.class_path.split(".")[-2]
@@ -147,7 +149,7 @@ class BenchCell:
 
     def baseline(self, name: str) -> Explainer:
         """A baseline for this cell's classifier."""
-        from cfe_lightning.baselines import build_baseline
+        from cfe_lightning.methods.baselines.captum import build_baseline
 
         return build_baseline(name, self.classifier, self.options.seed)
 
@@ -195,7 +197,7 @@ class BenchCell:
 
     def _data_overrides(self, config: Path) -> list[str]:
         """The cell's training data, and one epoch of a share of all images that the config would show."""
-        from cfe_lightning.cli.config_file import load_config
+        from cfe_lightning.files.configs import load_config
 
         content = load_config(config)
         data, trainer = content["data"].get("init_args", {}), content.get("trainer", {})
@@ -227,7 +229,7 @@ class BenchCell:
         """All test images of the cell, and the picture of their right answer."""
         import torch
 
-        from cfe_lightning import known_cause_report
+        from cfe_lightning.evaluation import known_cause_page as known_cause_report
 
         data = self.shapes.dataset("test")
         samples = [data[index] for index in range(len(data))]

@@ -13,28 +13,22 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import (
-    check_writable,
-    count,
-    file_assignment,
-    positive,
-    probabilities,
-)
+from cfe_lightning.cli.arguments import check_writable, count, file_assignment, positive, probabilities
 from cfe_lightning.cli.bench import add_bench_options, run_bench
+from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
-from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import ConcatDataset, Dataset, Subset
 
     from cfe_lightning.classifier import FrozenClassifier
-    from cfe_lightning.data.image_data import ImageData, Sample
+    from cfe_lightning.data.base import ImageData, Sample
+    from cfe_lightning.evaluation.instruments import Instruments
+    from cfe_lightning.evaluation.summary import Row
+    from cfe_lightning.evaluation.tally import Measures
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.explanation import Explainer
-    from cfe_lightning.instruments import Instruments
-    from cfe_lightning.tally import Measures
-    from cfe_lightning.tally_summary import Row
 
 
 #: Options that are about given checkpoints and data.
@@ -177,13 +171,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("There is nothing to measure: give --checkpoint FILE and --data CONFIG|FOLDER, or --bench.")
     folder = _folder(options)
     _check_output(folder)
-    from cfe_lightning import evaluation, evaluation_table
     from cfe_lightning.classifier import load_classifier
-    from cfe_lightning.classifier_check import check_class_names
-    from cfe_lightning.evaluation_gallery import Gallery
-    from cfe_lightning.evaluation_report import write_evaluation_html
-    from cfe_lightning.evaluation_store import EvaluationStore
-    from cfe_lightning.tally import Measures
+    from cfe_lightning.classifier.check import check_class_names
+    from cfe_lightning.evaluation import evaluate as evaluation
+    from cfe_lightning.evaluation import tables as evaluation_table
+    from cfe_lightning.evaluation.gallery import Gallery
+    from cfe_lightning.evaluation.page import write_evaluation_html
+    from cfe_lightning.evaluation.store import EvaluationStore
+    from cfe_lightning.evaluation.tally import Measures
 
     if options.diversity == 1:
         raise ValueError("--diversity compares edits of the same image: give at least 2, or 0 for none.")
@@ -248,7 +243,7 @@ def _given(options: argparse.Namespace, names: Iterable[str]) -> str:
 
 
 def _instruments(options: argparse.Namespace, device: torch.device) -> Instruments:
-    from cfe_lightning.instruments import load_instruments, weights_from
+    from cfe_lightning.evaluation.instruments import load_instruments, weights_from
 
     return load_instruments(
         weights_from(dict(options.weights), os.environ),
@@ -263,7 +258,7 @@ def _reference(options: argparse.Namespace, explainer: ExplainerModule) -> Itera
     """The held-out images, batch by batch, read as the explainer needs them."""
     if options.fid_reference is None:
         return
-    from cfe_lightning.data.image_stream import read_batch
+    from cfe_lightning.data.stream import read_batch
     from cfe_lightning.images import find_images
 
     names = list(find_images(options.fid_reference))
@@ -289,7 +284,7 @@ def _reference(options: argparse.Namespace, explainer: ExplainerModule) -> Itera
 def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -> dict[str, ExplainerModule]:
     """The explainers by the names of their runs."""
     from cfe_lightning.explainer import load_explainer
-    from cfe_lightning.survey_file import provide_survey
+    from cfe_lightning.explaining.survey import provide_survey
 
     explainers = [load_explainer(path, trusted).to(device) for path in paths]
     for explainer, path in zip(explainers, paths, strict=True):
@@ -311,7 +306,7 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 
 def _baseline_names(listed: str) -> list[str]:
-    from cfe_lightning.baselines import BASELINES
+    from cfe_lightning.methods.baselines import BASELINES
 
     names = [name.strip() for name in listed.split(",") if name.strip()]
     if names == ["all"]:
@@ -329,8 +324,8 @@ def _baselines(
     measures: Measures,
 ) -> tuple[dict[str, Explainer], list[Row]]:
     """Every baseline on every distinct classifier; one that cannot explain a classifier becomes an empty row."""
-    from cfe_lightning.baselines import build_baseline
-    from cfe_lightning.evaluation import unavailable
+    from cfe_lightning.evaluation.evaluate import unavailable
+    from cfe_lightning.methods.baselines.captum import build_baseline
 
     classifiers: dict[str, tuple[str, FrozenClassifier]] = {}
     for run, explainer in checkpoints.items():
@@ -362,8 +357,8 @@ def _data(given: str, explainer: ExplainerModule, trusted: Sequence[str]) -> tup
             "class_names": list(explainer.classifier.class_names),
         }
         return ImageFolder(**section), section  # type: ignore[arg-type]
-    from cfe_lightning.cli import run_folder
-    from cfe_lightning.cli.config_file import load_config
+    from cfe_lightning.files.configs import load_config
+    from cfe_lightning.training import folder as run_folder
 
     (path,) = run_folder.find_configs([given])
     described = load_config(path).get("data")
@@ -375,8 +370,8 @@ def _data(given: str, explainer: ExplainerModule, trusted: Sequence[str]) -> tup
 def _instantiate(section: dict[str, Any], path: Path, trusted: Sequence[str]) -> ImageData:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from cfe_lightning.cli.config_file import classes_of, in_our_words
-    from cfe_lightning.data.image_data import ImageData
+    from cfe_lightning.data.base import ImageData
+    from cfe_lightning.files.configs import classes_of, in_our_words
 
     reader = ArgumentParser(exit_on_error=False)
     reader.add_subclass_arguments(ImageData, "data", required=True)
@@ -401,7 +396,7 @@ def _chosen(data: ImageData, options: argparse.Namespace) -> Subset[Sample]:
     """The images to be measured, in a fixed order."""
     from torch.utils.data import ConcatDataset, Subset
 
-    from cfe_lightning.evaluation import sample_indices
+    from cfe_lightning.evaluation.evaluate import sample_indices
 
     data.prepare_data()
     data.setup("test")
@@ -431,7 +426,7 @@ def _batches(chosen: Subset[Sample], options: argparse.Namespace, finished: int)
 
 def _datasets(data: ImageData, split: str) -> list[Dataset[Sample]]:
     """One split, or all that hold images: a small folder may leave one of them empty."""
-    from cfe_lightning.data.image_data import Split
+    from cfe_lightning.data.base import Split
 
     if split != "all":
         return [data.dataset(cast(Split, split))]
@@ -496,7 +491,7 @@ def _device(asked: str) -> torch.device:
 
 
 def _check_output(folder: Path) -> None:
-    from cfe_lightning.whole_file import refuse_links
+    from cfe_lightning.files.atomic import refuse_links
 
     file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
     if file is not None:

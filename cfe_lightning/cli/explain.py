@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfe_lightning.cli.arguments import assignment, check_writable, count, positive, shard
+from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
-from cfe_lightning.environment import check_torchvision
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.explainer import ExplainerModule
-    from cfe_lightning.manifest import OutputFolder
+    from cfe_lightning.explaining.folder import OutputFolder
 
 FAILED_ROWS = 3
 _SHOWN_PROBLEMS = 20
@@ -148,15 +148,15 @@ def _explain(options: argparse.Namespace) -> int:
     _check_options(options)
     check_torchvision()
     _check_folders(options.input, options.output)
-    from cfe_lightning.acceleration import ChannelsLast, CompileBlocks
-    from cfe_lightning.data.image_stream import ImageStream
+    from cfe_lightning.compute.acceleration import ChannelsLast, CompileBlocks
+    from cfe_lightning.compute.processes import is_first_process, launched_processes
     from cfe_lightning.data.patient_table import find_patients
-    from cfe_lightning.explanation_writer import ExplanationWriter
+    from cfe_lightning.data.stream import ImageStream
+    from cfe_lightning.explaining.folder import OutputFolder, Shard
+    from cfe_lightning.explaining.survey import SurveyFile
+    from cfe_lightning.explaining.writer import ExplanationWriter
     from cfe_lightning.images import can_save_video, find_images
-    from cfe_lightning.manifest import OutputFolder, Shard
-    from cfe_lightning.medical_files import check_window, is_slice
-    from cfe_lightning.processes import is_first_process, launched_processes
-    from cfe_lightning.survey_file import SurveyFile
+    from cfe_lightning.images.medical import check_window, is_slice
 
     window = check_window(options.window)
     if options.animation == "mp4" and not can_save_video():
@@ -267,8 +267,8 @@ def _verify(options: argparse.Namespace) -> int:
     check_torchvision()
     from tqdm import tqdm
 
-    from cfe_lightning.manifest import OutputFolder
-    from cfe_lightning.verification import verify
+    from cfe_lightning.explaining.folder import OutputFolder
+    from cfe_lightning.explaining.verify import verify
 
     output = OutputFolder(options.verify)
     if output.header() is None:
@@ -330,7 +330,7 @@ def _verifying_classifier(options: argparse.Namespace, output: OutputFolder) -> 
 def _explainer(options: argparse.Namespace) -> ExplainerModule:
     """What explains: a trained method out of its checkpoint, or one without training around a classifier."""
     from cfe_lightning.explainer import load_explainer
-    from cfe_lightning.untrained import build_untrained
+    from cfe_lightning.methods.find import build_untrained
 
     if options.checkpoint is not None:
         return load_explainer(options.checkpoint, options.trusted, dict(options.changes))
@@ -339,8 +339,8 @@ def _explainer(options: argparse.Namespace) -> ExplainerModule:
 
 def _classifier(given: str, trusted: Sequence[str]) -> FrozenClassifier:
     """A classifier file, or a network of torchvision; a file of that name comes first."""
-    from cfe_lightning.classifier import load_classifier
-    from cfe_lightning.classifier_sources import is_torchvision_network, torchvision_classifier
+    from cfe_lightning.classifier import load_classifier, torchvision_classifier
+    from cfe_lightning.classifier.sources import is_torchvision_network
 
     if is_torchvision_network(given) and not Path(given).exists():
         return torchvision_classifier(given, weights="DEFAULT")
@@ -359,7 +359,7 @@ def _predict(
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from cfe_lightning.back_off import is_out_of_memory
+    from cfe_lightning.compute.memory import is_out_of_memory
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -397,8 +397,8 @@ def _predict(
 def _finish(
     options: argparse.Namespace, output: OutputFolder, explainer: ExplainerModule, num_images: int, seconds: float
 ) -> int:
-    from cfe_lightning.global_view import write_global
-    from cfe_lightning.report import write_html
+    from cfe_lightning.explaining.overview import write_global
+    from cfe_lightning.report.page import write_html
 
     output.merge()
     output.write_table()
@@ -466,7 +466,7 @@ def _missing(names: list[str], options: argparse.Namespace, output: OutputFolder
 
     An interrupted run leaves whole batches behind, so the same images meet again and give the same numbers.
     """
-    from cfe_lightning.data.image_stream import source_of
+    from cfe_lightning.data.stream import source_of
 
     recorded = {row["name"]: (row["status"], row["source"]) for row in output.rows()}
     new: list[str] = []
@@ -487,15 +487,15 @@ def _batches(names: list[str], size: int) -> list[list[str]]:
 def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str, Any]:
     """What makes two runs the same; the batch size and the devices are free to change."""
     from cfe_lightning.explainer import sha256_of
+    from cfe_lightning.files.trust import public_path
 
-    kind = type(explainer)
     if options.checkpoint is not None:
         made_from = {"checkpoint_sha256": sha256_of(options.checkpoint)}
     else:
         made_from = {"classifier_sha256": explainer.classifier.fingerprint(), "untrained": options.method}
     return {
         **made_from,
-        "method": f"{kind.__module__}.{kind.__qualname__}",
+        "method": public_path(type(explainer)),
         "version": importlib.metadata.version("cfe-lightning"),
         "classes": list(explainer.classifier.class_names),
         **({"num_slices": explainer.num_slices} if explainer.num_slices > 1 else {}),

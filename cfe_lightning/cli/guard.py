@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from cfe_lightning.stop_signals import StopRequested, StopSignals, name_of
+from cfe_lightning.compute.signals import StopRequested, StopSignals, name_of
 
 #: Exit codes: nothing could be done with what was given; the program itself is wrong.
 NOTHING_DONE = 2
@@ -128,6 +128,6 @@ def _is_out_of_memory(error: Exception) -> bool:
         return False
     if "Storage size calculation overflowed" in str(error):  # no machine has so much
         return True
-    from cfe_lightning.back_off import is_out_of_memory
+    from cfe_lightning.compute.memory import is_out_of_memory
 
     return is_out_of_memory(error)

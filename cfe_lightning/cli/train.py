@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cfe_lightning.cli import run_folder
+from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
-from cfe_lightning.environment import check_torchvision
-from cfe_lightning.stop_signals import StopRequested
+from cfe_lightning.compute.signals import StopRequested
+from cfe_lightning.training import folder as run_folder
 
 NOT_FINITE = 1
 
@@ -86,7 +86,7 @@ def _speak() -> None:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     check_torchvision()
-    from cfe_lightning.class_paths import only_trusted
+    from cfe_lightning.files.trust import only_trusted
 
     # A config also says what is built long after it was read, as the network of a classifier that is trained.
     with only_trusted(options.trusted):
@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if any(override.partition("=")[0].endswith(".help") for override in overrides):
-        from cfe_lightning.cli.configured_run import ConfiguredRun
+        from cfe_lightning.training.run import ConfiguredRun
 
         ConfiguredRun([], overrides, Path(), None, options.trusted)  # prints what was asked for and ends the program
     configs, folder = run_folder.locate(options.config, options.run, options.output, options.resume)
@@ -103,9 +103,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         return _dry_run(options, (configs, overrides, folder, checkpoint, options.trusted))
 
-    from cfe_lightning.callbacks import NonFiniteLossError
-    from cfe_lightning.cli.configured_run import ConfiguredRun
-    from cfe_lightning.processes import is_first_process
+    from cfe_lightning.compute.processes import is_first_process
+    from cfe_lightning.training.callbacks import NonFiniteLossError
+    from cfe_lightning.training.run import ConfiguredRun
 
     last, begun = folder / "last.ckpt", False
     if is_first_process():
@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _stopped(stop: StopRequested, last: Path | None) -> int:
     """Says how to continue what a signal has stopped, and returns the exit code."""
-    from cfe_lightning.processes import is_first_process, launched_processes
+    from cfe_lightning.compute.processes import is_first_process, launched_processes
 
     if is_first_process():
         how = "No batch is lost: give the same command again." if last is None else "Continue with: train.py --resume "
@@ -146,8 +146,8 @@ def _stopped(stop: StopRequested, last: Path | None) -> int:
 
 
 def _dry_run(options: argparse.Namespace, arguments: tuple[Any, ...]) -> int:
-    from cfe_lightning.cli.dry_run import DryRun
-    from cfe_lightning.processes import is_first_process
+    from cfe_lightning.compute.processes import is_first_process
+    from cfe_lightning.training.dry_run import DryRun
 
     run = DryRun(*arguments)
     if not options.skip_classifier_check:

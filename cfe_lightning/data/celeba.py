@@ -12,9 +12,9 @@ from typing import get_args
 
 import torchvision.datasets
 
-from cfe_lightning.data.image_cache import ImageCache
-from cfe_lightning.data.image_data import ImageData, Split, check_groups, nearest_names
-from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable
+from cfe_lightning.data.base import ImageData, Split, check_groups, nearest_names
+from cfe_lightning.data.cache import ImageCache
+from cfe_lightning.data.files import ImageFiles, LabelledFile, drop_unreadable
 from cfe_lightning.images import find_images
 
 _log = logging.getLogger(__name__)

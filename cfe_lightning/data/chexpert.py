@@ -13,16 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from cfe_lightning.data.image_cache import ImageCache
-from cfe_lightning.data.image_data import (
-    ImageData,
-    Split,
-    check_fractions,
-    check_groups,
-    nearest_names,
-    split_by_group,
-)
-from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable, take_turns
+from cfe_lightning.data.base import ImageData, Split, check_fractions, check_groups, nearest_names, split_by_group
+from cfe_lightning.data.cache import ImageCache
+from cfe_lightning.data.files import ImageFiles, LabelledFile, drop_unreadable, take_turns
 
 Uncertain = Literal["zeros", "ones", "ignore"]
 Against = Literal["healthy", "rest"]

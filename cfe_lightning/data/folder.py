@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
-from cfe_lightning.data.image_cache import ImageCache
-from cfe_lightning.data.image_data import ImageData, Split, check_fractions, check_groups, split_by_group
-from cfe_lightning.data.image_files import ImageFiles, LabelledFile, drop_unreadable, take_turns
+from cfe_lightning.data.base import ImageData, Split, check_fractions, check_groups, split_by_group
+from cfe_lightning.data.cache import ImageCache
+from cfe_lightning.data.files import ImageFiles, LabelledFile, drop_unreadable, take_turns
 from cfe_lightning.images import EXTENSIONS, find_images
 
 _log = logging.getLogger(__name__)

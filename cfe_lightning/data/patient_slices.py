@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cfe_lightning import images, medical_files
+from cfe_lightning import images
+from cfe_lightning.data.base import Augmentation, ImageData, Sample, Split, check_fractions
+from cfe_lightning.data.cache import ImageCache
+from cfe_lightning.data.files import LabelledImages, take_turns
 from cfe_lightning.data.folder import Entry, assign_splits, choose_classes
-from cfe_lightning.data.image_cache import ImageCache
-from cfe_lightning.data.image_data import Augmentation, ImageData, Sample, Split, check_fractions
-from cfe_lightning.data.image_files import LabelledImages, take_turns
 from cfe_lightning.data.patient_table import Columns, Patient, Slice, find_stack, read_patients
+from cfe_lightning.images import medical as medical_files
 
 _log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from cfe_lightning import images, medical_files
+from cfe_lightning import images
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.folder import read_split
-from cfe_lightning.data.image_data import Split
+from cfe_lightning.images import medical as medical_files
 
 #: A volume, and the axial slice behind its name.
 _ADDRESSED_VOLUME = re.compile(r"(.+\.nii(?:\.gz)?)#(.*)", re.IGNORECASE | re.DOTALL)

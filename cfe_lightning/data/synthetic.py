@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cfe_lightning.data.image_data import ImageData, Sample, Split
+from cfe_lightning.data.base import ImageData, Sample, Split
 from cfe_lightning.images import save_image
 
 Cue = Literal["lesion", "colour", "texture"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from cfe_lightning import images
-from cfe_lightning.data.image_data import ImageData, Split, check_fractions, split_by_group
-from cfe_lightning.data.image_files import LabelledImages, take_turns
+from cfe_lightning.data.base import ImageData, Split, check_fractions, split_by_group
+from cfe_lightning.data.files import LabelledImages, take_turns
 
 #: What torchvision's sets call their splits, best first.
 _SPLIT_WORDS: dict[Split, tuple[str, ...]] = {

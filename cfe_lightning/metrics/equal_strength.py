@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.compute.search import first_interval, refine, sure_enough
 from cfe_lightning.metrics.faithfulness import path_logits
-from cfe_lightning.step_search import first_interval, refine, sure_enough
 
 #: Positions that are looked at first, at least.
 _GRID = 9

@@ -16,7 +16,7 @@ import torch
 
 from cfe_lightning.cli import bench, bench_cell, evaluate, train
 from cfe_lightning.cli.bench import _method
-from cfe_lightning.known_cause import Cell
+from cfe_lightning.evaluation.known_cause import Cell
 from cfe_lightning.methods.steerable_lens import SteerableLens
 
 SMALL = ("--cues", "lesion", "--cue-sizes", "1.4", "--shortcuts", "0,1", "--budget", "0.03", "--limit", "4")
@@ -276,7 +276,7 @@ def test_help_loads_nothing_heavy(module: ModuleType) -> None:
     }
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
     light = {"cfe_lightning.cli", "cfe_lightning.cli.arguments", "cfe_lightning.cli.bench_cell"}
-    assert heavy <= light | {"cfe_lightning.stop_signals", "cfe_lightning.whole_file"}
+    assert heavy <= light | {"cfe_lightning.compute.signals", "cfe_lightning.files.atomic"}
 
 
 def test_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

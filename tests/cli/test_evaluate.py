@@ -13,10 +13,10 @@ import torch
 import yaml
 from toy import FixedToyExplainer, ToyData, save_checkpoint, toy_checkpoint, toy_classifier
 
-from cfe_lightning import evaluation
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import evaluate
-from cfe_lightning.evaluation_store import EvaluationStore
+from cfe_lightning.evaluation import evaluate as evaluation
+from cfe_lightning.evaluation.store import EvaluationStore
 from cfe_lightning.images import save_image
 
 FILES = [
@@ -301,7 +301,7 @@ def test_numbers_are_checked(arguments: list[str], capsys: pytest.CaptureFixture
 
 
 def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
-    from cfe_lightning.baselines import BASELINES
+    from cfe_lightning.methods.baselines import BASELINES
 
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
@@ -317,7 +317,7 @@ def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.Capt
     heavy = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
     assert heavy == {
         *("cfe_lightning.cli.arguments", "cfe_lightning.cli.bench", "cfe_lightning.cli.guard"),
-        "cfe_lightning.environment",
+        "cfe_lightning.cli.environment",
     }
 
 

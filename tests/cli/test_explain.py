@@ -1,14 +1,11 @@
-import csv
 import errno
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,85 +14,28 @@ import numpy as np
 import pytest
 import torch
 import toy
+from explained import (
+    NoisyToy,
+    StackToy,
+    checkpoint,
+    content,
+    photos,
+    restore_process_settings,
+    run,
+    sentence,
+    table,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from test_medical_files import write_dicom
+from medical import write_dicom
 from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import explain
 from cfe_lightning.data.patient_slices import middle_slices
-from cfe_lightning.explanation import Explanation
-from cfe_lightning.manifest import OutputFolder
+from cfe_lightning.explaining.folder import OutputFolder
 
-
-class NoisyToy(toy.FixedToyExplainer):
-    """Draws random numbers while explaining, as a diffusion method does."""
-
-    def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        return super().explain(image + torch.rand_like(image) * 0.05, target)
-
-
-class StackToy(toy.FixedToyExplainer):
-    """Explains montages of four slices."""
-
-    def __init__(self, classifier: FrozenClassifier) -> None:
-        super().__init__(classifier)
-        self.num_slices = 4
-
-
-@pytest.fixture(autouse=True)
-def _restore_process_settings() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    yield
-    torch.use_deterministic_algorithms(False)
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.toy_checkpoint(tmp_path_factory.mktemp("run") / "best.ckpt", num_classes=3)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    for index, image in enumerate(toy.toy_images(7, 3)):
-        images.save_image(image, tmp_path / "photos" / f"{'ab'[index % 2]}" / f"{index}.png")
-    return tmp_path / "photos"
-
-
-def run(checkpoint: Path, photos: Path, out: Path, *more: str) -> int:
-    fixed = ["--trusted", "toy", "--trusted", "test_explain", "--accelerator", "cpu"]
-    where = ["--checkpoint", str(checkpoint), "--input", str(photos), "--output", str(out)]
-    return explain.main([*where, *fixed, "--batch-size", "2", *more])
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "manifest.csv").open(newline="", encoding="utf-8") as file:
-        return {line["name"]: line for line in csv.DictReader(file)}
-
-
-def content(out: Path) -> dict[str, Any]:
-    """Everything a run leaves behind, apart from seconds and the page that repeats it."""
-    found: dict[str, Any] = {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in [*sorted((out / "images").rglob("*")), *(out / "global").glob("*"), out / "global.json"]
-        if path.is_file()
-    }
-    rows = table(out)
-    for row in rows.values():
-        del row["seconds"]
-    names = sorted(path.name for path in out.iterdir())
-    return {**found, "names": names, "rows": list(rows.items())}
-
-
-def sentence(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1, error
-    assert error[0].startswith("error: ")
-    return error[0].removeprefix("error: ")
+__all__ = ["checkpoint", "photos", "restore_process_settings"]
 
 
 def test_a_folder_is_explained(checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -306,7 +246,7 @@ def test_a_network_of_torchvision_is_known_by_its_name(
         asked.append((name, weights))
         return toy.toy_classifier(3)
 
-    monkeypatch.setattr("cfe_lightning.classifier_sources.torchvision_classifier", with_weights)
+    monkeypatch.setattr("cfe_lightning.classifier.sources.torchvision_classifier", with_weights)
     assert untrained("random", Path("resnet18"), photos, tmp_path / "out", "--limit", "1") == 0
     assert asked == [("resnet18", "DEFAULT")]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -563,7 +503,7 @@ def test_hostile_files_become_rows(checkpoint: Path, tmp_path: Path):
 def test_help_is_immediate():
     code = (
         "import sys; from cfe_lightning.cli import explain; explain.parser().format_help(); "
-        "import cfe_lightning.report; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+        "import cfe_lightning.report.page; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

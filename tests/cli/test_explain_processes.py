@@ -23,7 +23,7 @@ NUM_IMAGES = 60
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import toy, cfe_lightning.explanation_writer, cfe_lightning.data.image_stream, cfe_lightning.report
+import toy, cfe_lightning.explaining.writer, cfe_lightning.data.stream, cfe_lightning.report.page
 from cfe_lightning.cli.explain import main
 
 arguments, out, batches = sys.argv[2:], Path(sys.argv[1]), 0

@@ -6,20 +6,18 @@ import threading
 from pathlib import Path
 
 import pytest
-import test_explain
 import torch
 import toy
-from test_explain import NoisyToy, checkpoint, content, photos, run, sentence, table
+from explained import NoisyToy, checkpoint, content, photos, restore_process_settings, run, sentence, table
 from torch import Tensor
 
 from cfe_lightning.cli import explain
 from cfe_lightning.cli.arguments import shard as read_shard
+from cfe_lightning.explaining.folder import OutputFolder, Shard
+from cfe_lightning.explaining.writer import ExplanationWriter
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.explanation_writer import ExplanationWriter
-from cfe_lightning.manifest import OutputFolder, Shard
 
-__all__ = ["checkpoint", "photos"]
-_restore = test_explain._restore_process_settings
+__all__ = ["checkpoint", "photos", "restore_process_settings"]
 
 
 class ForgetfulToy(toy.FixedToyExplainer):
@@ -194,7 +192,7 @@ def test_where_memory_is_short_a_batch_is_explained_in_parts(
     photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = toy.save_checkpoint(ForgetfulToy(toy.toy_classifier(3)), tmp_path / "short.ckpt")
-    assert run(short, photos, tmp_path / "parts", "--batch-size", "7", "--trusted", "test_shards") == 0
+    assert run(short, photos, tmp_path / "parts", "--batch-size", "7", "--trusted", __name__.partition(".")[0]) == 0
     assert "memory was short: --batch-size 2 saves the attempts in vain" in capsys.readouterr().out
     whole = toy.save_checkpoint(toy.FixedToyExplainer(toy.toy_classifier(3)), tmp_path / "whole.ckpt")
     assert run(whole, photos, tmp_path / "at_once", "--batch-size", "7") == 0
@@ -205,7 +203,7 @@ def test_an_image_too_large_for_the_device_is_one_sentence(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = toy.save_checkpoint(FullToy(toy.toy_classifier(3)), tmp_path / "full.ckpt")
-    assert run(full, photos, tmp_path / "out", "--trusted", "test_shards") == 2
+    assert run(full, photos, tmp_path / "out", "--trusted", __name__.partition(".")[0]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
         "error: The device ran out of memory with a single image: the same command with --precision"

@@ -20,11 +20,11 @@ import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 from toy import FixedToyExplainer, ToyNetwork, toy_classifier
 
-from cfe_lightning import callbacks
-from cfe_lightning.class_paths import resolve_class_path
-from cfe_lightning.cli import configured_run
 from cfe_lightning.cli import train as command
 from cfe_lightning.explainer import load_explainer
+from cfe_lightning.files.trust import resolve_class_path
+from cfe_lightning.training import callbacks
+from cfe_lightning.training import run as configured_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -54,9 +54,9 @@ def write_config(name: str = "toy.yaml", kind: str = "toy.ToyExplainer", **model
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [
-                {"class_path": "cfe_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
-                {"class_path": "cfe_lightning.callbacks.SampleGrid", "init_args": {"every_n_batches": 4}},
-                {"class_path": "cfe_lightning.callbacks.Throughput", "init_args": {"every_n_batches": 4}},
+                {"class_path": "cfe_lightning.training.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "cfe_lightning.training.SampleGrid", "init_args": {"every_n_batches": 4}},
+                {"class_path": "cfe_lightning.training.Throughput", "init_args": {"every_n_batches": 4}},
             ],
             "logger": {
                 "class_path": "lightning.pytorch.loggers.WandbLogger",
@@ -69,7 +69,7 @@ def write_config(name: str = "toy.yaml", kind: str = "toy.ToyExplainer", **model
 
 
 def main(arguments: Sequence[str]) -> int:
-    return command.main([*arguments, "--trusted", "toy", "--trusted", __name__])
+    return command.main([*arguments, "--trusted", "toy", "--trusted", __name__.partition(".")[0]])
 
 
 def train(*arguments: str) -> int:
@@ -273,7 +273,7 @@ def iter_images():
 def test_a_classifier_is_trained_by_the_same_command(workplace: Path) -> None:
     config = {
         "model": {
-            "class_path": "cfe_lightning.classifier_training.ClassifierTraining",
+            "class_path": "cfe_lightning.classifier.training.ClassifierTraining",
             "init_args": {"output": "trained.pt", "learning_rate": 0.01},
         },
         "data": {"class_path": "toy.ToyData", "init_args": {"num_images": 32, "batch_size": 8}},
@@ -451,7 +451,7 @@ def test_several_devices_find_the_strategy_that_two_optimisers_need(workplace: P
     several = configured_run.ConfiguredRun(config, ["--trainer.devices", "2"], tmp_path / "run", None, ["toy"]).trainer
     assert several.world_size == 2
     assert several.strategy._ddp_kwargs == {"find_unused_parameters": True}
-    ours = {"class_path": "cfe_lightning.classifier_training.ClassifierTraining", "init_args": {"output": "a.pt"}}
+    ours = {"class_path": "cfe_lightning.classifier.training.ClassifierTraining", "init_args": {"output": "a.pt"}}
     for architecture, unknown in (("resnet18", False), ("torchvision.models.resnet18", True)):
         ours["init_args"]["architecture"] = architecture
         options = ["--trainer.devices", "2", "--model", json.dumps(ours)]

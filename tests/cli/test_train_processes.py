@@ -77,7 +77,7 @@ METHODS = {
         kind="cfe_lightning.methods.dxai.Dxai",
         arguments=DXAI | {"preset": "joint_d", "micro_batches": 2},
         steps=2,
-        callbacks=("cfe_lightning.acceleration.RecomputeActivations",),
+        callbacks=("cfe_lightning.compute.acceleration.RecomputeActivations",),
         runs=("two",),
     ),
     # Maps are compared in units of the batch's mean square. The critic's minibatch deviation is off by ``steady``.
@@ -99,7 +99,7 @@ METHODS = {
     ),
     # The first batch of a validation alone is reconstructed.
     "DiffusionAutoencoder": Method(
-        kind="cfe_lightning.methods.diffusion_autoencoder.DiffusionAutoencoder",
+        kind="cfe_lightning.methods.diff_explainer.DiffusionAutoencoder",
         arguments=AUTOENCODER | {"dropout": 0.1, "validation_steps": 2},
         apart={"dropout": 0.0},
         steps=1,
@@ -112,7 +112,7 @@ METHODS = {
     ),
     # Batch norm.
     "ClassifierTraining": Method(
-        kind="cfe_lightning.classifier_training.ClassifierTraining",
+        kind="cfe_lightning.classifier.training.ClassifierTraining",
         arguments={"output": "trained.pt", "architecture": "pooled", "noise": 0.1},
         apart={"architecture": "simple"},
         steps=1,
@@ -125,7 +125,7 @@ METHODS = {
 def write_run(folder: Path, name: str, run: str) -> forked.Run:
     """Prepares the folder of one run of a method."""
     method = METHODS[name]
-    grid = {"class_path": "cfe_lightning.callbacks.SampleGrid", "init_args": {"every_n_batches": 4}}
+    grid = {"class_path": "cfe_lightning.training.SampleGrid", "init_args": {"every_n_batches": 4}}
     folder.mkdir(parents=True)
     arguments = method.arguments | ({} if run == "two" else method.apart)
     if method.explains:
@@ -145,7 +145,7 @@ def write_run(folder: Path, name: str, run: str) -> forked.Run:
             "logger": False,
             "log_every_n_steps": 1,
             "callbacks": [
-                {"class_path": "cfe_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "cfe_lightning.training.EMA", "init_args": {"decay": 0.9}},
                 *([grid] if name != "ClassifierTraining" else []),
                 *({"class_path": path} for path in method.callbacks),
                 {"class_path": "toy.Witness", "init_args": {"folder": "seen", "steady": run != "two"}},
@@ -283,9 +283,9 @@ def test_the_command_starts_its_processes_itself(tmp_path: Path) -> None:
             "max_epochs": 1,
             "logger": False,
             "callbacks": [
-                {"class_path": "cfe_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "cfe_lightning.training.EMA", "init_args": {"decay": 0.9}},
                 {
-                    "class_path": "cfe_lightning.callbacks.SampleGrid",
+                    "class_path": "cfe_lightning.training.SampleGrid",
                     "init_args": {"every_n_batches": 2, "num_images": 2},
                 },
                 {"class_path": "toy.Witness", "init_args": {"folder": "seen"}},

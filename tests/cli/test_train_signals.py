@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from cfe_lightning.cli.train import _stopped
-from cfe_lightning.stop_signals import StopRequested
+from cfe_lightning.compute.signals import StopRequested
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

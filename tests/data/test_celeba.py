@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from cfe_lightning.data import celeba
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.celeba import CelebA
-from cfe_lightning.data.image_data import Split
 from cfe_lightning.images import resize
 
 ATTRIBUTES = ["Bald", "Eyeglasses", "Male", "Smiling", "Wearing_Hat"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.chexpert import PATHOLOGIES, CheXpert
-from cfe_lightning.data.image_data import Split
 from cfe_lightning.images import read_image, resize
 
 HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", *PATHOLOGIES]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cfe_lightning.data import image_files
+from cfe_lightning.data import files as image_files
+from cfe_lightning.data.base import Split
+from cfe_lightning.data.files import take_turns
 from cfe_lightning.data.folder import ImageFolder
-from cfe_lightning.data.image_data import Split
-from cfe_lightning.data.image_files import take_turns
 from cfe_lightning.images import UnreadableImageError, read_image
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cfe_lightning.data.image_data import Split, check_groups, split_by_group
+from cfe_lightning.data.base import Split, check_groups, split_by_group
 
 SHARES: dict[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
 

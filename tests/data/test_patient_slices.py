@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfe_lightning import images
-from cfe_lightning.data import image_files
+from cfe_lightning.data import files as image_files
+from cfe_lightning.data.base import Sample, Split
 from cfe_lightning.data.folder import ImageFolder
-from cfe_lightning.data.image_data import Sample, Split
 from cfe_lightning.data.patient_slices import PatientSlices, draw_slices, middle_slices
 from cfe_lightning.images import UnreadableImageError, cut_montage, read_image, to_uint8
 
@@ -547,7 +547,7 @@ class TestMedicalFiles:
 
     def test_dicom_beside_pictures(self, tmp_path: Path) -> None:
         pytest.importorskip("pydicom")
-        from test_medical_files import write_dicom
+        from medical import write_dicom
 
         pixels = np.tile(np.arange(4, dtype=np.int16) * 100, (4, 1))
         write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=2, RescaleIntercept=-300)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_medical_files import write_dicom, write_nifti
+from medical import write_dicom, write_nifti
 
 from cfe_lightning import images
 from cfe_lightning.data.patient_slices import read_montage
 from cfe_lightning.data.patient_table import Slice, find_patients, find_stack, in_order
 from cfe_lightning.images import UnreadableImageError
-from cfe_lightning.medical_files import slice_place
+from cfe_lightning.images.medical import slice_place
 
 ACROSS_AND_DOWN = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 

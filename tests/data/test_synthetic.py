@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.data.image_data import Split
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.synthetic import VISIBLE, Shapes, SyntheticShapes
 from cfe_lightning.images import read_image
 

@@ -15,7 +15,7 @@ import torchvision.datasets
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
-from cfe_lightning.data.image_data import Split
+from cfe_lightning.data.base import Split
 from cfe_lightning.data.torchvision_sets import TorchvisionData
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -49,12 +49,12 @@ def their_network() -> dict[str, Any]:
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
     }
-    return {"class_path": "cfe_lightning.classifier_sources.wrap_classifier", "init_args": arguments}
+    return {"class_path": "cfe_lightning.classifier.wrap_classifier", "init_args": arguments}
 
 
 def torchvision_network() -> dict[str, Any]:
     arguments = {"name": "resnet18", "class_names": ["a", "b"], "image_size": 64}
-    return {"class_path": "cfe_lightning.classifier_sources.torchvision_classifier", "init_args": arguments}
+    return {"class_path": "cfe_lightning.classifier.torchvision_classifier", "init_args": arguments}
 
 
 @pytest.mark.parametrize("classifier", [torchvision_network, their_network])
@@ -89,7 +89,7 @@ def test_a_classifier_named_in_yaml_alone(
     assert explain.main([*arguments, "--animation", "gif"]) == 0
     assert len(list(Path("out").rglob("steps.gif"))) == 3
     assert len((Path("out") / "manifest.csv").read_text().splitlines()) == 4
-    monkeypatch.setattr("cfe_lightning.images.can_save_video", lambda: False)
+    monkeypatch.setattr("cfe_lightning.images.reading.can_save_video", lambda: False)
     capsys.readouterr()
     assert explain.main([*arguments, "--animation", "mp4"]) == 2
     assert "--animation mp4 needs the package av: pip install av" in capsys.readouterr().err

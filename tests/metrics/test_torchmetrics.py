@@ -11,7 +11,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from cfe_lightning.methods.semantic_agent import agreement
+from cfe_lightning.methods.diff_explainer.agent import agreement
 from cfe_lightning.metrics import localisation, path, realism, reconstruction
 
 

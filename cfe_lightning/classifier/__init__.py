@@ -1,0 +1,14 @@
+"""The frozen classifier: its specification, its file, where it comes from, and how ours are trained."""
+
+from cfe_lightning.classifier.frozen import Activations, ClassifierSpec, FrozenClassifier, load_classifier
+from cfe_lightning.classifier.sources import exported_classifier, torchvision_classifier, wrap_classifier
+
+__all__ = [
+    "Activations",
+    "ClassifierSpec",
+    "FrozenClassifier",
+    "exported_classifier",
+    "load_classifier",
+    "torchvision_classifier",
+    "wrap_classifier",
+]

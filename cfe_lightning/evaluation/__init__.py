@@ -1,0 +1,1 @@
+"""Comparing explainers: measurements, tables and pages."""

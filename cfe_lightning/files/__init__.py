@@ -1,0 +1,1 @@
+"""Files: atomic writes, plain tensor files, trusted class paths, and configs."""

@@ -1,0 +1,5 @@
+"""Attribution methods of Captum behind the same interface."""
+
+from cfe_lightning.methods.baselines.captum import BASELINES, Baseline
+
+__all__ = ["BASELINES", "Baseline"]

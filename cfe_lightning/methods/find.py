@@ -1,0 +1,58 @@
+"""Explainers that need no training, by name: a method's module, or a baseline."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+import cfe_lightning.methods
+from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.explainer import ExplainerModule, check_arguments
+from cfe_lightning.methods.baselines import BASELINES, Baseline
+
+
+def build_untrained(name: str, classifier: FrozenClassifier, arguments: Mapping[str, Any]) -> ExplainerModule:
+    """An explainer that is ready as soon as it has a classifier, in eval mode.
+
+    Args:
+        name: Of a module in ``methods`` whose method learns nothing, or of a baseline.
+        classifier: The classifier to be explained.
+        arguments: Of the method.
+
+    Raises:
+        ValueError: If there is no such method, it has to be trained, it cannot explain this classifier, or an argument
+            does not fit.
+    """
+    kind = _explainer_in(name) if name in _modules() else None
+    if kind is None and name not in BASELINES:
+        ready = [module for module in _modules() if (found := _explainer_in(module)) and not found.needs_training]
+        raise ValueError(
+            f"There is no method {name!r} to use untrained: choose from {', '.join((*ready, *BASELINES))}."
+        )
+    if kind is None:
+        kind, arguments = Baseline, {"name": name, **arguments}
+    elif kind.needs_training:
+        raise ValueError(
+            f"{kind.__name__} has to be trained first: run `python train.py --config {name}_<data>.yaml` (configs/ has "
+            "some), then `explain.py --checkpoint` with the best.ckpt that it writes."
+        )
+    check_arguments(kind, arguments)
+    if kind.needs_gradient:
+        classifier.require_gradient()
+    return kind(classifier, **arguments).eval()
+
+
+def _modules() -> list[str]:
+    """Names the folders of ``methods`` that hold one method each."""
+    found = pkgutil.iter_modules(cfe_lightning.methods.__path__)
+    return sorted(module.name for module in found if module.ispkg and module.name != "baselines")
+
+
+def _explainer_in(name: str) -> type[ExplainerModule] | None:
+    """Returns the method that a folder of ``methods`` hands on."""
+    module = importlib.import_module(f"cfe_lightning.methods.{name}")
+    found = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if issubclass(kind, ExplainerModule)]
+    return found[0] if found else None

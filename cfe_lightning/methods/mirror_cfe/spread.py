@@ -1,0 +1,124 @@
+"""From reflected features back to a feature map, and where the picture may change (Mirror-CFE, Eq. 12 to 17).
+
+Averaging over the map discards place, so every map that averages to the reflected features is admissible. Three exact
+choices are offered. The class maps of the head also say where source and target are seen, which gives the mask of the
+picture's regions that the decoder may redraw.
+
+Source: Chowdhury et al., ICCV 2025, arXiv 2509.16822, sections 3 and the supplement; the water-filling spread is ours.
+
+Shapes: B samples, D features, K classes, h, w cells of the feature map, n = h w.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.methods.mirror_cfe.geometry import mirrored
+
+Spread = Literal["uniform", "location", "waterfill"]
+#: Share of the strongest place that the prior leaves to every place, so that each can be reached.
+_FLOOR = 0.02
+
+
+def spread_uniform(feature_map: Tensor, features: Tensor) -> Tensor:
+    """Shifts all places alike until the map averages to the features, [B, D, h, w] and [B, D] -> [B, D, h, w]."""
+    return feature_map + (features - feature_map.mean(dim=(2, 3)))[:, :, None, None]
+
+
+def spread_by_location(feature_map: Tensor, features: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
+    """Reflects the features of every place in the mirror, then shifts all places alike to the features.
+
+    A place moves in proportion to how much more it speaks for the source than for the target.
+
+    Args:
+        feature_map: [B, D, h, w].
+        features: What the map shall average to, [B, D].
+        normal: The source's row of the head minus the target's, [B, D].
+        offset: The source's bias minus the target's, [B].
+    """
+    height, width = feature_map.shape[2:]
+    places = feature_map.flatten(2).transpose(1, 2).flatten(0, 1)  # [B n, D]
+    repeats = height * width
+    moved = mirrored(places, normal.repeat_interleave(repeats, dim=0), offset.repeat_interleave(repeats))
+    return spread_uniform(moved.unflatten(0, (-1, repeats)).transpose(1, 2).unflatten(2, (height, width)), features)
+
+
+def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor) -> Tensor:
+    """Adds and removes where a prior says so, and never below zero.
+
+    A feature that has to grow grows by the prior. One that has to shrink loses the same multiple of the prior
+    everywhere, cut off at zero; the multiple that gives the right average is found exactly by sorting.
+
+    Args:
+        feature_map: Non-negative, [B, D, h, w].
+        features: Non-negative, what the map shall average to, [B, D].
+        prior: Positive weights of the places, [B, h, w], any scale.
+
+    Returns:
+        A non-negative map, [B, D, h, w].
+    """
+    values = feature_map.flatten(2)
+    share = (prior / prior.sum(dim=(1, 2), keepdim=True)).flatten(1)[:, None].expand_as(values)
+    num_places = values.shape[2]
+    change = features - values.mean(dim=2)
+    grown = values + (num_places * change)[:, :, None] * share
+
+    # The mean after cutting is piecewise linear in the level; its kinks are the ratios value / share.
+    ratio, order = (values / share).sort(dim=2, descending=True)
+    level = values.gather(2, order).cumsum(dim=2) - num_places * features[:, :, None]
+    level = level / share.gather(2, order).cumsum(dim=2)
+    following = torch.cat([ratio[:, :, 1:], torch.zeros_like(ratio[:, :, :1])], dim=2)
+    # The first level that is not below the next kink is the root: exactly the places before it stay above zero.
+    first = (level >= following).to(torch.int8).argmax(dim=2, keepdim=True)
+    shrunk = (values - level.gather(2, first) * share).clamp_min(0)
+    return torch.where((change >= 0)[:, :, None], grown, shrunk).view_as(feature_map)
+
+
+def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
+    """Where each class is seen: the positive part of its row over the map, scaled to a maximum of 1.
+
+    Args:
+        feature_map: [B, D, h, w].
+        rows: The head's rows of M classes per sample, [B, M, D].
+
+    Returns:
+        [B, M, h, w] in [0, 1]; all zero where a class is seen nowhere.
+    """
+    feature_map = single(feature_map)
+    with full_precision(feature_map):
+        maps = torch.einsum("bmd,bdhw->bmhw", rows.to(feature_map), feature_map).relu()
+    return maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-8)
+
+
+def prior_of(maps: Tensor) -> Tensor:
+    """The prior of ``spread_by_water_filling`` from class maps [B, M, h, w]: their sum over a floor, [B, h, w]."""
+    together = maps.sum(dim=1)
+    together = together + _FLOOR * together.amax(dim=(1, 2), keepdim=True)
+    # Where no class is seen at all, every place is as good.
+    return torch.where(together.amax(dim=(1, 2), keepdim=True) > 0, together, torch.ones_like(together))
+
+
+def edit_mask(maps: Tensor, step: Tensor, limits: tuple[float, float] = (0.1, 0.5), soft: bool = False) -> Tensor:
+    """Places that may be redrawn at a step (Eq. 13, 14): those where source or target is seen above a threshold.
+
+    The threshold 1 - step, kept within limits, falls along the path, so the region grows.
+
+    Args:
+        maps: Class maps of source and target, [B, 2, h, w].
+        step: How far along the path, [B] in [0, 1].
+        limits: Lowest and highest threshold.
+        soft: A sigmoid of width 0.05 instead of a step, for smooth animations.
+
+    Returns:
+        [B, 1, h, w] in [0, 1]; no gradient passes.
+    """
+    lowest, highest = limits
+    threshold = (1 - step).clamp(lowest, highest).to(maps)[:, None, None, None]
+    strongest = maps.detach().amax(dim=1, keepdim=True)
+    if soft:
+        return torch.sigmoid((strongest - threshold) / 0.05)
+    return (strongest > threshold).to(maps.dtype)

@@ -1,0 +1,161 @@
+"""Layers whose learning rate does not depend on their size, resampling without aliasing, and the trunk made of both.
+
+Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020. Everything is plain PyTorch
+and can be differentiated twice, which the gradient penalties of StyleGAN2 need.
+
+Shapes: B images, C channels, H, W pixels, R side of the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfe_lightning.compute.precision import single
+
+
+def activate(x: Tensor) -> Tensor:
+    """Leaky ReLU that keeps the second moment: slope 0.2, times the square root of 2."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def channel_table(image_size: int, base: int = 32768, maximum: int = 512) -> dict[int, int]:
+    """Channels at every resolution from 4 to ``image_size``: base / resolution, at most ``maximum`` (config F).
+
+    Raises:
+        ValueError: If the size is no power of two from 8 on.
+    """
+    if image_size < 8 or image_size & (image_size - 1):
+        raise ValueError(f"image_size must be a power of two from 8 on, such as 32, 64 or 256, got {image_size}.")
+    sizes = [2**power for power in range(2, image_size.bit_length())]
+    return {size: max(1, min(base // size, maximum)) for size in sizes}
+
+
+def low_pass(x: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Tensor:
+    """The filter [1, 3, 3, 1] in both directions, zero padding on all sides.
+
+    Args:
+        x: [B, C, H, W].
+        padding: Zeros on every side.
+        gain: 4 after an upsampling by zeros in between.
+        stride: Keeps every pixel, or every second one.
+    """
+    # (1, 3, 3, 1) / 8, computed where it is used: a copy to a GPU would wait for it at every layer. Exact in bfloat16.
+    taps = 0.5 - (torch.arange(4, device=x.device, dtype=x.dtype) - 1.5).abs() / 4
+    kernel = (torch.outer(taps, taps) * gain).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Doubles the resolution, [B, C, H, W] -> [B, C, 2 H, 2 W]: bilinear but for the border, which fades to zero."""
+    batch, channels, height, width = x.shape
+    spread = F.pad(x[:, :, :, None, :, None], (0, 1, 0, 0, 0, 1)).reshape(batch, channels, 2 * height, 2 * width)
+    # Two zeros before and one after each line.
+    return low_pass(F.pad(spread, (2, 1, 2, 1)), 0, 4.0)
+
+
+class EqualLinear(nn.Module):
+    """A linear layer stored as unit noise and scaled when it is used.
+
+    Args:
+        in_features: Inputs.
+        out_features: Outputs.
+        bias: What the bias starts from.
+        lr_mul: Learning rate relative to that of other layers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: float = 0.0, lr_mul: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_features,), bias / lr_mul))
+        self.gain = lr_mul / math.sqrt(in_features)
+        self.lr_mul = lr_mul
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, self.weight * self.gain, self.bias * self.lr_mul)
+
+
+class EqualConv(nn.Module):
+    """A convolution stored as unit noise and scaled when it is used; keeps the resolution unless strided."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.stride = stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']."""
+        return F.conv2d(x, self.weight * self.gain, self.bias, stride=self.stride, padding=self.padding)
+
+
+class ResidualDown(nn.Module):
+    """Halves the resolution, [B, in, H, W] -> [B, out, H / 2, W / 2]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualConv(in_channels, in_channels, 3, padding=1)
+        self.conv2 = EqualConv(in_channels, out_channels, 3, stride=2, padding=0)
+        self.skip = EqualConv(in_channels, out_channels, 1, padding=0, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual plus shortcut, scaled to keep the variance."""
+        main = activate(self.conv1(x))
+        main = activate(self.conv2(low_pass(main, 2)))
+        return (main + self.skip(low_pass(x, 1, stride=2))) * math.sqrt(0.5)
+
+
+class ResidualTrunk(nn.Module):
+    """From an image to a map of 4 x 4 cells: what StyleGAN2's critic and StylEx' encoder have in common.
+
+    Args:
+        in_channels: Of the image, with label planes if there are any.
+        widths: Channels at every resolution, see ``channel_table``.
+    """
+
+    def __init__(self, in_channels: int, widths: Mapping[int, int]) -> None:
+        super().__init__()
+        sizes = sorted(widths, reverse=True)
+        self.stem = EqualConv(in_channels, widths[sizes[0]], 1, padding=0)
+        self.blocks = nn.Sequential(*(ResidualDown(widths[size], widths[size // 2]) for size in sizes[:-1]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, R, R] -> [B, D, 4, 4]."""
+        return self.blocks(activate(self.stem(image)))
+
+
+def stddev_map(x: Tensor, group: int = 4) -> Tensor:
+    """How much the images of a group differ, appended as one constant map, [B, C, H, W] -> [B, C + 1, H, W].
+
+    Image i stands in one group with i + B / g, i + 2 B / g, ...; g is the largest divisor of B up to ``group``.
+    """
+    batch = len(x)
+    size = next(count for count in range(min(group, batch), 0, -1) if batch % count == 0)
+    spread = (single(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
+    value = spread.mean(dim=(1, 2, 3)).repeat(size).to(x.dtype)
+    return torch.cat([x, value[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
+
+
+def encode_bits(table: Tensor, condition: Tensor) -> Tensor:
+    """One row of a table of two for every class: the second for the image's class, the first for all others.
+
+    Source: the authors' code of CheXplaining in Style looks the bits of a one-hot label up; probabilities are the same
+    looked up in between.
+
+    Args:
+        table: [2, N].
+        condition: Class probabilities or one-hot labels, [B, K].
+
+    Returns:
+        [B, K, N].
+    """
+    return torch.lerp(table[0], table[1], condition[:, :, None])

@@ -1,0 +1,132 @@
+"""Where a training run lives: config names, the folder ``<output>/<run>``, and the checkpoint that is resumed."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfe_lightning.files.atomic import refuse_links
+
+#: The value of a bare ``--resume``: the run's own last checkpoint.
+LAST = "last"
+#: What a run may leave in its folder, and what ``--overwrite`` removes; anything else there is the user's.
+RUN_FILES = ("*.ckpt", "*.survey.pt", ".*.part", "config.yaml", "metrics.csv", "samples", "wandb")
+#: ``train.py`` lies beside this folder in a checkout.
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def locate(names: Sequence[str], run: str | None, output: str | None, resume: str | None) -> tuple[list[Path], Path]:
+    """Finds the configs and the folder of a run.
+
+    Args:
+        names: Configs as the user named them; none where a run is resumed with the config that it has left.
+        run: Name of the run; None takes the first config's file name.
+        output: Folder of the runs; None is ``checkpoints``.
+        resume: ``LAST``, the path of a checkpoint, or None.
+
+    Raises:
+        FileNotFoundError: If a config does not exist.
+        ValueError: If nothing says which run is meant, or its name is a path.
+    """
+    runs = Path(output or "checkpoints")
+    if run is not None and (run in ("", ".", "..") or Path(run).name != run):
+        raise ValueError(f"--run {run!r} is no name of a folder: choose the folder of the runs with --output.")
+    if names or resume is None:
+        configs = find_configs(names)
+        return configs, runs / (run or _run_name(configs[0]))
+    if resume != LAST:
+        left = _named(resume).parent
+    elif run is not None:
+        left = runs / run
+    else:
+        raise ValueError("--resume needs to know which run: add --config, --run NAME, or the path of a checkpoint.")
+    config = left / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"There is no {config} of a run to resume: name the config with --config.")
+    return [config], left if run is None and output is None else runs / (run or left.name)
+
+
+def find_configs(names: Sequence[str]) -> list[Path]:
+    """Configs as named, or in ``configs/`` of the current folder or of the checkout.
+
+    Raises:
+        FileNotFoundError: If one does not exist; the message lists those that do, the nearest names first.
+        ValueError: If there is no name.
+    """
+    folders = list(dict.fromkeys([Path("configs").resolve(), _CHECKOUT / "configs"]))
+    known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
+    if not names:
+        raise ValueError(f"Which run? Give --config FILE; in configs/ there are: {', '.join(known) or 'none'}.")
+    paths = []
+    for name in names:
+        found = [path for path in (Path(name), *(folder / name for folder in folders)) if path.is_file()]
+        if not found:
+            near = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0.5)
+            listed = ", ".join([*near, *(other for other in known if other not in near)]) or "none"
+            raise FileNotFoundError(
+                f"There is no config {name!r}, neither as given nor in configs/, where there are: {listed}."
+            )
+        paths.append(found[0])
+    return paths
+
+
+def _run_name(config: Path) -> str:
+    """A config is named after its run, but a run calls its own ``config.yaml``."""
+    return config.resolve().parent.name if config.name == "config.yaml" else config.stem
+
+
+def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint that ``--resume`` names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if resume is None:
+        return None
+    path = folder / "last.ckpt" if resume == LAST else _named(resume)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path} to resume: leave out --resume to start the run from the beginning."
+        )
+    return path
+
+
+def _named(resume: str) -> Path:
+    """A checkpoint as the user named it; the folder of a run means the last one in it."""
+    path = Path(resume)
+    return path / "last.ckpt" if path.is_dir() else path
+
+
+def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
+    """Refuses to write over another run's checkpoints, or through links to elsewhere.
+
+    Args:
+        folder: The run folder.
+        checkpoint: What is resumed; a checkpoint in ``folder`` continues the run that is there.
+        overwrite: The earlier run may be removed.
+
+    Raises:
+        ValueError: If the folder holds checkpoints that would be lost, or links.
+    """
+    continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if continued and overwrite:
+        raise ValueError(f"--overwrite would remove {checkpoint}, which is to be resumed: give one of the two.")
+    if not continued and not overwrite and any(folder.glob("*.ckpt")):
+        raise ValueError(
+            f"{folder} already holds a run: continue it with --resume, keep it with --run OTHER_NAME, "
+            "or replace it with --overwrite."
+        )
+    if not overwrite:
+        refuse_links(folder)
+
+
+def clear_folder(folder: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

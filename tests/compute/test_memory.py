@@ -1,0 +1,90 @@
+"""Explaining in parts where memory is short."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import toy
+from torch import Tensor
+
+from cfe_lightning.compute.memory import BackOff, is_out_of_memory
+from cfe_lightning.explanation import Explanation
+
+
+class Limited:
+    """Explains up to ``most`` images at a time and keeps the sizes that it was asked for."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.asked: list[int] = []
+        self.explainer = toy.FixedToyExplainer(toy.toy_classifier(3)).eval()
+
+    def __call__(self, image: Tensor, target: Tensor | None) -> Explanation:
+        self.asked.append(len(image))
+        torch.rand(1)
+        if len(image) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.explainer.explain(image, target)
+
+
+def test_parts_give_the_whole_and_the_size_is_remembered() -> None:
+    image, target = toy.toy_images(11, 3), torch.arange(11) % 3
+    limited, back_off = Limited(3), BackOff()
+    found = back_off(limited, image, target)
+    assert limited.asked == [11, 6, 3, 3, 3, 2]
+    assert back_off.at_once == 3
+    whole = limited.explainer.explain(image, target)
+    torch.testing.assert_close(found.counterfactual, whole.counterfactual)
+    torch.testing.assert_close(found.steps, whole.steps)
+    torch.testing.assert_close(found.parts["distinct"], whole.parts["distinct"])
+    torch.testing.assert_close(found.scores["change"], whole.scores["change"])
+    assert found.target.tolist() == target.tolist()
+    back_off(limited, image, None)
+    assert limited.asked[6:] == [3, 3, 3, 2]
+
+
+def test_an_attempt_in_vain_draws_no_random_numbers() -> None:
+    torch.manual_seed(5)
+    BackOff()(Limited(2), toy.toy_images(4, 3), None)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    # Each of the two parts has drawn one number.
+    assert torch.equal(drawn, torch.rand(3)[2:])
+
+
+def test_what_is_no_lack_of_memory_is_raised() -> None:
+    def breaks(image: Tensor, target: Tensor | None) -> Explanation:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        BackOff()(breaks, toy.toy_images(4, 3), None)
+
+
+def test_one_image_that_does_not_fit_is_the_end() -> None:
+    limited = Limited(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        BackOff()(limited, toy.toy_images(4, 3), None)
+    assert limited.asked == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("something else"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_has_many_names(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_joined_explanations_keep_the_caveats_of_each() -> None:
+    explainer = toy.FixedToyExplainer(toy.toy_classifier(3)).eval()
+    first, second = (explainer.explain(toy.toy_images(2, 3)) for _ in range(2))
+    second.caveats["too dark"] = torch.tensor([False, True])
+    joined = Explanation.joined([first, second])
+    assert joined.caveats["too dark"].tolist() == [False, False, False, True]
+    assert len(joined) == 4

@@ -1,0 +1,28 @@
+"""Batches of the toy's images, and numbers out of an evaluation's rows."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+from toy import ToyData
+
+from cfe_lightning.evaluation.summary import Row
+
+
+def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> list[dict[str, Any]]:
+    """Twelve toy images; the first ``wrong`` ones carry the label of the next class."""
+    dataset = ToyData(num_images=12, num_classes=num_classes).dataset("test")
+    for index in range(wrong):
+        dataset.labels[index] = (dataset.labels[index] + 1) % num_classes  # type: ignore[attr-defined]
+    return list(DataLoader(dataset, batch_size=batch_size))
+
+
+def only(rows: list[Row]) -> Row:
+    (row,) = rows
+    return row
+
+
+def value(row: Row, key: str) -> float:
+    measured = row.measurements[key]
+    assert measured.status == "ok", (key, measured)
+    assert measured.value is not None
+    return measured.value
