@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
-from cfe_lightning.classifier.frozen import build_network
+from cfe_lightning.classifier.file import build_network
 from cfe_lightning.compute import acceleration
 from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.methods.diff_explainer import DiffExplainer, DiffusionAutoencoder

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images, load_explainer
-from cfe_lightning.compute.losses import kl_between_logits
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.synthetic import SyntheticShapes
+from cfe_lightning.decisions import kl_between_logits
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.diff_explainer.agent import agreement, fit_ridge, travelled, unit_step
 from cfe_lightning.metrics.reconstruction import psnr, ssim

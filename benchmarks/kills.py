@@ -50,8 +50,8 @@ from cfe_lightning.cli import explain, train  # noqa: E402
 from cfe_lightning.explaining.folder import OutputFolder  # noqa: E402
 from cfe_lightning.explaining.writer import ExplanationWriter  # noqa: E402
 from cfe_lightning.training import SampleGrid  # noqa: E402
+from cfe_lightning.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from cfe_lightning.training.csv_log import CsvLog  # noqa: E402
-from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO  # noqa: E402
 
 #: What the commands import when they need it: once, before the first fork.
 for module in ("atlas", "cli.configured_run", "data.image_stream", "global_view", "report", "untrained"):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.compute.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
+from cfe_lightning.compute.losses import adversarial_loss, r1_penalty
+from cfe_lightning.decisions import kl_between_logits, kl_from_uniform
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai

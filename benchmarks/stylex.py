@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfe_lightning import load_explainer
-from cfe_lightning.compute.losses import kl_between_logits
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.synthetic import SyntheticShapes
+from cfe_lightning.decisions import kl_between_logits
 from cfe_lightning.images import grid, signed_difference, to_pil
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.methods.stylex.ranking import effects, rank_directions

@@ -1,4 +1,24 @@
-"""Generative explainers for frozen image classifiers."""
+"""Generative explainers for frozen image classifiers.
+
+The layers of the package; a module imports its own layer and those above it:
+
+    files         atomic writes, plain tensor files, trusted class paths, configs
+    compute       precision, memory, processes, signals, losses, searches: no images, no classifiers
+    images        files to tensors in [-1, 1] and back, drawing, DICOM and NIfTI
+    decisions     what logits decide: winner, runner-up, margins, divergences
+    classifier    the frozen classifier: specification, file, sources, checks, training
+    atlas         the answer for a whole data set: directions and what they do
+    explanation   the answer for a batch of images
+    explainer     the base of every method, and loading one from a checkpoint
+    data          data modules, one file per source
+    metrics       one file per family of metrics
+    methods       one folder per method; only ``cli`` imports it
+    training      one run: folder, callbacks, checkpoints, logs
+    explaining    one output folder: rows, pictures, verification
+    report        the page of an output folder; without torch
+    evaluation    explainers side by side: measurements, tables, pages
+    cli           the commands ``train.py``, ``explain.py`` and ``cfe-evaluate``
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
-from cfe_lightning.classifier.frozen import (
-    build_network,
-    check_outputs,
-    fill,
-)
+from cfe_lightning.classifier.file import build_network, check_outputs, fill
 from cfe_lightning.compute.memory import BackOff
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.decisions import runner_up
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.files.tensors import no_larger_than, read_tensors, write_tensors
 from cfe_lightning.files.trust import public_path, resolve_class_path
 
@@ -104,7 +101,12 @@ class ExplainerModule(pl.LightningModule, ABC):
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:
         """Explains one batch of the batch contract, for its ``target`` if it has one; in parts if memory is short."""
-        return self.back_off(self.explain, batch["image"], batch.get("target"))
+        image, target = batch["image"], batch.get("target")
+
+        def part(rows: slice) -> Explanation:
+            return self.explain(image[rows], None if target is None else target[rows])
+
+        return self.back_off.in_parts(len(image), part, Explanation.joined)
 
     @final
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

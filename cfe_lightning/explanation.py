@@ -20,6 +20,7 @@ from cfe_lightning import images
 
 if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.decisions import decides_for
 
 #: Parts of a decomposition: together they are the image.
 SUMMANDS = ("agnostic", "distinct", "residual")
@@ -240,34 +241,3 @@ def seed_of(names: Sequence[str]) -> int:
     """A random seed that depends on the images of a batch alone, by their names: whoever goes on finds the same."""
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:4], "big")
-
-
-def decides_for(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether logits [B, K] decide strictly for ``target`` [B]: larger than every other class, so a tie does not count.
-
-    Source: evaluation, section 3.1.
-    """
-    asked = logits.gather(1, target[:, None])
-    others = logits.scatter(1, target[:, None], -torch.inf)
-    return (asked > others.amax(dim=1, keepdim=True)).squeeze(1)
-
-
-def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
-    difference = probability_along(intended, target) - probability_along(logits.double(), target)
-    return difference.abs().mean(dim=1).to(logits.dtype)
-
-
-def probability_along(logits: Tensor, target: Tensor) -> Tensor:
-    """Probability of the targets [B] at every step of a path, logits [B, T, K] -> [B, T]."""
-    return logits.softmax(dim=2).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
-
-
-def runner_up(logits: Tensor) -> Tensor:
-    """The most probable class that is not the predicted one, [B, K] -> [B]; what ``target=None`` means."""
-    return logits.topk(2, dim=1).indices[:, 1]
-
-
-def alternative_class(label: Tensor, num_classes: int) -> Tensor:
-    """A class other than ``label`` for every sample, uniform over the others, [B] -> [B]."""
-    return (label + torch.randint(1, num_classes, label.shape, device=label.device)) % num_classes

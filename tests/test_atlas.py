@@ -10,7 +10,7 @@ from PIL import Image
 
 from cfe_lightning import atlas as atlas_module
 from cfe_lightning import images
-from cfe_lightning.atlas import write_atlas
+from cfe_lightning.explaining.atlas import write_atlas
 from cfe_lightning.explaining.folder import OutputFolder
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"]}

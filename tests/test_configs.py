@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
-from cfe_lightning.classifier.frozen import build_network
+from cfe_lightning.classifier.file import build_network
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.chexpert import PATHOLOGIES
 from cfe_lightning.methods.diff_explainer import DiffusionAutoencoder

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfe_lightning.explanation import Explanation, decides_for, runner_up
+from cfe_lightning.decisions import decides_for, runner_up
+from cfe_lightning.explanation import Explanation
 
 
 def fields(**changes: Any) -> dict[str, Any]:

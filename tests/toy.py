@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.data.base import ImageData, Sample, Split
+from cfe_lightning.decisions import runner_up
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.stylex import critic as style_critic
 from cfe_lightning.training import EMA
 

@@ -1,7 +1,9 @@
 """The frozen classifier: its specification, its file, where it comes from, and how ours are trained."""
 
-from cfe_lightning.classifier.frozen import Activations, ClassifierSpec, FrozenClassifier, load_classifier
+from cfe_lightning.classifier.file import load_classifier
+from cfe_lightning.classifier.frozen import Activations, FrozenClassifier
 from cfe_lightning.classifier.sources import exported_classifier, torchvision_classifier, wrap_classifier
+from cfe_lightning.classifier.spec import ClassifierSpec
 
 __all__ = [
     "Activations",

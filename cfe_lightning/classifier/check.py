@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from cfe_lightning.classifier.frozen import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.frozen import FrozenClassifier
+from cfe_lightning.classifier.spec import ClassifierSpec
 
 _log = logging.getLogger(__name__)
 

@@ -6,133 +6,27 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfe_lightning import images
 from cfe_lightning.classifier import counting as classifier_calls
+from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import (
-    FeatureMapTransform,
     Level,
-    TracedLayers,
     as_feature_map,
     probe_image,
     trace_levels,
     why_no_feature_map,
 )
 from cfe_lightning.compute.precision import single
-from cfe_lightning.files.tensors import LargerThanFileError, no_larger_than, read_tensors, write_tensors
-from cfe_lightning.files.trust import resolve_class_path
+from cfe_lightning.files.tensors import write_tensors
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
-#: Fields of a spec that are text, and those that may be missing or null.
-_TEXTS = ("class_path", "head", "feature_map", "label")
-_OPTIONAL = ("head", "feature_map", "label")
-#: Side of an image in pixels beyond which no file is believed.
-_LARGEST_SIDE = 4096
-#: Arguments at which torchvision's builders download.
-_DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifierSpec:
-    """Everything needed to feed a network and read its output, as plain data that travels with the weights.
-
-    Attributes:
-        class_path: Import path of an ``nn.Module`` class or a ``torchvision.models`` builder.
-        init_args: Arguments of that class or builder.
-        head: Dotted name of the layer that turns features into logits, for example ``fc``: the last linear layer, or
-            the block around it where only that starts from pooled features; None where there is none to hook.
-        class_names: K names in logit order.
-        image_size: Side of the square image the network expects, in pixels.
-        mean: One number per channel on the [0, 1] scale; its length is the number of channels.
-        std: As ``mean``.
-        feature_map: Dotted name of the layer whose output is the map [B, D, h, w]; None where there is none.
-        feature_map_transform: What turns that layer's output into the map, for example ``relu`` for a DenseNet.
-        head_on_cells: The head takes features as maps of one cell, [B, D, 1, 1].
-        label: One attribute of a multi-label network, seen as two classes ("not label", "label").
-        bgr: The network takes colours as blue, green, red; mean and std are given as red, green, blue all the same.
-
-    Raises:
-        ValueError: If the fields contradict each other.
-    """
-
-    class_path: str
-    init_args: dict[str, Any]
-    head: str | None
-    class_names: tuple[str, ...]
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    feature_map: str | None = None
-    feature_map_transform: FeatureMapTransform = "none"
-    head_on_cells: bool = False
-    label: str | None = None
-    bgr: bool = False
-
-    def __post_init__(self) -> None:
-        names = list(self.class_names)
-        if self.label is not None and self.label not in names:
-            raise ValueError(f"label {self.label!r} is not one of the class names {names}.")
-        if len(names) < 2 and self.label is None:
-            raise ValueError(f"class_names needs one name per logit and at least two, got {names}.")
-        if len(set(names)) < len(names):
-            raise ValueError(f"class_names must differ from each other, got {names}.")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be positive, got {self.image_size}.")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-            raise ValueError(
-                "mean and std need one number per channel (1 for grey, 3 for RGB) on the [0, 1] scale and a positive "
-                f"std, got mean {list(self.mean)} and std {list(self.std)}."
-            )
-        if self.bgr and len(self.mean) != 3:
-            raise ValueError("bgr is for networks that take three channels, but mean has one number.")
-
-    @property
-    def channels(self) -> int:
-        """1 for grey, 3 for RGB."""
-        return len(self.mean)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return asdict(self)
-
-    def with_layers(self, layers: TracedLayers) -> ClassifierSpec:
-        """The same with the head and the feature map that tracing found."""
-        return replace(self, **asdict(layers))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ClassifierSpec:
-        """The inverse of ``to_dict``; lists become tuples.
-
-        Raises:
-            ValueError: If a field is missing, unknown or of another kind, or no classifier can be meant.
-        """
-        if unknown := data.keys() - cls.__slots__:
-            raise ValueError(f"the classifier has a field {min(unknown)!r} that this version does not know")
-        for key in _TEXTS:
-            if not isinstance(data.get(key), str | (NoneType if key in _OPTIONAL else str)):
-                raise ValueError(f"{key} of the classifier is no text but {data.get(key)!r:.80}")
-        for key, kind in (("class_names", str), ("mean", (int, float)), ("std", (int, float))):
-            if not isinstance(data.get(key), list | tuple) or not all(isinstance(one, kind) for one in data[key]):
-                raise ValueError(f"{key} of the classifier is {data.get(key)!r:.80}")
-        size = data.get("image_size")
-        if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE:
-            raise ValueError(f"image_size of the classifier is {size!r:.80}, not between 1 and {_LARGEST_SIDE}")
-        if not all(isfinite(number) for number in (*data["mean"], *data["std"])):
-            raise ValueError("mean or std of the classifier is no finite number")
-        arguments = data.get("init_args")
-        if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-            raise ValueError(f"init_args of the classifier is {arguments!r:.80}")
-        tuples = {key: tuple(data[key]) for key in ("class_names", "mean", "std")}
-        return cls(**{**data, **tuples})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -460,142 +354,3 @@ def _match_channels(image: Tensor, channels: int) -> Tensor:
         return image.expand(-1, channels, -1, -1)
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (image * weights).sum(dim=1, keepdim=True)
-
-
-def build_network(spec: ClassifierSpec, trusted: Sequence[str] = ()) -> nn.Module:
-    """Builds the spec's network without weights.
-
-    Raises:
-        ValueError: If the class path is refused (see ``resolve_class_path``), does not take the spec's arguments, or
-            these ask for weights from the internet.
-    """
-    kind = resolve_class_path(spec.class_path, trusted)
-    downloads = [name for name in _DOWNLOADS if not any(spec.init_args.get(name) is none for none in (None, False))]
-    if spec.class_path.startswith("torchvision.") and downloads:
-        raise ValueError(
-            f"{spec.class_path} is to be built with {downloads[0]} {spec.init_args[downloads[0]]!r:.80}, which would "
-            "download, but a file's network is built without weights: leave that argument out, or make a classifier "
-            "of torchvision's own weights with cfe_lightning.classifier.torchvision_classifier."
-        )
-    try:
-        network = kind(**spec.init_args)
-    except LargerThanFileError:
-        raise
-    # Every network refuses in its own words what it was not made for.
-    except Exception as error:
-        raise ValueError(
-            f"{spec.class_path} cannot be built with init_args {spec.init_args!s:.300}: "
-            f"{str(error) or type(error).__name__}."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{spec.class_path} is no network but a {type(network).__name__}.")
-    return network
-
-
-def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassifier:
-    """Reads a classifier file written by ``FrozenClassifier.save`` or by ``train.py --config classifier_<data>.yaml``.
-
-    Args:
-        path: The file.
-        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name; the word
-            ``exported_program`` lets it hold a TorchScript or torch.export program.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no classifier file, or names what is not trusted.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"There is no classifier file {file}: train one with `python train.py --config classifier_<data>.yaml`, "
-            "or take your own network with cfe_lightning.classifier.wrap_classifier."
-        )
-    try:
-        spec, weights = _read(file)
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not a classifier file of cfe_lightning ({str(error).rstrip('.')}): for a plain state dict use "
-            "cfe_lightning.classifier.wrap_classifier or torchvision_classifier."
-        ) from error
-    with no_larger_than(file):
-        network = build_network(spec, trusted or ())
-    fill(network, weights, str(file), spec.class_path)
-    classifier = FrozenClassifier(network, spec)
-    check_outputs(classifier, str(file))
-    return classifier
-
-
-def is_classifier_file(path: Path) -> bool:
-    """Whether a file holds what ``load_classifier`` reads; nothing is built."""
-    try:
-        return path.is_file() and bool(_read(path))
-    except (OSError, ValueError):
-        return False
-
-
-def check_outputs(classifier: FrozenClassifier, file: str) -> None:
-    """Refuses a file whose network does not take the images or give the classes that its description says.
-
-    Args:
-        classifier: With the file's weights.
-        file: Its name, for the message.
-
-    Raises:
-        ValueError: If one image is not answered by one number for each class; one sentence.
-    """
-    spec, network = classifier.spec, classifier.network
-    image = probe_image(network, spec.channels, spec.image_size, batch_size=1)
-    try:
-        with torch.no_grad():
-            output = network(image)
-    # Every network refuses in its own words what it was not made for.
-    except Exception as error:
-        raise ValueError(
-            f"The network in {file} cannot take the images {list(image.shape)} that its description asks for: "
-            f"{' '.join(str(error).split())[:300]}."
-        ) from error
-    names = len(spec.class_names)
-    outputs = output.numel() if isinstance(output, Tensor) else 0
-    if outputs != names and not (outputs == 1 and names == 2):
-        raise ValueError(
-            f"The network in {file} has {outputs} outputs, but its description names {names} classes: use a file that "
-            "train.py or save() wrote."
-        )
-
-
-def fill(network: nn.Module, weights: dict[str, Any], file: str, kind: str) -> None:
-    """Loads a file's weights into the network that was built for them.
-
-    Args:
-        network: What was built from the same file.
-        weights: Tensors by name.
-        file: Where they are from, for the message.
-        kind: What the network is, likewise.
-
-    Raises:
-        ValueError: If names or shapes are others; one sentence.
-    """
-    odd = next((name for name, value in weights.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise ValueError(f"The weights in {file} do not fit {kind}: {odd!r:.80} is a {type(weights[odd]).__name__}.")
-    try:
-        network.load_state_dict(weights)
-    # Networks may read their weights in their own way.
-    except Exception as error:
-        raise ValueError(f"The weights in {file} do not fit {kind}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _read(file: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
-    """Description and weights of a classifier file."""
-    content = read_tensors(file)
-    return ClassifierSpec.from_dict(_part(content, "classifier")), _part(content, "state_dict")
-
-
-def _part(content: Any, key: str) -> dict[str, Any]:
-    """A dictionary of a file, by text."""
-    if isinstance(content, dict) and {"explainer", "classifier"} <= content.keys():
-        raise ValueError("it is the checkpoint of an explainer")
-    part = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
-        raise ValueError(f"it holds no {key.replace('_', ' ')}")
-    return part

@@ -19,7 +19,8 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from cfe_lightning.classifier.exported import ExportedNetwork
-from cfe_lightning.classifier.frozen import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier.frozen import FrozenClassifier
+from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image, returns_probabilities, trace_layers
 from cfe_lightning.classifier.weights import load_weights
 from cfe_lightning.files.trust import TRUST_EXPORTED, check_exported_trusted, public_path, resolve_class_path

@@ -17,16 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from cfe_lightning.classifier.frozen import (
-    ClassifierSpec,
-    FrozenClassifier,
-    build_network,
-    is_classifier_file,
-    prepare,
-    resolve_class_path,
-)
+from cfe_lightning.classifier.file import build_network, is_classifier_file
+from cfe_lightning.classifier.frozen import FrozenClassifier, prepare
+from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image, trace_layers
 from cfe_lightning.compute.processes import log_training, take_buffers_of_first
+from cfe_lightning.files.trust import resolve_class_path
 
 _OURS = "cfe_lightning.classifier.networks"
 

@@ -104,8 +104,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         return _dry_run(options, (configs, overrides, folder, checkpoint, options.trusted))
 
     from cfe_lightning.compute.processes import is_first_process
-    from cfe_lightning.training.callbacks import NonFiniteLossError
     from cfe_lightning.training.run import ConfiguredRun
+    from cfe_lightning.training.watching import NonFiniteLossError
 
     last, begun = folder / "last.ckpt", False
     if is_first_process():

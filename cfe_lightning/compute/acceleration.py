@@ -1,9 +1,9 @@
 """What makes training and explaining faster or smaller and changes no result: layout, compiler, recomputing.
 
 Each is a callback for a config (``--trainer.callbacks+=cfe_lightning.compute.acceleration.ChannelsLast``) over a
-function that does the same to a module by hand. None changes a name or a value in a checkpoint, so a run can be resumed or explained
-with or without any of them. Mixed precision and ``micro_batches`` are other ways to the same ends and go together with
-all of these.
+function that does the same to a module by hand. None changes a name or a value in a checkpoint, so a run can be resumed
+or explained with or without any of them. Mixed precision and ``micro_batches`` are other ways to the same ends and go
+together with all of these.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Shapes: B images, C channels, H, W pixels, K classes.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -103,22 +102,6 @@ def _differing(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
     names = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
     names += [name for name in weights if name not in expected]
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} differ"
-
-
-def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL divergence from the teacher's to the student's softmax, logits [B, K] -> mean over the batch, []."""
-    return F.kl_div(
-        F.log_softmax(single(student), dim=1),
-        F.log_softmax(single(teacher), dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
-
-
-def kl_from_uniform(logits: Tensor) -> Tensor:
-    """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
-    # Rounding can leave an undecided classifier a hair below zero.
-    return (-math.log(logits.shape[1]) - F.log_softmax(single(logits), dim=1).mean(dim=1)).clamp_min(0)
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:

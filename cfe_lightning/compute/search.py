@@ -13,23 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cfe_lightning.explanation import probability_along
-
-#: By how much the target's probability must lead: on the boundary itself saving as 8 bit would decide.
-_LEAD = 0.02
-
-
-def leads(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether a classifier clearly decides for the targets [B] at every step, logits [B, T, K] -> [B, T]."""
-    p = logits.softmax(dim=2)
-    asked = target[:, None, None].expand(-1, p.shape[1], 1)
-    return p.gather(2, asked).squeeze(2) >= p.scatter(2, asked, 0.0).amax(dim=2) + _LEAD
-
-
-def sure_enough(logits: Tensor, target: Tensor, confidence: float | None) -> Tensor:
-    """Whether the targets' probability is at least ``confidence``, or without one leads, [B, T, K] -> [B, T]."""
-    return leads(logits, target) if confidence is None else probability_along(logits, target) >= confidence
-
 
 def smallest_step(
     reached: Callable[[Tensor, Tensor], Tensor], limit: Tensor, *, points: int = 8, rounds: int = 2

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.explaining.values import percent
-from cfe_lightning.explanation import Explanation, decides_for
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.report.html import write_page
 
 #: Smaller pictures are enlarged by a whole factor to about this side: every pixel is then seen as the square it is.

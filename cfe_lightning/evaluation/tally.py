@@ -18,11 +18,11 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.classifier.counting import counted
-from cfe_lightning.compute.losses import kl_from_uniform
+from cfe_lightning.decisions import kl_from_uniform, probability_along, runner_up
 from cfe_lightning.evaluation.columns import Columns
 from cfe_lightning.evaluation.guarded import FaultyExplainerError, GuardedExplainer, is_decomposer
 from cfe_lightning.evaluation.instruments import Instruments
-from cfe_lightning.explanation import SUMMANDS, Explainer, Explanation, probability_along, runner_up, seed_of
+from cfe_lightning.explanation import SUMMANDS, Explainer, Explanation, seed_of
 from cfe_lightning.metrics import attributes, faithfulness, localisation, path, perceptual, realism, reconstruction
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import repetition as again

@@ -15,8 +15,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from cfe_lightning.atlas import write_atlas
 from cfe_lightning.explainer import ExplainerModule, sha256_of
+from cfe_lightning.explaining.atlas import write_atlas
 from cfe_lightning.files.tensors import read_tensors, write_tensors
 
 _log = logging.getLogger(__name__)

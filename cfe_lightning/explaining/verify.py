@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.explaining.folder import SCHEMA, OutputFolder, Row
 from cfe_lightning.explaining.saved_change import changed_area, strongest_change
-from cfe_lightning.explanation import decides_for
 
 #: Probabilities of the same pixels on another machine or in another batch; of pixels before they were rounded.
 SAVED_TOLERANCE = 2e-3

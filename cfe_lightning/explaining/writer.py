@@ -22,9 +22,10 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.memory import BackOff
 from cfe_lightning.compute.signals import end_launched, silence_trainer
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder, part_file
 from cfe_lightning.explaining.saved_change import measure
-from cfe_lightning.explanation import Explanation, decides_for, draw_part, seed_of
+from cfe_lightning.explanation import Explanation, draw_part, seed_of
 
 Batch = dict[str, Any]
 

@@ -1,35 +1,28 @@
 """The only door between image files and tensors, which are float32, [C, H, W] or [B, C, H, W], in [-1, 1]."""
 
-from cfe_lightning.images.reading import (
-    EXTENSIONS,
-    MAX_PIXELS,
-    UnreadableImageError,
-    amplify,
-    arrows,
-    can_save_video,
+from cfe_lightning.compute.memory import pictures_at_once
+from cfe_lightning.images.drawing import amplify, arrows, draw_motion, grid, heat_map, signed_difference
+from cfe_lightning.images.pixels import (
     cut_montage,
-    draw_motion,
-    find_images,
-    from_pil,
-    grid,
-    heat_map,
-    is_picture,
     montage_side,
-    pictures_at_once,
-    pixel_digest,
-    read_image,
-    read_saved,
     resize,
-    save_animation,
-    save_image,
     saved,
-    signed_difference,
     tile_montage,
     to_pil,
     to_uint8,
     to_unit,
     visible_change,
 )
+from cfe_lightning.images.reading import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    UnreadableImageError,
+    find_images,
+    from_pil,
+    is_picture,
+    read_image,
+)
+from cfe_lightning.images.saving import can_save_video, pixel_digest, read_saved, save_animation, save_image
 
 __all__ = [
     "EXTENSIONS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.explanation import decides_for
+from cfe_lightning.decisions import decides_for
 
 #: A change below this is not visible: eight levels of an 8-bit image.
 CHANGE_THRESHOLD = 8 / 255

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.compute.search import first_interval, refine, sure_enough
+from cfe_lightning.compute.search import first_interval, refine
+from cfe_lightning.decisions import sure_enough
 from cfe_lightning.metrics.faithfulness import path_logits
 
 #: Positions that are looked at first, at least.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import Explainer, decides_for
+from cfe_lightning.decisions import decides_for
+from cfe_lightning.explanation import Explainer
 from cfe_lightning.metrics.agreement import rank_agreement
 from cfe_lightning.metrics.counterfactual import l1
 

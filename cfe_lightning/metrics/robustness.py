@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from cfe_lightning import images
-from cfe_lightning.explanation import decides_for
+from cfe_lightning.decisions import decides_for
 
 
 def quant8(image: Tensor) -> Tensor:

@@ -4,14 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cfe_lightning.training.callbacks import EMA, NonFiniteGuard, SampleGrid, Throughput
+    from cfe_lightning.training.averaging import EMA
     from cfe_lightning.training.last_checkpoint import LastCheckpoint
+    from cfe_lightning.training.samples import SampleGrid
+    from cfe_lightning.training.watching import NonFiniteGuard, Throughput
 
 __all__ = ["EMA", "LastCheckpoint", "NonFiniteGuard", "SampleGrid", "Throughput"]
 
 _MODULES = {
-    "callbacks": ("EMA", "NonFiniteGuard", "SampleGrid", "Throughput"),
+    "averaging": ("EMA",),
     "last_checkpoint": ("LastCheckpoint",),
+    "samples": ("SampleGrid",),
+    "watching": ("NonFiniteGuard", "Throughput"),
 }
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from cfe_lightning.compute.signals import silence_trainer
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.training.callbacks import NonFiniteGuard, SampleGrid
 from cfe_lightning.training.run import ConfiguredRun
+from cfe_lightning.training.samples import SampleGrid
 from cfe_lightning.training.stopwatch import VAL_BATCHES, Measured, MeasuredError, Stopwatch, size_in_words
+from cfe_lightning.training.watching import NonFiniteGuard
 
 #: Callbacks that write files or talk, and whose work is no part of an iteration.
 _LEFT_OUT = (Checkpoint, ModelSummary, NonFiniteGuard, ProgressBar, SampleGrid)

@@ -24,17 +24,12 @@ from cfe_lightning.data.base import ImageData
 from cfe_lightning.explainer import ExplainerModule, check_precision
 from cfe_lightning.files.atomic import whole_file
 from cfe_lightning.files.configs import classes_of, in_our_words, load_config
-from cfe_lightning.training.callbacks import (
-    FreshMetrics,
-    NonFiniteGuard,
-    Throughput,
-    WandbRun,
-    wandb_is_installed,
-    wandb_must_be_offline,
-)
+from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
 from cfe_lightning.training.csv_log import CsvLog
-from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO, LastCheckpoint, RandomState
+from cfe_lightning.training.last_checkpoint import LastCheckpoint
 from cfe_lightning.training.resuming import Begun, check_checkpoint, load_training, not_resumable
+from cfe_lightning.training.tracking import WandbRun, wandb_is_installed, wandb_must_be_offline
+from cfe_lightning.training.watching import FreshMetrics, NonFiniteGuard, Throughput
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from cfe_lightning.compute.signals import end_launched
 from cfe_lightning.data.base import ImageData, Sample, Split
-from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO
+from cfe_lightning.training.checkpoints import AtomicCheckpointIO
 
 #: Iterations before the clock counts, and the fewest that it counts.
 _WARM_UP, _TIMED = 3, 10

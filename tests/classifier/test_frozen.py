@@ -13,7 +13,7 @@ from cfe_lightning.classifier import (
     FrozenClassifier,
     load_classifier,
 )
-from cfe_lightning.classifier.frozen import build_network
+from cfe_lightning.classifier.file import build_network
 from cfe_lightning.classifier.networks import ResNet18, SimpleCnn
 from cfe_lightning.classifier.tracing import probe_image, trace_layers
 from cfe_lightning.files.trust import resolve_class_path

@@ -33,7 +33,7 @@ from cfe_lightning.methods.dxai.generator import ResidualBlock
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.training import EMA, LastCheckpoint
-from cfe_lightning.training.last_checkpoint import RandomState
+from cfe_lightning.training.checkpoints import RandomState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 

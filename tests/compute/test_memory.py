@@ -24,28 +24,35 @@ class Limited:
         torch.rand(1)
         if len(image) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.explainer.explain(image, target)
+        return toy.FixedToyExplainer.explain(self.explainer, image, target)
+
+
+def explained(back_off: BackOff, limited: Limited, image: Tensor, target: Tensor | None) -> Explanation:
+    """What ``predict_step`` of every method returns."""
+    explainer = limited.explainer
+    explainer.back_off, explainer.explain = back_off, limited.__call__  # type: ignore[method-assign]
+    return explainer.predict_step({"image": image} | ({} if target is None else {"target": target}), 0)
 
 
 def test_parts_give_the_whole_and_the_size_is_remembered() -> None:
     image, target = toy.toy_images(11, 3), torch.arange(11) % 3
     limited, back_off = Limited(3), BackOff()
-    found = back_off(limited, image, target)
+    found = explained(back_off, limited, image, target)
     assert limited.asked == [11, 6, 3, 3, 3, 2]
     assert back_off.at_once == 3
-    whole = limited.explainer.explain(image, target)
+    whole = toy.FixedToyExplainer.explain(limited.explainer, image, target)
     torch.testing.assert_close(found.counterfactual, whole.counterfactual)
     torch.testing.assert_close(found.steps, whole.steps)
     torch.testing.assert_close(found.parts["distinct"], whole.parts["distinct"])
     torch.testing.assert_close(found.scores["change"], whole.scores["change"])
     assert found.target.tolist() == target.tolist()
-    back_off(limited, image, None)
+    explained(back_off, limited, image, None)
     assert limited.asked[6:] == [3, 3, 3, 2]
 
 
 def test_an_attempt_in_vain_draws_no_random_numbers() -> None:
     torch.manual_seed(5)
-    BackOff()(Limited(2), toy.toy_images(4, 3), None)
+    explained(BackOff(), Limited(2), toy.toy_images(4, 3), None)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     # Each of the two parts has drawn one number.
@@ -53,17 +60,17 @@ def test_an_attempt_in_vain_draws_no_random_numbers() -> None:
 
 
 def test_what_is_no_lack_of_memory_is_raised() -> None:
-    def breaks(image: Tensor, target: Tensor | None) -> Explanation:
+    def breaks(rows: slice) -> Explanation:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        BackOff()(breaks, toy.toy_images(4, 3), None)
+        BackOff().in_parts(4, breaks, Explanation.joined)
 
 
 def test_one_image_that_does_not_fit_is_the_end() -> None:
     limited = Limited(0)
     with pytest.raises(torch.OutOfMemoryError):
-        BackOff()(limited, toy.toy_images(4, 3), None)
+        explained(BackOff(), limited, toy.toy_images(4, 3), None)
     assert limited.asked == [4, 2, 1]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfe_lightning.compute.search import leads, smallest_step
+from cfe_lightning.compute.search import smallest_step
+from cfe_lightning.decisions import leads
 
 
 def beyond(threshold: Tensor) -> object:

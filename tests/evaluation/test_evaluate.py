@@ -28,11 +28,7 @@ from cfe_lightning.metrics import path, realism
 from cfe_lightning.metrics.catalogue import METRICS
 
 KEYS = {metric.key for metric in METRICS}
-
-
 PATH = {"mono", "rho", "regress", "crossing", "schedule", "smooth", "agree", "agent_kl"}
-
-
 #: What a user has to ask for, or must have.
 ASKED_FOR = {
     *("cycles", "diversity", "sanity", "lpips", "inception", "user", "face", "simsiam", "oracle", "table", "asked"),

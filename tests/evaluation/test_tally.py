@@ -14,12 +14,13 @@ from toy import FixedToyExplainer, toy_classifier
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier.counting import counted
 from cfe_lightning.classifier.networks import SimpleCnn
+from cfe_lightning.decisions import runner_up
 from cfe_lightning.evaluation.evaluate import Evaluation, evaluate, evenly
 from cfe_lightning.evaluation.gallery import Gallery
 from cfe_lightning.evaluation.instruments import Instruments
 from cfe_lightning.evaluation.store import EvaluationStore
 from cfe_lightning.evaluation.tally import Measures
-from cfe_lightning.explanation import Explainer, Explanation, runner_up
+from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.methods.baselines.captum import build_baseline
 from cfe_lightning.metrics import realism
 from cfe_lightning.metrics.repetition import forgetful, sensitivity

@@ -24,8 +24,6 @@ from cfe_lightning.images.medical import (
 )
 
 RNG = np.random.default_rng(0)
-
-
 CT = RNG.integers(-1000, 1000, (5, 7)).astype(np.int16)
 
 

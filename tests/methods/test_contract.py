@@ -16,7 +16,7 @@ from cfe_lightning.classifier import load_classifier
 from cfe_lightning.explainer import ExplainerModule, check_arguments, load_explainer
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.training import EMA, LastCheckpoint
-from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO, RandomState
+from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
 
 TRUSTED = ["toy"]
 
@@ -133,7 +133,7 @@ def test_explaining_does_not_depend_on_how_many_pictures_are_made_at_a_time(
     """Fewer than the batch has images, and a number that nothing is a multiple of."""
     explainer, _ = trained
     whole = explain(explainer)
-    monkeypatch.setattr("cfe_lightning.images.reading._PIXELS_ON_CPU", 5 * IMAGE_SIZE**2)
+    monkeypatch.setattr("cfe_lightning.compute.memory._PIXELS_ON_CPU", 5 * IMAGE_SIZE**2)
     parts = explain(explainer)
     for name in ("counterfactual", "counterfactual_logits", "steps", "attribution"):
         expected, actual = getattr(whole, name), getattr(parts, name)

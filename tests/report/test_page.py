@@ -16,7 +16,7 @@ from browser import Browser
 from PIL import Image
 
 from cfe_lightning import images
-from cfe_lightning.atlas import write_atlas
+from cfe_lightning.explaining.atlas import write_atlas
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder
 from cfe_lightning.explaining.overview import write_global
 from cfe_lightning.report.page import write_html

@@ -27,9 +27,9 @@ from cfe_lightning.training import (
     Throughput,
     callbacks,
 )
-from cfe_lightning.training.callbacks import FreshMetrics, NonFiniteLossError
 from cfe_lightning.training.csv_log import CsvLog
-from cfe_lightning.training.drawing import draw_samples
+from cfe_lightning.training.samples import draw_samples
+from cfe_lightning.training.watching import FreshMetrics, NonFiniteLossError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 

@@ -27,8 +27,8 @@ from cfe_lightning.compute.signals import SIGNALS, StopRequested
 from cfe_lightning.images import UnreadableImageError
 from cfe_lightning.training import EMA, LastCheckpoint
 from cfe_lightning.training import last_checkpoint as checkpointing
-from cfe_lightning.training.callbacks import iteration
-from cfe_lightning.training.last_checkpoint import AtomicCheckpointIO, RandomState
+from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
+from cfe_lightning.training.watching import iteration
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.decisions import runner_up
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explainer, Explanation, runner_up
+from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.methods.baselines.neutral_descent import NeutralDescent, decomposed
 
 Method = Literal[

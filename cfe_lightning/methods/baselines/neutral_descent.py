@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.losses import kl_from_uniform
-from cfe_lightning.explanation import Explanation, runner_up
+from cfe_lightning.decisions import kl_from_uniform, runner_up
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.metrics.faithfulness import STRENGTHS
 
 

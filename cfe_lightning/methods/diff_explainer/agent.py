@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.adam import adam
 from torchmetrics.functional import classification
 
-from cfe_lightning.compute.losses import kl_between_logits
+from cfe_lightning.decisions import kl_between_logits
 
 #: What the agent is fitted to: the classifier's features (l1, mse), or its decisions (kl).
 Alignment = Literal["l1", "mse", "kl"]

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.compute.memory import pictures_at_once
 from cfe_lightning.compute.precision import full_precision
 from cfe_lightning.compute.processes import log_training, rows_of_all
-from cfe_lightning.compute.search import smallest_step, sure_enough
+from cfe_lightning.compute.search import smallest_step
+from cfe_lightning.decisions import confidence_gap, runner_up, sure_enough
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, confidence_gap, runner_up
-from cfe_lightning.images import cut_montage, montage_side, pictures_at_once, tile_montage
+from cfe_lightning.explanation import Explanation
+from cfe_lightning.images import cut_montage, montage_side, tile_montage
 from cfe_lightning.methods.diff_explainer.agent import (
     METRICS,
     Alignment,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.losses import kl_from_uniform
 from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.decisions import kl_from_uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.losses import adversarial_loss, kl_between_logits, kl_from_uniform, psnr, r1_penalty
+from cfe_lightning.compute.losses import adversarial_loss, psnr, r1_penalty
 from cfe_lightning.compute.micro_batches import FUSED, check_micro_batches, descend, parts_of, twice
 from cfe_lightning.compute.precision import differentiable_twice, full_precision
 from cfe_lightning.compute.processes import log_training, log_validation
+from cfe_lightning.decisions import alternative_class, kl_between_logits, kl_from_uniform, runner_up
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, alternative_class, runner_up
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.files.trust import public_path
 from cfe_lightning.methods.dxai.blending import (
     PRESETS,

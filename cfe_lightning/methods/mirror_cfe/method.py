@@ -23,13 +23,14 @@ from torch.nn import functional as F
 
 from cfe_lightning.classifier import Activations, FrozenClassifier
 from cfe_lightning.compute.batch_norm import uncounted
-from cfe_lightning.compute.losses import adversarial_loss, kl_between_logits
+from cfe_lightning.compute.losses import adversarial_loss
+from cfe_lightning.compute.memory import pictures_at_once
 from cfe_lightning.compute.micro_batches import FUSED, check_micro_batches, descend, frozen, parts_of, twice
 from cfe_lightning.compute.precision import full_precision, single
 from cfe_lightning.compute.processes import log_training, log_validation, take_buffers_of_first
+from cfe_lightning.decisions import alternative_class, confidence_gap, kl_between_logits, runner_up
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, alternative_class, confidence_gap, runner_up
-from cfe_lightning.images import pictures_at_once
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.mirror_cfe.decoder import DecoderNorm, MirrorDecoder, PatchCritic
 from cfe_lightning.methods.mirror_cfe.geometry import (
     Reflection,

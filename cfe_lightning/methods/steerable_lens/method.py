@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.precision import full_precision, single
-from cfe_lightning.compute.search import first_interval, refine, sure_enough
+from cfe_lightning.compute.search import first_interval, refine
+from cfe_lightning.decisions import decides_for, probability_along, sure_enough
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, decides_for, probability_along
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.steerable_lens.course import (
     AlphaUnit,
     Colour,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cfe_lightning.atlas import Atlas, AtlasDirection, AtlasPair
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import decides_for
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.methods.stylex.ranking import Scoring, SearchResult
 
 #: Images that every direction is shown on.

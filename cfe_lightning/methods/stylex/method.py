@@ -25,14 +25,15 @@ from torch.nn import functional as F
 
 from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.losses import Lpips, kl_between_logits, relative_distance
+from cfe_lightning.compute.losses import Lpips, relative_distance
+from cfe_lightning.compute.memory import pictures_at_once
 from cfe_lightning.compute.micro_batches import check_micro_batches, descend, frozen, parts_of, twice
 from cfe_lightning.compute.precision import full_precision, single
 from cfe_lightning.compute.processes import log_training, log_validation, rows_of_all
-from cfe_lightning.compute.search import leads, smallest_step
+from cfe_lightning.compute.search import smallest_step
+from cfe_lightning.decisions import kl_between_logits, leads, runner_up
 from cfe_lightning.explainer import ExplainerModule
-from cfe_lightning.explanation import Explanation, runner_up
-from cfe_lightning.images import pictures_at_once
+from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.stylex.atlas import draw_atlas
 from cfe_lightning.methods.stylex.critic import LabelEntry, StyleCritic
 from cfe_lightning.methods.stylex.generator import Conditioning, LatentSpace, StyleEncoder, StyleGenerator

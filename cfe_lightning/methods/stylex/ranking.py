@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cfe_lightning.explanation import decides_for
+from cfe_lightning.decisions import decides_for
 
 Scoring = Literal["strict", "paper_code"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.explanation import decides_for
-from cfe_lightning.images import pictures_at_once
+from cfe_lightning.compute.memory import pictures_at_once
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.methods.stylex.generator import Entering, Styles, Synthesis
 
 DirectionSpace = Literal["pca_w", "sefa_w", "pca_s"]

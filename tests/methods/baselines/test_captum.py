@@ -13,7 +13,7 @@ from toy import toy_classifier, toy_images
 import cfe_lightning
 from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
 from cfe_lightning.classifier.networks import ResNet18, SimpleCnn
-from cfe_lightning.compute.losses import kl_from_uniform
+from cfe_lightning.decisions import kl_from_uniform
 from cfe_lightning.explanation import Decomposer
 from cfe_lightning.methods.baselines import BASELINES
 from cfe_lightning.methods.baselines.captum import (

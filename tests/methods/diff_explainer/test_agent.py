@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cfe_lightning.compute.losses import kl_between_logits
+from cfe_lightning.decisions import kl_between_logits
 from cfe_lightning.methods.diff_explainer.agent import (
     METRICS,
     Alignment,

@@ -10,8 +10,8 @@ from cases import DXAI
 from torch.nn import functional as F
 from toy import ToyData, toy_classifier, toy_images, toy_trainer
 
-from cfe_lightning.compute.losses import adversarial_loss, kl_between_logits, kl_from_uniform, r1_penalty
-from cfe_lightning.explanation import alternative_class
+from cfe_lightning.compute.losses import adversarial_loss, r1_penalty
+from cfe_lightning.decisions import alternative_class, kl_between_logits, kl_from_uniform
 from cfe_lightning.methods.dxai import Dxai
 from cfe_lightning.methods.dxai.blending import (
     blend,

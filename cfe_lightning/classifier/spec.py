@@ -1,0 +1,113 @@
+"""What a classifier expects and what its outputs mean, as plain data beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from types import NoneType
+from typing import Any
+
+from cfe_lightning.classifier.tracing import (
+    FeatureMapTransform,
+    TracedLayers,
+)
+
+#: Fields of a spec that are text, and those that may be missing or null.
+_TEXTS = ("class_path", "head", "feature_map", "label")
+_OPTIONAL = ("head", "feature_map", "label")
+#: Side of an image in pixels beyond which no file is believed.
+_LARGEST_SIDE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierSpec:
+    """Everything needed to feed a network and read its output, as plain data that travels with the weights.
+
+    Attributes:
+        class_path: Import path of an ``nn.Module`` class or a ``torchvision.models`` builder.
+        init_args: Arguments of that class or builder.
+        head: Dotted name of the layer that turns features into logits, for example ``fc``: the last linear layer, or
+            the block around it where only that starts from pooled features; None where there is none to hook.
+        class_names: K names in logit order.
+        image_size: Side of the square image the network expects, in pixels.
+        mean: One number per channel on the [0, 1] scale; its length is the number of channels.
+        std: As ``mean``.
+        feature_map: Dotted name of the layer whose output is the map [B, D, h, w]; None where there is none.
+        feature_map_transform: What turns that layer's output into the map, for example ``relu`` for a DenseNet.
+        head_on_cells: The head takes features as maps of one cell, [B, D, 1, 1].
+        label: One attribute of a multi-label network, seen as two classes ("not label", "label").
+        bgr: The network takes colours as blue, green, red; mean and std are given as red, green, blue all the same.
+
+    Raises:
+        ValueError: If the fields contradict each other.
+    """
+
+    class_path: str
+    init_args: dict[str, Any]
+    head: str | None
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    feature_map: str | None = None
+    feature_map_transform: FeatureMapTransform = "none"
+    head_on_cells: bool = False
+    label: str | None = None
+    bgr: bool = False
+
+    def __post_init__(self) -> None:
+        names = list(self.class_names)
+        if self.label is not None and self.label not in names:
+            raise ValueError(f"label {self.label!r} is not one of the class names {names}.")
+        if len(names) < 2 and self.label is None:
+            raise ValueError(f"class_names needs one name per logit and at least two, got {names}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"class_names must differ from each other, got {names}.")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}.")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std need one number per channel (1 for grey, 3 for RGB) on the [0, 1] scale and a positive "
+                f"std, got mean {list(self.mean)} and std {list(self.std)}."
+            )
+        if self.bgr and len(self.mean) != 3:
+            raise ValueError("bgr is for networks that take three channels, but mean has one number.")
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return asdict(self)
+
+    def with_layers(self, layers: TracedLayers) -> ClassifierSpec:
+        """The same with the head and the feature map that tracing found."""
+        return replace(self, **asdict(layers))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ClassifierSpec:
+        """The inverse of ``to_dict``; lists become tuples.
+
+        Raises:
+            ValueError: If a field is missing, unknown or of another kind, or no classifier can be meant.
+        """
+        if unknown := data.keys() - cls.__slots__:
+            raise ValueError(f"the classifier has a field {min(unknown)!r} that this version does not know")
+        for key in _TEXTS:
+            if not isinstance(data.get(key), str | (NoneType if key in _OPTIONAL else str)):
+                raise ValueError(f"{key} of the classifier is no text but {data.get(key)!r:.80}")
+        for key, kind in (("class_names", str), ("mean", (int, float)), ("std", (int, float))):
+            if not isinstance(data.get(key), list | tuple) or not all(isinstance(one, kind) for one in data[key]):
+                raise ValueError(f"{key} of the classifier is {data.get(key)!r:.80}")
+        size = data.get("image_size")
+        if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE:
+            raise ValueError(f"image_size of the classifier is {size!r:.80}, not between 1 and {_LARGEST_SIDE}")
+        if not all(isfinite(number) for number in (*data["mean"], *data["std"])):
+            raise ValueError("mean or std of the classifier is no finite number")
+        arguments = data.get("init_args")
+        if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+            raise ValueError(f"init_args of the classifier is {arguments!r:.80}")
+        tuples = {key: tuple(data[key]) for key in ("class_names", "mean", "std")}
+        return cls(**{**data, **tuples})

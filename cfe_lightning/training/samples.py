@@ -1,0 +1,175 @@
+"""Pictures of a few validation images while a run goes on.
+
+Shapes: B images, C channels, H, W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from cfe_lightning import images
+from cfe_lightning.explanation import DIFFERENCES, Explanation
+from cfe_lightning.files.atomic import whole_path
+from cfe_lightning.training.averaging import EMA
+from cfe_lightning.training.watching import iteration
+
+#: Pixels of the row labels, of the column names and around every image.
+_MARGIN, _HEADER, _PADDING = 150, 18, 2
+
+
+class SampleGrid(pl.Callback):
+    """Draws the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
+
+    One row per image: the image, its parts, the counterfactual, the steps, the attribution; the predicted class with
+    its probability and that of the target before and after. A module that explains nothing says in ``samples`` what is
+    shown: images [B, C, H, W] to named columns and row labels, as ``draw_table`` takes them. Written to
+    ``<folder>/samples/<iteration>.png`` and to W&B where that is a logger. Uses the averaged weights when ``EMA`` is a
+    callback too (list ``EMA`` first). Random state, training mode and gradients are left as they were, so a run is the
+    same with and without.
+
+    Args:
+        every_n_batches: Training batches between two grids.
+        num_images: Rows, taken evenly over the validation split.
+        folder: Where the pictures go; None takes the trainer's ``default_root_dir``, the run folder of ``train.py``.
+    """
+
+    def __init__(self, every_n_batches: int = 1000, num_images: int = 8, folder: str | None = None) -> None:
+        if every_n_batches < 1 or num_images < 1:
+            raise ValueError(
+                f"every_n_batches and num_images must be positive, got {every_n_batches} and {num_images}."
+            )
+        self.every_n_batches = every_n_batches
+        self.num_images = num_images
+        self.folder = folder
+        self._image: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws with the untrained weights; not again when a run is resumed."""
+        if trainer.is_global_zero and iteration(trainer) == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draws every ``every_n_batches``."""
+        if trainer.is_global_zero and iteration(trainer) % self.every_n_batches == 0:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        averaging = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
+        with isolate_rng(), _evaluating(pl_module), torch.no_grad():
+            if self._image is None:
+                self._image = self._fixed_images(trainer)
+            image = self._image.to(pl_module.device)
+            with averaging.averaged(pl_module) if averaging else nullcontext():
+                if hasattr(pl_module, "samples"):
+                    picture = draw_table(*pl_module.samples(image))  # type: ignore[operator]
+                else:
+                    explanation: Explanation = pl_module.explain(image)  # type: ignore[operator]
+                    names = pl_module.classifier.class_names  # type: ignore[union-attr]
+                    picture = draw_samples(explanation, names)  # type: ignore[arg-type]
+        step = iteration(trainer)
+        path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_path(path) as temporary:
+            picture.save(temporary, format="PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key="samples", images=[picture], step=step, caption=[f"after {step} batches"])
+
+    def _fixed_images(self, trainer: pl.Trainer) -> Tensor:
+        """Evenly spaced over the split: folders are often sorted by class."""
+        dataset = trainer.datamodule.val_dataloader().dataset  # type: ignore[attr-defined]
+        count = min(self.num_images, len(dataset))
+        indices = [position * len(dataset) // count for position in range(count)]
+        return default_collate([dataset[index]["image"] for index in indices])
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every layer's own mode again after: some layers stay in eval mode during training."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        # A module may forget what it has cached for explaining when its mode is changed.
+        module.train(modes[0][1])
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int = 96) -> Image.Image:
+    """Draws explanations as a labelled table, one row per image.
+
+    Args:
+        explanation: What to draw; columns are left out where it has none.
+        class_names: K names in logit order.
+        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+    """
+    return draw_table(_columns(explanation), _row_labels(explanation, class_names), tile)
+
+
+def draw_table(columns: Mapping[str, Tensor], labels: Sequence[str], tile: int = 96) -> Image.Image:
+    """Draws batches of images side by side, one row per image.
+
+    Args:
+        columns: Names and batches, [B, C, H, W] in [-1, 1].
+        labels: One for each row, of as many lines as fit.
+        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+    """
+    enlarge = max(1, -(-tile // next(iter(columns.values())).shape[-1]))
+    enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]
+    table = images.to_pil(images.grid(enlarged, _PADDING))
+    width = enlarged[0].shape[-1] + 2 * _PADDING
+    height = enlarged[0].shape[-2] + 2 * _PADDING
+    picture = Image.new("RGB", (table.width + _MARGIN, table.height + _HEADER), "white")
+    picture.paste(table, (_MARGIN, _HEADER))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=11)
+    for index, name in enumerate(columns):
+        draw.text((_MARGIN + index * width + 2, 2), name[: width // 6], fill="black", font=font)
+    for index, text in enumerate(labels):
+        draw.multiline_text((4, _HEADER + index * height + 4), text, fill="black", font=font)
+    return picture
+
+
+def _columns(explanation: Explanation) -> dict[str, Tensor]:
+    columns = {"image": explanation.image}
+    for name, part in explanation.parts.items():
+        # Differences are often too faint to be seen as an image.
+        columns[name] = images.signed_difference(part) if name in DIFFERENCES else part
+    if explanation.counterfactual is not None:
+        columns["counterfactual"] = explanation.counterfactual
+    if explanation.steps is not None and explanation.strengths is not None:
+        for index in range(explanation.steps.shape[1]):
+            columns[f"step {float(explanation.strengths[0, index]):.2g}"] = explanation.steps[:, index]
+    columns["attribution"] = images.heat_map(explanation.attribution)
+    return columns
+
+
+def _row_labels(explanation: Explanation, class_names: Sequence[str]) -> list[str]:
+    before = explanation.logits.softmax(dim=1)
+    logits = explanation.counterfactual_logits
+    after = None if logits is None else logits.softmax(dim=1)
+    labels = []
+    for row, (predicted, target) in enumerate(
+        zip(explanation.predicted.tolist(), explanation.target.tolist(), strict=True)
+    ):
+        lines = [f"{class_names[predicted][:20]}", f"  {before[row, predicted]:.2f}", f"to {class_names[target][:20]}"]
+        change = f"  {before[row, target]:.2f}"
+        lines.append(change if after is None else f"{change} -> {after[row, target]:.2f}")
+        lines += [f"{name[:14]} {float(score[row]):.3g}" for name, score in list(explanation.scores.items())[:2]]
+        labels.append("\n".join(lines))
+    return labels

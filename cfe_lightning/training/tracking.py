@@ -1,0 +1,101 @@
+"""Weights & Biases: one run over all resumptions, offline where there is no key or no network."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+
+log = logging.getLogger(__name__)
+_WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+
+
+class WandbRun(pl.Callback):
+    """Keeps the id of the W&B run in the checkpoint, so that a resumed training continues the same curves."""
+
+    def __init__(self) -> None:
+        self._id: str | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the id of the run that the logger has started."""
+        ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        self._id = ids[0] if ids else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The id; None without W&B."""
+        return {"id": self._id}
+
+    @staticmethod
+    def run_id(checkpoint: dict[str, Any]) -> str | None:
+        """The id that a checkpoint holds."""
+        return checkpoint.get("callbacks", {}).get("WandbRun", {}).get("id")
+
+
+def wandb_is_installed() -> bool:
+    """Whether there is W&B to log to; a run goes on without it, and that is said in one line."""
+    try:
+        # The name is asked for, too: without the package, a folder wandb/ that runs have left is imported.
+        from wandb import init  # noqa: F401
+    except ImportError as error:
+        log.warning("W&B cannot be used (%s): metrics.csv and samples/ hold all there is to log.", error)
+        return False
+    return True
+
+
+def wandb_must_be_offline() -> bool:
+    """Whether W&B could only ask for a key or wait for a network, which is said in one line.
+
+    A ``WANDB_MODE`` of the user is respected, but ``online`` is W&B's default anyway and helps no run without a key.
+
+    Raises:
+        ValueError: If a setting of W&B in the environment cannot be used.
+    """
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in _WANDB_MODES:
+        raise ValueError(f"WANDB_MODE={mode!r} is no mode of W&B: choose from {', '.join(_WANDB_MODES)}, or unset it.")
+    if mode != "online":
+        return False
+    import wandb
+
+    try:
+        host = str(wandb.setup().settings.base_url)
+    except ValueError as error:
+        # A report of pydantic's: a headline, then setting, reason and technical remarks.
+        why = " ".join(str(error).partition("\n")[2].partition("[type=")[0].split()) or str(error)
+        raise ValueError(
+            f"W&B refuses one of its environment variables WANDB_... ({why}): correct or unset it, or train with "
+            "--trainer.logger false."
+        ) from error
+    reason = None
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            reason = "no API key is configured (WANDB_API_KEY or `wandb login`)"
+        elif not _reachable(host):
+            reason = f"{host} cannot be reached"
+        else:
+            wandb.login(prompt=False, verify=True)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+    if reason is None:
+        return False
+    log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
+    # It would say the same again in more words; it reads the environment when it is set up anew.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.teardown()
+    wandb.setup()
+    return True
+
+
+def _reachable(host: str, seconds: float = 5.0) -> bool:
+    try:
+        with urllib.request.urlopen(host, timeout=seconds):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
