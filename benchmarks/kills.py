@@ -41,9 +41,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from cases import CASES  # noqa: E402
 from hostile import write_hostile_folder  # noqa: E402
 from lightning.pytorch.loops.fetchers import _DataFetcher  # noqa: E402
-from methods.cases import CASES  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from cfe_lightning.cli import explain, train  # noqa: E402
@@ -54,7 +54,7 @@ from cfe_lightning.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from cfe_lightning.training.csv_log import CsvLog  # noqa: E402
 
 #: What the commands import when they need it: once, before the first fork.
-for module in ("atlas", "cli.configured_run", "data.image_stream", "global_view", "report", "untrained"):
+for module in ("explaining.atlas", "training.run", "data.stream", "explaining.overview", "report.page", "methods.find"):
     importlib.import_module(f"cfe_lightning.{module}")
 #: What a run is doing when the kill hits it.
 PHASES = ("set-up", "between batches", "loader", "training step", "validation", "checkpoint", "metrics.csv", "samples")

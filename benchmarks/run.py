@@ -33,7 +33,7 @@ from fitting import GOALS
 from straightforward import STRAIGHTFORWARD
 from tables import markdown
 
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
 
 ROOT = Path(__file__).parents[1]
 SIZES = (32, 64, 128, 256)
@@ -181,9 +181,9 @@ class Results:
         """Keeps one result and writes everything."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.content["cells"][cell.key] = {"cell": asdict(cell), "date": now, **result}
-        with whole_file(self.path) as file:
+        with atomic_write(self.path) as file:
             json.dump(self.content, file, indent=1)
-        with whole_file(self.path.with_suffix(".md")) as file:
+        with atomic_write(self.path.with_suffix(".md")) as file:
             file.write(markdown(self.content))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfe_lightning.compute.precision import single
+from cfe_lightning.compute.precision import to_float32
 
 
 def decides_for(logits: Tensor, target: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def sure_enough(logits: Tensor, target: Tensor, confidence: float | None) -> Ten
 def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
     """KL divergence from the teacher's to the student's softmax, logits [B, K] -> mean over the batch, []."""
     return F.kl_div(
-        F.log_softmax(single(student), dim=1),
-        F.log_softmax(single(teacher), dim=1),
+        F.log_softmax(to_float32(student), dim=1),
+        F.log_softmax(to_float32(teacher), dim=1),
         log_target=True,
         reduction="batchmean",
     )
@@ -74,4 +74,4 @@ def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
 def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
     # Rounding can leave an undecided classifier a hair below zero.
-    return (-math.log(logits.shape[1]) - F.log_softmax(single(logits), dim=1).mean(dim=1)).clamp_min(0)
+    return (-math.log(logits.shape[1]) - F.log_softmax(to_float32(logits), dim=1).mean(dim=1)).clamp_min(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from cfe_lightning.classifier.file import build_network, check_outputs, fill
 from cfe_lightning.compute.memory import BackOff
 from cfe_lightning.decisions import runner_up
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.files.tensors import no_larger_than, read_tensors, write_tensors
+from cfe_lightning.files.tensors import allocation_limit, load_plain, save_plain
+from cfe_lightning.files.text import VERSION
 from cfe_lightning.files.trust import public_path, resolve_class_path
 
 #: Keys of a checkpoint that only a resumed training needs.
@@ -114,7 +114,7 @@ class ExplainerModule(pl.LightningModule, ABC):
         kind = type(self)
         checkpoint["explainer"] = {
             "class_path": public_path(kind),
-            "version": importlib.metadata.version("cfe-lightning"),
+            "version": VERSION,
         }
         checkpoint["classifier"] = self.classifier.spec.to_dict()
         # Lightning leaves the key out where a method takes no argument.
@@ -180,7 +180,7 @@ def load_explainer(
     changes = changes or {}
     check_arguments(kind, changes)
     version = checkpoint["explainer"].get("version")
-    with no_larger_than(path):
+    with allocation_limit(path):
         classifier = FrozenClassifier(build_network(spec, trusted), spec)
         try:
             explainer = kind(classifier, **(arguments | dict(changes)))
@@ -189,7 +189,7 @@ def load_explainer(
         except Exception as error:
             raise ValueError(
                 f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
-                f"({importlib.metadata.version('cfe-lightning')}): {str(error) or type(error).__name__}."
+                f"({VERSION}): {str(error) or type(error).__name__}."
             ) from error
     fill(explainer, weights, f"{path} (written by version {version})", kind.__name__)
     check_outputs(explainer.classifier, str(path))
@@ -257,7 +257,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         held = f"{path} is no file" if path.exists() else f"There is no checkpoint {path}"
         raise FileNotFoundError(f"{held}: give a .ckpt file that train.py wrote.")
     try:
-        checkpoint = read_tensors(path)
+        checkpoint = load_plain(path)
     except ValueError as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint (truncated, or not plain data): {error}; give the best.ckpt or "
@@ -273,7 +273,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_version(written: Any, path: Path) -> None:
     """Refuses a newer version: what this one would make of its file, nobody knows."""
-    ours = importlib.metadata.version("cfe-lightning")
+    ours = VERSION
     try:
         newer = Version(written) > Version(ours)
     except (InvalidVersion, TypeError) as error:
@@ -297,4 +297,4 @@ def sha256_of(path: Path) -> str:
 def strip_checkpoint(source: Path, destination: Path) -> None:
     """Copies a checkpoint without the state that only a resumed training needs: smaller, explains the same."""
     checkpoint = load_checkpoint(source)
-    write_tensors(destination, {key: value for key, value in checkpoint.items() if key not in RESUME_ONLY})
+    save_plain(destination, {key: value for key, value in checkpoint.items() if key not in RESUME_ONLY})

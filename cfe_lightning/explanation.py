@@ -5,7 +5,6 @@ Shapes: B images, C channels, H, W pixels, K classes, T steps.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import html
 import io
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.files.text import data_address
 
 if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
@@ -212,11 +212,11 @@ def _cell(name: str, image: Tensor) -> str:
     """A table cell with one image [C, H, W], small ones enlarged."""
     buffer = io.BytesIO()
     images.to_pil(image).save(buffer, format="PNG")
-    payload = base64.b64encode(buffer.getvalue()).decode()
+    address = data_address(buffer.getvalue(), "png")
     width = max(96, image.shape[-1])
     style = "image-rendering:pixelated" if width > image.shape[-1] else ""
     title = html.escape(name, quote=True)
-    return f'<td><img alt="{title}" width="{width}" style="{style}" src="data:image/png;base64,{payload}"></td>'
+    return f'<td><img alt="{title}" width="{width}" style="{style}" src="{address}"></td>'
 
 
 class Explainer(Protocol):

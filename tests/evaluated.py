@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from toy import ToyData
 
-from cfe_lightning.evaluation.summary import Row
+from cfe_lightning.evaluation.summary import ResultRow
 
 
 def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> list[dict[str, Any]]:
@@ -16,12 +16,12 @@ def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> li
     return list(DataLoader(dataset, batch_size=batch_size))
 
 
-def only(rows: list[Row]) -> Row:
+def only(rows: list[ResultRow]) -> ResultRow:
     (row,) = rows
     return row
 
 
-def value(row: Row, key: str) -> float:
+def value(row: ResultRow, key: str) -> float:
     measured = row.measurements[key]
     assert measured.status == "ok", (key, measured)
     assert measured.value is not None

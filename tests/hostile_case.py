@@ -144,7 +144,7 @@ def as_yaml(**changes: Any) -> str:
 
 def large_toy_classifier() -> FrozenClassifier:
     """The toy classifier, by a class of this package, so that nobody need be trusted."""
-    from methods.cases import pooled_classifier
+    from cases import pooled_classifier
 
     return pooled_classifier(2)
 

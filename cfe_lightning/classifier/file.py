@@ -14,7 +14,7 @@ from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import (
     probe_image,
 )
-from cfe_lightning.files.tensors import LargerThanFileError, no_larger_than, read_tensors
+from cfe_lightning.files.tensors import LargerThanFileError, allocation_limit, load_plain
 from cfe_lightning.files.trust import resolve_class_path
 
 #: Arguments at which torchvision's builders download.
@@ -76,7 +76,7 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
             f"{file} is not a classifier file of cfe_lightning ({str(error).rstrip('.')}): for a plain state dict use "
             "cfe_lightning.classifier.wrap_classifier or torchvision_classifier."
         ) from error
-    with no_larger_than(file):
+    with allocation_limit(file):
         network = build_network(spec, trusted or ())
     fill(network, weights, str(file), spec.class_path)
     classifier = FrozenClassifier(network, spec)
@@ -146,7 +146,7 @@ def fill(network: nn.Module, weights: dict[str, Any], file: str, kind: str) -> N
 
 def _read(file: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
     """Description and weights of a classifier file."""
-    content = read_tensors(file)
+    content = load_plain(file)
     return ClassifierSpec.from_dict(_part(content, "classifier")), _part(content, "state_dict")
 
 

@@ -22,8 +22,8 @@ from cfe_lightning.classifier.tracing import (
     trace_levels,
     why_no_feature_map,
 )
-from cfe_lightning.compute.precision import single
-from cfe_lightning.files.tensors import write_tensors
+from cfe_lightning.compute.precision import to_float32
+from cfe_lightning.files.tensors import save_plain
 
 _GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
 _LOGITS_METHODS = "DiffExplainer"
@@ -137,7 +137,7 @@ class FrozenClassifier(nn.Module):
             ValueError: If the network has no linear layer to stop before.
         """
         ((inputs, _),), _ = self._watch([self._layer("head", self.spec.head)], image)
-        inputs = single(inputs)
+        inputs = to_float32(inputs)
         return inputs if inputs.ndim == 2 else inputs.mean(dim=(2, 3))
 
     def head(self, features: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class FrozenClassifier(nn.Module):
         """Writes spec and weights into one file that ``load_classifier`` reads."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()})
+        save_plain(path, {"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()})
 
     def fingerprint(self) -> str:
         """A SHA-256 over spec and weights: equal exactly when the decisions are."""
@@ -287,7 +287,7 @@ class FrozenClassifier(nn.Module):
         return FrozenClassifier(self.network, replace(self.spec, label=label))
 
     def _exclusive(self, logits: Tensor) -> Tensor:
-        logits = single(logits)
+        logits = to_float32(logits)
         if logits.ndim == 1:
             logits = logits[:, None]
         if self.spec.label is not None:

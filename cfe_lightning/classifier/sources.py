@@ -23,6 +23,7 @@ from cfe_lightning.classifier.frozen import FrozenClassifier
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image, returns_probabilities, trace_layers
 from cfe_lightning.classifier.weights import load_weights
+from cfe_lightning.files.text import one_line
 from cfe_lightning.files.trust import TRUST_EXPORTED, check_exported_trusted, public_path, resolve_class_path
 
 _log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ def exported_classifier(
         network = ExportedNetwork(Path(path).read_bytes())
     # The loaders raise nearly anything on files that are broken or of another version.
     except Exception as error:
-        raise ValueError(f"{path} cannot be used as an exported classifier: {_sentence(error)}.") from error
+        raise ValueError(f"{path} cannot be used as an exported classifier: {one_line(error)}.") from error
     _check_export(network, path, len(mean), image_size)
     return _freeze(
         network,
@@ -285,7 +286,7 @@ def _freeze(
     except Exception as error:
         raise ValueError(
             f"{class_path} cannot take images {list(image.shape)} (set image_size, and one mean and std per channel): "
-            f"{_sentence(error)}."
+            f"{one_line(error)}."
         ) from error
     _check_output(output, spec)
     if returns_probabilities(network, image):
@@ -346,10 +347,6 @@ def _check_export(network: ExportedNetwork, path: str, channels: int, image_size
             f"{path} answers an image otherwise when others are beside it, so it was exported in train mode: call "
             "network.eval() and export it again."
         )
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _own_arguments(name: str, image_size: int) -> dict[str, Any]:

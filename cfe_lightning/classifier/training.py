@@ -21,7 +21,7 @@ from cfe_lightning.classifier.file import build_network, is_classifier_file
 from cfe_lightning.classifier.frozen import FrozenClassifier, prepare
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image, trace_layers
-from cfe_lightning.compute.processes import log_training, take_buffers_of_first
+from cfe_lightning.compute.processes import broadcast_buffers, log_training
 from cfe_lightning.files.trust import resolve_class_path
 
 _OURS = "cfe_lightning.classifier.networks"
@@ -170,7 +170,7 @@ class ClassifierTraining(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Has all processes measure, and keep, the same batch statistics."""
-        take_buffers_of_first(self.network)
+        broadcast_buffers(self.network)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collects accuracy and loss over all images of all processes."""

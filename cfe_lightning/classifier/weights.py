@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cfe_lightning.files.tensors import read_tensors
+from cfe_lightning.files.tensors import load_plain
 
 #: Keys below which training scripts put the weights.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
@@ -53,7 +53,7 @@ def read_weights(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file of weights {file}.")
     try:
-        content = read_tensors(file, any_age=True)
+        content = load_plain(file, any_age=True)
     except ValueError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise ValueError(

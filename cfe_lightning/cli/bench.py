@@ -7,7 +7,6 @@ What is done is kept per cell and explainer, so a run that was stopped continues
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, Method, keep_settings, shapes_of
+from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, BenchMethod, keep_settings, shapes_of
+from cfe_lightning.files.text import VERSION
 from cfe_lightning.training import folder as run_folder
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _method(name: str) -> Method:
+def _method(name: str) -> BenchMethod:
     """The config of a method: by its file name, or by the module that the method is in."""
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.files.configs import load_config
@@ -166,7 +166,7 @@ def _method(name: str) -> Method:
     arguments = dict(model.get("init_args", {}))
     arguments.pop("classifier", None)
     base = arguments.get("autoencoder")
-    return Method(
+    return BenchMethod(
         name=name,
         config=config,
         class_path=model["class_path"],
@@ -177,10 +177,10 @@ def _method(name: str) -> Method:
     )
 
 
-def _settings(options: argparse.Namespace, methods: Sequence[Method], baselines: Sequence[str]) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, methods: Sequence[BenchMethod], baselines: Sequence[str]) -> dict[str, Any]:
     """How the numbers came about."""
     return {
-        "version": importlib.metadata.version("cfe-lightning"),
+        "version": VERSION,
         "bench": options.bench,
         "cues": _names(options.cues),
         "cue_sizes": options.cue_sizes,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import importlib.metadata
 import io
 import json
 import logging
@@ -19,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cfe_lightning.cli import train
 from cfe_lightning.compute.signals import StopRequested
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.text import VERSION, digest, one_line
 from cfe_lightning.training import folder as run_folder
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ _SHARED = ("budget", "seed", "cue_agreement")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
+class BenchMethod:
     """A config of a method, as far as the bench needs it."""
 
     name: str
@@ -92,20 +91,20 @@ class BenchCell:
 
         texts = [config.read_text(encoding="utf-8") for config in configs if config is not None]
         measured = [self.classifier.fingerprint(), self.options.limit, self.options.batch_size]
-        digest = _digest(name, texts, *measured, *self._training_settings())
+        made_from = digest([name, texts, *measured, *self._training_settings()])
         path = self.folder / f"{name}.json"
         kept = _read(path)
         key = (self.cell.name, name)
-        if kept.get("settings") != digest:
+        if kept.get("settings") != made_from:
             try:
                 values, seconds = self._explain(name, build())
             except ValueError as error:
                 # Not kept: the next run tries again.
-                bench.failures[key] = " ".join(str(error).split())
+                bench.failures[key] = one_line(error)
                 self._say(f"{name} is left out: {bench.failures[key]}")
                 return
             rows = {k: [None if math.isnan(one) else one for one in v.tolist()] for k, v in values.items()}
-            kept = {"settings": digest, "seconds_per_image": seconds, "values": rows}
+            kept = {"settings": made_from, "seconds_per_image": seconds, "values": rows}
             _write(path, kept)
         bench.values[key] = {
             k: torch.tensor([math.nan if one is None else one for one in v]) for k, v in kept["values"].items()
@@ -130,7 +129,7 @@ class BenchCell:
         self._say(f"{name} explained in {seconds:.1f} s, alarm {values['alarm'].nanmean():.2f}")
         return values, seconds / len(self.batch["label"])
 
-    def method(self, method: Method) -> Explainer:
+    def method(self, method: BenchMethod) -> Explainer:
         """A method for this cell's classifier, trained unless it learns nothing."""
         from cfe_lightning.explainer import load_explainer
         from cfe_lightning.methods.find import build_untrained
@@ -178,9 +177,9 @@ class BenchCell:
         run = self.folder / "runs" / name
         # Wherever the folder lies.
         told = [override.replace(str(self.folder), "") for override in overrides]
-        digest = _digest(config.read_text(encoding="utf-8"), told, *beneath, *self._training_settings())
+        made_from = digest([config.read_text(encoding="utf-8"), told, *beneath, *self._training_settings()])
         done = run / "trained.json"
-        if _read(done).get("settings") == digest:
+        if _read(done).get("settings") == made_from:
             return run
         # Before anything else: a run that is stopped half way must not look like the one that was there.
         done.unlink(missing_ok=True)
@@ -191,7 +190,7 @@ class BenchCell:
         if reason is not None:
             raise ValueError(f"{name} of {self.cell.name} could not be trained: {reason}")
         seconds = time.perf_counter() - started
-        _write(done, {"settings": digest, "seconds": seconds})
+        _write(done, {"settings": made_from, "seconds": seconds})
         self._say(f"{name} trained in {seconds:.0f} s")
         return run
 
@@ -222,7 +221,7 @@ class BenchCell:
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     def _training_settings(self) -> list[Any]:
-        version = importlib.metadata.version("cfe-lightning")
+        version = VERSION
         return [version, self.cell.name, *_shared(self.options).values(), _SHARE, _NUM_VAL]
 
     def _batch(self) -> dict[str, torch.Tensor]:
@@ -313,10 +312,6 @@ def _quiet_training() -> Iterator[io.StringIO]:
             logger.setLevel(level)
 
 
-def _digest(*settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def _read(path: Path) -> dict[str, Any]:
     """What was kept; nothing where there is no file, or a broken one."""
     try:
@@ -327,5 +322,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, allow_nan=False))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 
+from cfe_lightning.files.text import one_line
+
 _REPAIR = "python -m pip install --upgrade --force-reinstall torch torchvision"
 
 
@@ -23,7 +25,7 @@ def check_torchvision() -> None:
     # RuntimeError: "operator torchvision::nms does not exist"; ImportError and OSError: undefined symbols;
     # AttributeError: a part of torch that torchvision uses has moved.
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(
             f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({reason}); it was made "
             f"for {_made_for()}: install matching releases from the same index with `{_REPAIR}`."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -17,6 +15,7 @@ from cfe_lightning.cli.arguments import check_writable, count, file_assignment, 
 from cfe_lightning.cli.bench import add_bench_options, run_bench
 from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
+from cfe_lightning.files.text import VERSION, digest
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
     from cfe_lightning.data.base import ImageData, Sample
     from cfe_lightning.evaluation.instruments import Instruments
-    from cfe_lightning.evaluation.summary import Row
+    from cfe_lightning.evaluation.summary import ResultRow
     from cfe_lightning.evaluation.tally import Measures
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.explanation import Explainer
@@ -208,7 +207,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     chosen = _chosen(data, options)
     settings = _settings(options, checkpoints, judge, measures, section)
     store = EvaluationStore(
-        folder, _digest([settings, str(device), options.batch_size, options.gallery, _names(chosen)])
+        folder, digest([settings, str(device), options.batch_size, options.gallery, _names(chosen)])
     )
     gallery = Gallery()
     result = evaluation.evaluate(
@@ -322,7 +321,7 @@ def _baselines(
     checkpoints: dict[str, ExplainerModule],
     options: argparse.Namespace,
     measures: Measures,
-) -> tuple[dict[str, Explainer], list[Row]]:
+) -> tuple[dict[str, Explainer], list[ResultRow]]:
     """Every baseline on every distinct classifier; one that cannot explain a classifier becomes an empty row."""
     from cfe_lightning.evaluation.evaluate import unavailable
     from cfe_lightning.methods.baselines.captum import build_baseline
@@ -331,7 +330,7 @@ def _baselines(
     for run, explainer in checkpoints.items():
         classifiers.setdefault(explainer.classifier.fingerprint(), (run, explainer.classifier))
     built: dict[str, Explainer] = {}
-    empty: list[Row] = []
+    empty: list[ResultRow] = []
     for name in names:
         for run, classifier in classifiers.values():
             title = name if len(classifiers) == 1 else f"{name} on the classifier of {run}"
@@ -472,11 +471,7 @@ def _settings(
         "baselines": options.baselines,
     }
     plain = json.loads(json.dumps(settings, default=str))
-    return {"version": importlib.metadata.version("cfe-lightning"), **plain, "config_hash": _digest(settings)}
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return {"version": VERSION, **plain, "config_hash": digest(settings)}
 
 
 def _device(asked: str) -> torch.device:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cfe_lightning.cli.arguments import assignment, check_writable, count, positive, shard
 from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
+from cfe_lightning.files.text import VERSION
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -397,12 +398,12 @@ def _predict(
 def _finish(
     options: argparse.Namespace, output: OutputFolder, explainer: ExplainerModule, num_images: int, seconds: float
 ) -> int:
-    from cfe_lightning.explaining.overview import write_global
+    from cfe_lightning.explaining.overview import write_overview
     from cfe_lightning.report.page import write_html
 
     output.merge()
     output.write_table()
-    write_global(output, num_slices=explainer.num_slices)
+    write_overview(output, num_slices=explainer.num_slices)
     summary = output.write_summary(
         n_planned=num_images,
         **{"checkpoint" if options.checkpoint else "classifier": str(options.checkpoint or options.classifier)},
@@ -496,7 +497,7 @@ def _header(options: argparse.Namespace, explainer: ExplainerModule) -> dict[str
     return {
         **made_from,
         "method": public_path(type(explainer)),
-        "version": importlib.metadata.version("cfe-lightning"),
+        "version": VERSION,
         "classes": list(explainer.classifier.class_names),
         **({"num_slices": explainer.num_slices} if explainer.num_slices > 1 else {}),
         "input": str(options.input.resolve()),

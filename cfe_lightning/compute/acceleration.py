@@ -43,7 +43,7 @@ def compile_blocks(module: nn.Module, backend: str = "inductor", *, dynamic: boo
 
     Blocks, not the whole: alike blocks share one graph, so that there is less to compile (the first batch takes
     minutes all the same), and what surrounds them (search, reflection, penalties on gradients) stays plain Python.
-    Passes that are differentiated twice run uncompiled (``precision.differentiable_twice``). Dropout draws other
+    Passes that are differentiated twice run uncompiled (``precision.double_backward``). Dropout draws other
     numbers with "inductor".
 
     Args:

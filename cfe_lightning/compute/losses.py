@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from cfe_lightning.compute.precision import single
+from cfe_lightning.compute.precision import to_float32
 
 
 def adversarial_loss(logits: Tensor, real: bool) -> Tensor:
     """Non-saturating logistic loss of critic logits that should say real (or fake): mean softplus, any shape -> []."""
-    logits = single(logits)
+    logits = to_float32(logits)
     return F.softplus(-logits if real else logits).mean()
 
 
@@ -50,7 +50,7 @@ def relative_distance(features: Sequence[Tensor], reference: Sequence[Tensor]) -
     """Mean squared difference of feature maps in units of the reference's mean square, averaged over the maps, []."""
     terms = [
         F.mse_loss(mine, other) / other.detach().square().mean().clamp_min(1e-8)
-        for mine, other in zip(map(single, features), map(single, reference), strict=True)
+        for mine, other in zip(map(to_float32, features), map(to_float32, reference), strict=True)
     ]
     return torch.stack(terms).mean()
 
@@ -80,7 +80,7 @@ class Lpips:
         """As the call, of every image, [B]."""
         self.network.to(image.device)
         shape = (-1, 3, -1, -1)
-        return single(self.network(image.expand(shape), other.expand(shape)).flatten())
+        return to_float32(self.network(image.expand(shape), other.expand(shape)).flatten())
 
     def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
         """Fills the network from the state dictionary of torchvision's ``features``: ``0.weight``, ``0.bias``, ...

@@ -25,7 +25,7 @@ from cfe_lightning.compute.processes import average_gradients
 #: Types of devices where one kernel takes an optimiser's step (``fused``), several times as fast as an operation each.
 FUSED = ("cpu", "cuda")
 
-Part = TypeVar("Part", bound=Sized)
+Slice = TypeVar("Slice", bound=Sized)
 Result = TypeVar("Result")
 
 
@@ -47,9 +47,9 @@ def parts_of(batch_size: int, count: int) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
-def twice(
-    render: Callable[[Part], Result], parts: Sequence[Part]
-) -> tuple[Callable[[Part], Result], Callable[[Part], Result]]:
+def render_twice(
+    render: Callable[[Slice], Result], parts: Sequence[Slice]
+) -> tuple[Callable[[Slice], Result], Callable[[Slice], Result]]:
     """A pass that two steps need: first without a gradient of its own, then with it.
 
     Where the batch is one part, one pass serves both. Where it is several, holding all of their graphs would take the
@@ -58,7 +58,7 @@ def twice(
     if len(parts) == 1:
         made: list[Result] = []
 
-        def once(part: Part) -> Result:
+        def once(part: Slice) -> Result:
             if not made:
                 made.append(render(part))
             return made[0]
@@ -67,10 +67,10 @@ def twice(
     return torch.no_grad()(render), render
 
 
-def descend(
+def accumulate_and_step(
     module: pl.LightningModule,
-    parts: Sequence[Part],
-    loss: Callable[[Part], dict[str, Tensor]],
+    parts: Sequence[Slice],
+    loss: Callable[[Slice], dict[str, Tensor]],
     name: str,
     *optimizers: Any,
 ) -> dict[str, Tensor]:

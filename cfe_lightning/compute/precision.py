@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 
-def single(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """Half-precision tensors as float32; all others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context without autocast on a tensor's device; inputs of layers have to be ``single`` inside."""
+    """A context without autocast on a tensor's device; inputs of layers have to be ``to_float32`` inside."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager
-def differentiable_twice(like: Tensor) -> Iterator[None]:
+def double_backward(like: Tensor) -> Iterator[None]:
     """The context of a pass whose gradient is differentiated again (R1, path length): single precision, not compiled.
 
     Squared gradients are too small and too large for bfloat16, and compiled graphs have no second derivative.

@@ -86,7 +86,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     torch._foreach_copy_(gradients, present)
 
 
-def take_buffers_of_first(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """All processes hold the buffers of the first, which a checkpoint holds: the running statistics of batch norms.
 
     DDP does not send them where optimisers are stepped by hand, nor where a module has told it not to in every
@@ -100,7 +100,7 @@ def take_buffers_of_first(module: nn.Module) -> None:
                 buffer.copy_(sent)
 
 
-def rows_of_all(mine: Tensor) -> Tensor:
+def all_gather_rows(mine: Tensor) -> Tensor:
     """The rows of all processes in the order of the data, of which process r of W has every W-th row from r on.
 
     Args:
@@ -122,7 +122,7 @@ def rows_of_all(mine: Tensor) -> Tensor:
     return torch.stack(gathered, dim=1).flatten(0, 1)[: int(counts.sum())]
 
 
-def largest_of_all(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """The largest of the processes' numbers; waits for all of them, and for the device.
 
     Args:

@@ -113,13 +113,13 @@ def silence_trainer(trainer: Any) -> None:
     loop._broadcast_sigterm_tensor = lambda: None
 
 
-def end_launched(trainer: Any) -> None:
+def kill_children(trainer: Any) -> None:
     """Ends the processes that the trainer has started: they may wait for ever for one that stops without them.
 
     Args:
         trainer: A ``Trainer`` that is about to fail.
     """
-    children = let_go(trainer)
+    children = forget_children(trainer)
     for child in children:
         child.kill()
     for child in children:
@@ -127,7 +127,7 @@ def end_launched(trainer: Any) -> None:
             child.wait()
 
 
-def let_go(trainer: Any) -> list[Any]:
+def forget_children(trainer: Any) -> list[Any]:
     """Keeps Lightning from watching the processes that the trainer has started.
 
     As soon as one of them has failed, it would kill this one, too, which has not yet said what has happened.

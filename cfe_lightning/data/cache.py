@@ -20,7 +20,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from cfe_lightning.files.atomic import whole_path
+from cfe_lightning.files.atomic import atomic_path
 from cfe_lightning.images.medical import reader_versions
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class ImageCache:
             place.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(place.parent).free < _RESERVE + len(values):
                 raise OSError(errno.ENOSPC, f"less than {_RESERVE / 2**30:.0f} GiB would be left on the disk")
-            with whole_path(place, owner=uuid.uuid4().hex) as temporary, temporary.open("xb") as file:
+            with atomic_path(place, owner=uuid.uuid4().hex) as temporary, temporary.open("xb") as file:
                 file.write(_HEAD.pack(_MAGIC, key, zlib.crc32(values)))
                 file.write(values)
         except OSError as error:

@@ -15,6 +15,7 @@ import torchvision.datasets
 from cfe_lightning.data.base import ImageData, Split, check_groups, nearest_names
 from cfe_lightning.data.cache import ImageCache
 from cfe_lightning.data.files import ImageFiles, LabelledFile, drop_unreadable
+from cfe_lightning.files.text import one_line
 from cfe_lightning.images import find_images
 
 _log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def _download(root: Path) -> None:
     try:
         torchvision.datasets.CelebA(str(root), download=True)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"CelebA could not be downloaded ({reason}): fetch img_align_celeba.zip and the tables by hand, unpack "
             f"them into {root / 'celeba'}, and leave download=false."

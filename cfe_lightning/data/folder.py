@@ -128,7 +128,7 @@ class ImageFolder(ImageData):
         if labels is None:
             entries = _read_folders(self.root, group_pattern)
         else:
-            columns = _Columns(name_column, label_column, group_column, split_column)
+            columns = CsvColumns(name_column, label_column, group_column, split_column)
             entries = _read_csv(self.root, Path(labels), columns, group_pattern)
         self.class_names = choose_classes(entries, class_names, self.root)
         splits = assign_splits(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
@@ -206,14 +206,16 @@ def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: s
     return entries
 
 
-class _Columns(NamedTuple):
+class CsvColumns(NamedTuple):
+    """The columns of a CSV file that hold file names, labels, splits and groups."""
+
     name: str
     label: str
     group: str
     split: str
 
 
-def _read_csv(root: Path, labels: Path, columns: _Columns, group_pattern: str | None) -> list[Entry]:
+def _read_csv(root: Path, labels: Path, columns: CsvColumns, group_pattern: str | None) -> list[Entry]:
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(f"There is no CSV of labels {labels}, neither as given nor below {root}.")
@@ -240,7 +242,7 @@ def _read_csv(root: Path, labels: Path, columns: _Columns, group_pattern: str | 
     return entries
 
 
-def _check_header(file: Path, header: Sequence[str], columns: _Columns, group_pattern: str | None) -> None:
+def _check_header(file: Path, header: Sequence[str], columns: CsvColumns, group_pattern: str | None) -> None:
     for column in (columns.name, columns.label):
         if column not in header:
             raise ValueError(
@@ -258,7 +260,7 @@ def _row_entry(
     row: dict[str, str],
     place: str,
     by_name: dict[str, list[str]],
-    columns: _Columns,
+    columns: CsvColumns,
     group_pattern: str | None,
     root: Path,
 ) -> Entry:

@@ -18,7 +18,7 @@ from cfe_lightning.data.base import Augmentation, ImageData, Sample, Split, chec
 from cfe_lightning.data.cache import ImageCache
 from cfe_lightning.data.files import LabelledImages, take_turns
 from cfe_lightning.data.folder import Entry, assign_splits, choose_classes
-from cfe_lightning.data.patient_table import Columns, Patient, Slice, find_stack, read_patients
+from cfe_lightning.data.patient_table import CsvColumns, Patient, Slice, find_stack, read_patients
 from cfe_lightning.images import medical as medical_files
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class PatientSlices(ImageData):
                 f"There is no folder {self.root}: set root to the folder that the paths start from."
             )
         check_fractions(val_fraction, test_fraction)
-        columns = Columns(patient_column, path_column, label_column, slice_column, split_column)
+        columns = CsvColumns(patient_column, path_column, label_column, slice_column, split_column)
         patients = read_patients(self.root, Path(labels), columns)
         if window is not None and not any(
             medical_files.is_medical(one.path) for p in patients.values() for one in p.slices

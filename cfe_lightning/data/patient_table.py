@@ -41,7 +41,7 @@ class Patient(NamedTuple):
     slices: list[Slice]
 
 
-class Columns(NamedTuple):
+class CsvColumns(NamedTuple):
     """What the CSV's columns are called."""
 
     patient: str
@@ -51,7 +51,7 @@ class Columns(NamedTuple):
     split: str
 
 
-def read_patients(root: Path, labels: Path, columns: Columns) -> dict[str, Patient]:
+def read_patients(root: Path, labels: Path, columns: CsvColumns) -> dict[str, Patient]:
     """The patients of the CSV by name, in its order, each with the slices in theirs."""
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
@@ -88,7 +88,7 @@ def read_patients(root: Path, labels: Path, columns: Columns) -> dict[str, Patie
     return patients
 
 
-def _check_header(file: Path, header: Sequence[str], columns: Columns) -> None:
+def _check_header(file: Path, header: Sequence[str], columns: CsvColumns) -> None:
     missing = [column for column in (columns.patient, columns.path, columns.label) if column not in header]
     if missing:
         raise ValueError(
@@ -98,7 +98,7 @@ def _check_header(file: Path, header: Sequence[str], columns: Columns) -> None:
         )
 
 
-def _row_patient(row: dict[str, str], place: str, columns: Columns, root: Path) -> Patient:
+def _row_patient(row: dict[str, str], place: str, columns: CsvColumns, root: Path) -> Patient:
     """One row as a patient with one slice."""
     fields = {column: (row[column] or "").strip() for column in columns if column in row}
     for column, field in fields.items():
@@ -130,7 +130,7 @@ def _row_patient(row: dict[str, str], place: str, columns: Columns, root: Path) 
     )
 
 
-def _number(text: str, place: str, columns: Columns) -> float:
+def _number(text: str, place: str, columns: CsvColumns) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -149,7 +149,7 @@ def _volume_index(address: str | None, position: float | None) -> int | None:
     return int(position) if position is not None and position >= 0 and position == int(position) else None
 
 
-def _check_same(known: Patient, patient: Patient, place: str, columns: Columns) -> None:
+def _check_same(known: Patient, patient: Patient, place: str, columns: CsvColumns) -> None:
     for column, before, now in (
         (columns.label, known.label, patient.label),
         (columns.split, known.split, patient.split),
@@ -161,7 +161,7 @@ def _check_same(known: Patient, patient: Patient, place: str, columns: Columns) 
             )
 
 
-def _sort(patient: Patient, file: Path, columns: Columns) -> None:
+def _sort(patient: Patient, file: Path, columns: CsvColumns) -> None:
     if all(one.position is None for one in patient.slices):
         patient.slices[:] = in_order(patient.slices)
         return

@@ -19,6 +19,7 @@ from torchvision.datasets import VisionDataset
 from cfe_lightning import images
 from cfe_lightning.data.base import ImageData, Split, check_fractions, split_by_group
 from cfe_lightning.data.files import LabelledImages, take_turns
+from cfe_lightning.files.text import one_line
 
 #: What torchvision's sets call their splits, best first.
 _SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
@@ -229,7 +230,7 @@ def _build(kind: type[VisionDataset], arguments: dict[str, Any]) -> VisionDatase
         refused = _NoSuchSplitError if "argument split" in str(error) else ValueError
         raise refused(f"torchvision's {kind.__name__}: {error}; further arguments go into options.") from error
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error)
         raise ValueError(
             f"{kind.__name__} is not complete below {arguments['root']} ({reason}): set download=true, or put its "
             "files there as torchvision expects them."

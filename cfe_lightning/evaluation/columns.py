@@ -40,7 +40,7 @@ class Columns:
         """All rows so far, [N, ...] by column name."""
         return {name: rows[: self._length[name]] for name, rows in self._rows.items()}
 
-    def news(self) -> dict[str, Tensor]:
+    def take_new(self) -> dict[str, Tensor]:
         """Copies of the rows that came since this was last asked for: ``add`` of these makes the same columns again."""
         found = {
             name: rows[self._handed_over.get(name, 0) : self._length[name]].clone()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.evaluation.evaluate import Evaluation
-from cfe_lightning.evaluation.summary import Row
+from cfe_lightning.evaluation.summary import ResultRow
 from cfe_lightning.metrics import realism
 from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, METRICS, iso_key
 from cfe_lightning.metrics.statistics import Measurement, summarise, undefined
@@ -117,7 +117,7 @@ def at_equal_strength(
     return int(common.sum()), found
 
 
-def _realism(row: Row, level: str, common: Tensor, seed: int) -> dict[str, Measurement]:
+def _realism(row: ResultRow, level: str, common: Tensor, seed: int) -> dict[str, Measurement]:
     """Distances of the sets of originals and edits in the classifier's features."""
     total, used = len(common), int(common.sum())
     if level not in row.features:

@@ -17,8 +17,8 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.evaluation.gallery import Gallery
 from cfe_lightning.evaluation.store import EvaluationStore
-from cfe_lightning.evaluation.summary import Row, summarise_tally
-from cfe_lightning.evaluation.tally import Measures, Tally
+from cfe_lightning.evaluation.summary import ResultRow, summarise_measurer
+from cfe_lightning.evaluation.tally import Measurer, Measures
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.metrics.agreement import rank_agreement
 from cfe_lightning.metrics.pointing import pointed_at
@@ -40,7 +40,7 @@ class Evaluation:
         agreeing: Names of the explainers that answered, P.
     """
 
-    rows: list[Row]
+    rows: list[ResultRow]
     image_names: list[str]
     labels: Tensor
     class_names: tuple[str, ...]
@@ -86,7 +86,7 @@ def evaluate(
         raise ValueError("There is nothing to evaluate: give at least one explainer.")
     measures = measures or Measures()
     tallies = {
-        name: Tally(explainer, judge or explainer.classifier, measures) for name, explainer in explainers.items()
+        name: Measurer(explainer, judge or explainer.classifier, measures) for name, explainer in explainers.items()
     }
     class_names = next(iter(tallies.values())).judge.class_names
     # First, because a folder that holds none must not cost hours.
@@ -132,7 +132,7 @@ def evaluate(
         raise ValueError("There is no image to evaluate: the split is empty.")
     agreeing, agreed = agreement.result([name for name, tally in tallies.items() if tally.failure is None])
     return Evaluation(
-        rows=[summarise_tally(tally, name, resamples, seed) for name, tally in tallies.items()],
+        rows=[summarise_measurer(tally, name, resamples, seed) for name, tally in tallies.items()],
         image_names=image_names,
         labels=torch.cat(labels),
         class_names=class_names,
@@ -165,9 +165,9 @@ class _Agreement:
         return tuple(wanted), (self.sums / self.counts)[places[:, None], places].float()
 
 
-def unavailable(name: str, reason: str, measures: Measures) -> Row:
+def unavailable(name: str, reason: str, measures: Measures) -> ResultRow:
     """The row of an explainer that cannot run here: every metric is skipped for the same reason."""
-    return Row(name=name, measurements={m.key: skipped(reason) for m in measures.metrics}, notes=[reason])
+    return ResultRow(name=name, measurements={m.key: skipped(reason) for m in measures.metrics}, notes=[reason])
 
 
 def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:
@@ -187,7 +187,7 @@ def evenly(total: int, count: int) -> list[int]:
 def _show(
     gallery: Gallery,
     name: str,
-    tally: Tally,
+    tally: Measurer,
     batch: dict[str, Any],
     explanation: Explanation | None,
     places: Sequence[int],

@@ -5,7 +5,6 @@ Shapes: B images, C channels, H, W pixels, K classes.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from cfe_lightning import images
 from cfe_lightning.decisions import decides_for
 from cfe_lightning.explaining.values import percent
 from cfe_lightning.explanation import Explanation
+from cfe_lightning.files.text import data_address
 from cfe_lightning.report.html import write_page
 
 #: Smaller pictures are enlarged by a whole factor to about this side: every pixel is then seen as the square it is.
@@ -52,7 +52,7 @@ class _Picture:
         buffer = io.BytesIO()
         # The quality of lossless files is the effort.
         picture.save(buffer, format="WEBP", lossless=True, quality=50, method=3)
-        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return data_address(buffer.getvalue(), "webp")
 
     @property
     def strength(self) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.explanation import Decomposer, Explainer, Explanation
+from cfe_lightning.files.text import one_line
 
 
 class FaultyExplainerError(Exception):
@@ -51,7 +52,7 @@ class GuardedExplainer:
             raise
         # Explainers are anybody's code.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise FaultyExplainerError(f"fails with {type(error).__name__}: {reason}") from error
 
     def _check(self, answer: dict[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from cfe_lightning.classifier.weights import load_weights, read_weights
 from cfe_lightning.compute.losses import Lpips
 from cfe_lightning.evaluation.embeddings import FaceEmbedding, SimSiamEmbedding, UserEmbedding, coloured
 from cfe_lightning.explainer import sha256_of
+from cfe_lightning.files.text import one_line
 from cfe_lightning.metrics.attributes import attribute_correlations
 
 #: Images [B, C, H, W] in [-1, 1] to features [B, D].
@@ -332,5 +333,5 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         yield
     # They raise nearly anything on files that are broken or of another network.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"{path} cannot be used as {name}, which takes {NAMES[name]}: {reason}.") from error

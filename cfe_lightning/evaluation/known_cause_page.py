@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -18,7 +17,8 @@ from cfe_lightning import images
 from cfe_lightning.evaluation.known_cause import BLIND, USES, VALUES, Bench, MarkUse, Verdict, headline
 from cfe_lightning.evaluation.tables import Table
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.text import data_address
 from cfe_lightning.metrics.pointing import pointed_at
 from cfe_lightning.metrics.statistics import Measurement, summarise
 from cfe_lightning.report.html import write_page
@@ -235,7 +235,7 @@ def _scenes(bench: Bench, folder: Path) -> list[dict[str, Any]]:
 def _embedded(path: Path) -> str:
     if not path.is_file():
         return ""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return data_address(path.read_bytes(), "png")
 
 
 def _text(measurement: Measurement, *, interval: bool) -> str:
@@ -246,5 +246,5 @@ def _text(measurement: Measurement, *, interval: bool) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cfe_lightning.files.tensors import read_tensors, write_tensors
+from cfe_lightning.files.tensors import load_plain, save_plain
 
 
 class EvaluationStore:
@@ -38,7 +38,7 @@ class EvaluationStore:
         """
         while (path := self._path(self._count)).is_file():
             try:
-                state = read_tensors(path)
+                state = load_plain(path)
             except ValueError as error:
                 raise ValueError(
                     f"{path} of an interrupted evaluation cannot be read ({error}): delete the folder "
@@ -50,7 +50,7 @@ class EvaluationStore:
     def add(self, state: dict[str, Any]) -> None:
         """Keeps one more batch; what a kill tears is not taken for one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(self._count), state)
+        save_plain(self._path(self._count), state)
         self._count += 1
 
     def clear(self) -> None:

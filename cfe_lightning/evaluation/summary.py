@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.evaluation.instruments import LPIPS_SIZE
-from cfe_lightning.evaluation.tally import Tally
+from cfe_lightning.evaluation.tally import Measurer
 from cfe_lightning.metrics import attributes, faithfulness, realism, reconstruction
 from cfe_lightning.metrics.catalogue import MISSING, Metric, Need, Population
 from cfe_lightning.metrics.statistics import Measurement, skipped, statistic, summarise, undefined
@@ -25,7 +25,7 @@ _NO_CLEAN_HIT = "the classifier is right on none of these images"
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
+class ResultRow:
     """One explainer's results.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
-def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
+def summarise_measurer(tally: Measurer, name: str, resamples: int, seed: int) -> ResultRow:
     """All measurements of one explainer.
 
     Args:
@@ -62,7 +62,7 @@ def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
     metrics = tally.measures.metrics
     if tally.failure is not None:
         broken = {metric.key: undefined(tally.failure, tally.num_images) for metric in metrics}
-        return Row(name=name, measurements=broken, notes=[f"{name} {tally.failure}"])
+        return ResultRow(name=name, measurements=broken, notes=[f"{name} {tally.failure}"])
     decided = tally.columns["decisions"].joined()
     per_image = tally.columns["values"].joined()
     members: dict[Population, Tensor] = {"correct": decided["predicted"] == decided["label"]}
@@ -82,7 +82,7 @@ def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
     measured = summarise(counted, populations | {"l1_truth": "correct"}, resamples=resamples, seed=seed)
     measured |= _areas(curves, resamples, seed)
     measured |= _robust(measured)
-    row = Row(
+    row = ResultRow(
         name=name,
         measurements={},
         curves={key: values.float().mean(dim=0) for key, values in curves.items() if len(values)} | tally.positions,
@@ -104,7 +104,7 @@ def summarise_tally(tally: Tally, name: str, resamples: int, seed: int) -> Row:
     return row
 
 
-def _absent(metric: Metric, tally: Tally) -> Measurement:
+def _absent(metric: Metric, tally: Measurer) -> Measurement:
     missing: list[Need] = [need for need in metric.needs if need not in tally.available]
     if missing:
         return skipped(MISSING[missing[0]])
@@ -157,7 +157,9 @@ def _robust(measured: dict[str, Measurement]) -> dict[str, Measurement]:
     return {"robust_flip": min(found, key=lambda one: one.value or 0.0)} if found else {}
 
 
-def _distances(tally: Tally, title: str, members: Tensor | None, seed: int) -> tuple[dict[str, Measurement], list[str]]:
+def _distances(
+    tally: Measurer, title: str, members: Tensor | None, seed: int
+) -> tuple[dict[str, Measurement], list[str]]:
     """Distances of the sets of originals, or of held-out images, and edits (5.1 to 5.3); and what to know of them."""
     features, reference = tally.columns["features"].joined(), tally.columns["reference"].joined()
     found: dict[str, Measurement] = {}
@@ -238,7 +240,7 @@ def set_distances(
     return dict(zip(keys, values, strict=True))
 
 
-def _correlations(tally: Tally, members: Tensor | None) -> dict[str, Measurement]:
+def _correlations(tally: Measurer, members: Tensor | None) -> dict[str, Measurement]:
     """Whether attributes go along as they do in the data (6.5)."""
     decided = tally.columns["attributes"].joined()
     instruments = tally.measures.instruments
@@ -256,7 +258,7 @@ def _correlations(tally: Tally, members: Tensor | None) -> dict[str, Measurement
     }
 
 
-def _cost(tally: Tally) -> dict[str, Measurement]:
+def _cost(tally: Measurer) -> dict[str, Measurement]:
     """Seconds and memory (10)."""
 
     def measured(value: float) -> Measurement:
@@ -272,7 +274,7 @@ def _cost(tally: Tally) -> dict[str, Measurement]:
     return found
 
 
-def _notes(row: Row, size: int) -> list[str]:
+def _notes(row: ResultRow, size: int) -> list[str]:
     notes = []
     if "lpips" in row.per_image and size < LPIPS_SIZE:
         notes.append(f"{row.name}: images of {size} pixels were enlarged to {LPIPS_SIZE} for lpips")

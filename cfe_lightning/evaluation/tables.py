@@ -22,7 +22,7 @@ from cfe_lightning.evaluation.comparison import (
     worst_pair,
 )
 from cfe_lightning.evaluation.evaluate import Evaluation
-from cfe_lightning.files.atomic import whole_file, whole_path
+from cfe_lightning.files.atomic import atomic_path, atomic_write
 from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, Metric, iso_key
 from cfe_lightning.metrics.statistics import Measurement
 
@@ -131,10 +131,10 @@ def save(evaluation: Evaluation, folder: Path, settings: Mapping[str, Any]) -> l
         "metrics.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
     }
     for name, written in files.items():
-        with whole_file(folder / name) as file:
+        with atomic_write(folder / name) as file:
             file.write(written)
     curves = {f"{row.name}/{name}": curve.numpy() for row in evaluation.rows for name, curve in row.curves.items()}
-    with whole_path(folder / "curves.npz") as temporary, temporary.open("wb") as archive:
+    with atomic_path(folder / "curves.npz") as temporary, temporary.open("wb") as archive:
         np.savez(archive, allow_pickle=False, **curves)
     return shown
 

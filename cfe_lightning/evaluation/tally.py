@@ -6,7 +6,6 @@ Sources: evaluation, sections 3, 4 and 6 to 10; DXAI, section 5. What becomes of
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.classifier.counting import counted
+from cfe_lightning.compute.clock import clock
 from cfe_lightning.decisions import kl_from_uniform, probability_along, runner_up
 from cfe_lightning.evaluation.columns import Columns
 from cfe_lightning.evaluation.guarded import FaultyExplainerError, GuardedExplainer, is_decomposer
@@ -73,7 +73,7 @@ class Measures:
         return (*METRICS, *iso_metrics(self.iso))
 
 
-class Tally:
+class Measurer:
     """Measures one explainer batch by batch and keeps a few numbers per image.
 
     Attributes:
@@ -140,7 +140,7 @@ class Tally:
         labels = sorted(self._new_labels)
         news = {
             # Held-out images are read again.
-            "columns": {group: columns.news() for group, columns in self.columns.items() if group != "reference"},
+            "columns": {group: columns.take_new() for group, columns in self.columns.items() if group != "reference"},
             "available": sorted(self.available),
             "failure": self.failure,
             "positions": self.positions,
@@ -160,7 +160,7 @@ class Tally:
         """Takes what ``state`` gave."""
         for group, news in state["columns"].items():
             self.columns[group].add(news)
-            self.columns[group].news()
+            self.columns[group].take_new()
         self.available = set(state["available"])
         for name in ("failure", "positions", "peak_memory", "num_images", "size"):
             setattr(self, name, state[name])
@@ -181,10 +181,10 @@ class Tally:
         if image.is_cuda:
             torch.cuda.reset_peak_memory_stats(image.device)
             self.available.add("cuda")
-        started = _now(image.device)
+        started = clock(image.device)
         with counted() as calls:
             explanation = self._asked.explain(image, target)
-        self.seconds = [*self.seconds, (_now(image.device) - started) / len(image)]
+        self.seconds = [*self.seconds, (clock(image.device) - started) / len(image)]
         if image.is_cuda:
             self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated(image.device))
         ones = torch.ones(len(image))
@@ -542,9 +542,3 @@ def _target(batch: dict[str, Any], classifier: FrozenClassifier, ace: bool) -> T
     logits, label = classifier(batch["image"]), batch["label"]
     wanted = _true_target(label, logits.shape[1]) if "counterfactual" in batch else runner_up(logits)
     return torch.where(logits.argmax(dim=1) == label, wanted, label if ace else runner_up(logits))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

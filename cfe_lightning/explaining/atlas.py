@@ -12,7 +12,8 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.atlas import Atlas, AtlasPair
 from cfe_lightning.explaining.folder import ATLAS_PICTURE, ATLAS_SCHEMA
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.text import significant
 
 #: Sides that a cell of a picture has at least, in pixels; smaller images are enlarged by a whole factor.
 SMALLEST_CELL = 48
@@ -35,7 +36,7 @@ def write_atlas(atlas: Atlas, output: Path) -> None:
         if ATLAS_PICTURE.fullmatch(stale.name):
             stale.unlink()
     content = {"schema": ATLAS_SCHEMA, "title": atlas.title, "note": atlas.note, "pairs": pairs}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -54,9 +55,9 @@ def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:
                 "file": file,
                 "cell": [picture.shape[2] // columns, picture.shape[1] // rows],
                 "enlarged": factor,
-                "strengths": [_number(value) for value in direction.strengths.tolist()],
-                "probabilities": [[_number(value) for value in row] for row in direction.probabilities.tolist()],
-                **{name: None if value is None else _number(value) for name, value in direction.numbers().items()},
+                "strengths": [significant(value) for value in direction.strengths.tolist()],
+                "probabilities": [[significant(value) for value in row] for row in direction.probabilities.tolist()],
+                **{name: None if value is None else significant(value) for name, value in direction.numbers().items()},
             }
         )
     return {
@@ -64,8 +65,8 @@ def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:
         "target": pair.target,
         "num_images": pair.num_images,
         "num_kept": pair.num_kept,
-        "covered": _number(pair.covered),
-        "curve": [[_number(step), _number(share)] for step, share in pair.curve],
+        "covered": significant(pair.covered),
+        "curve": [[significant(step), significant(share)] for step, share in pair.curve],
         "directions": directions,
     }
 
@@ -75,8 +76,3 @@ def _picture(moved: Tensor) -> tuple[Tensor, int]:
     factor = max(1, math.ceil(SMALLEST_CELL / min(moved.shape[-2:])))
     table = moved.detach().float().cpu().permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     return table.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2), factor
-
-
-def _number(value: float) -> float:
-    """Six significant digits: what the measurement is good for."""
-    return float(f"{value:.6g}")

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TextIO
 
 from cfe_lightning.explaining.row import is_row
 from cfe_lightning.explaining.sentence import measured_sentence
-from cfe_lightning.files.atomic import refuse_links, whole_file
+from cfe_lightning.files.atomic import atomic_write, refuse_links
 from cfe_lightning.files.trust import present_path
 
 SCHEMA = 1
@@ -164,7 +164,7 @@ class OutputFolder:
         refuse_links(self.path)
         if self.header() is None:
             # Shards that begin together write the same line, each from a file of its own.
-            with whole_file(self.manifest_path, owner=str(self.shard or "")) as file:
+            with atomic_write(self.manifest_path, owner=str(self.shard or "")) as file:
                 _write_lines(file, [header])
         if self.shard is None:
             self.merge()
@@ -217,7 +217,7 @@ class OutputFolder:
         assert header is not None, "prepare() writes the header before any process appends"
         files = {path: path.open("rb") for path in (self.manifest_path, *parts)}
         try:
-            with whole_file(self.manifest_path) as file:
+            with atomic_write(self.manifest_path) as file:
                 _write_lines(file, [header])
                 ordered = sorted(places, key=lambda name: name.split("/"))
                 for first in range(0, len(ordered), _ROWS_TOGETHER):
@@ -245,7 +245,7 @@ class OutputFolder:
         for row in self.rows():
             extra |= dict.fromkeys(key for key in _cells(row) if key not in COLUMNS)
         columns = [*COLUMNS, *sorted(extra)]
-        with whole_file(self.path / "manifest.csv") as file:
+        with atomic_write(self.path / "manifest.csv") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(map(_cells, self.rows()))
@@ -253,7 +253,7 @@ class OutputFolder:
     def write_summary(self, **facts: Any) -> dict[str, Any]:
         """Writes summary.json, the statistics of the merged rows after the given facts, and returns it."""
         summary = {**(self.header() or {}), **facts, **summarise(self.rows())}
-        with whole_file(self.path / "summary.json") as file:
+        with atomic_write(self.path / "summary.json") as file:
             file.write(json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -267,7 +267,7 @@ class OutputFolder:
 
     def write_verification(self, content: dict[str, Any]) -> None:
         """Writes verification.json."""
-        with whole_file(self.path / "verification.json") as file:
+        with atomic_write(self.path / "verification.json") as file:
             file.write(json.dumps(content, indent=2) + "\n")
 
     def _remove(self) -> None:

@@ -1,7 +1,7 @@
 """What the changes of a whole folder have in common: what does the classifier look at, over all its images?
 
 For every pair of classes (predicted, target) the changes that flip the decision on the saved pixels are averaged, read
-from the saved pictures. ``write_global`` puts the result beside the explanations, where the report finds it::
+from the saved pictures. ``write_overview`` puts the result beside the explanations, where the report finds it::
 
     global.json                  numbers of every pair, the most frequent first
     global/<p>-change.png        mean change of pair p, counted from 0: blue darker, red brighter
@@ -25,7 +25,8 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.explaining.folder import GLOBAL_PICTURE, GLOBAL_SCHEMA, MAX_PICTURED, OutputFolder, Row
 from cfe_lightning.explaining.saved_change import frame_mask, strongest_region
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.text import significant
 
 #: Images of one pair that enter its means, drawn evenly over the manifest.
 MAX_IMAGES = 2000
@@ -40,7 +41,7 @@ _READ_AT_ONCE = 64
 Pair = tuple[str, str]
 
 
-def write_global(output: OutputFolder, *, num_slices: int = 1, max_images: int = MAX_IMAGES) -> None:
+def write_overview(output: OutputFolder, *, num_slices: int = 1, max_images: int = MAX_IMAGES) -> None:
     """Writes ``global.json`` and ``global/``; those of an earlier run give way, other files there stay.
 
     Nothing is written where no saved counterfactual flips. Memory depends on the number of pairs, not of images.
@@ -74,7 +75,7 @@ def write_global(output: OutputFolder, *, num_slices: int = 1, max_images: int =
     _remove_stale(folder, {output.path / picture["file"] for pair in pairs for picture in pair["pictures"].values()})
     if pairs:
         content = {"schema": GLOBAL_SCHEMA, "max_images": max_images, "frame_ratio": FRAME_RATIO, "pairs": pairs}
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -128,7 +129,7 @@ class _Mean:
         similarity = float((strength * self.strength).sum()) / length if length else 0.0
         # Of equally similar ones the first stays: the counter decides, not the last digit nor the name.
         self.num_compared += 1
-        heapq.heappush(self.typical, (_number(similarity), -self.num_compared, name))
+        heapq.heappush(self.typical, (significant(similarity), -self.num_compared, name))
         if len(self.typical) > NUM_TYPICAL:
             heapq.heappop(self.typical)
 
@@ -143,11 +144,11 @@ class _Mean:
         return {
             "num_used": self.num_used,
             "num_left_out": self.num_left_out,
-            "mean_strength": _number(self.total / num_pixels) if num_pixels else None,
+            "mean_strength": significant(self.total / num_pixels) if num_pixels else None,
             "where": where,
-            "where_share": None if where_share is None else _number(where_share),
-            "frame_share": _number(self.near / self.total) if measured else None,
-            "frame_area": _number(area) if measured else None,
+            "where_share": None if where_share is None else significant(where_share),
+            "frame_share": significant(self.near / self.total) if measured else None,
+            "frame_area": significant(area) if measured else None,
             "num_framed": self.num_framed,
             "alarm": self.num_used >= FEWEST_FOR_ALARM
             and self._is_framed(self.near, self.total)
@@ -170,7 +171,7 @@ class _Mean:
         for kind, (picture, scale) in drawn.items():
             file = f"global/{index}-{kind}.png"
             images.save_image(picture, output / file)
-            pictures[kind] = {"file": file, "scale": _number(float(scale))}
+            pictures[kind] = {"file": file, "scale": significant(float(scale))}
         return {"pictures": pictures}
 
     def _is_framed(self, near: float, total: float) -> bool:
@@ -227,8 +228,3 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _number(value: float) -> float:
-    """Six significant digits: what the measurement is good for."""
-    return float(f"{value:.6g}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -17,7 +16,8 @@ import lightning.pytorch as pl
 
 from cfe_lightning.explainer import ExplainerModule, sha256_of
 from cfe_lightning.explaining.atlas import write_atlas
-from cfe_lightning.files.tensors import read_tensors, write_tensors
+from cfe_lightning.files.tensors import load_plain, save_plain
+from cfe_lightning.files.text import VERSION
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
     """
     if type(explainer).survey is ExplainerModule.survey:
         return
-    version = importlib.metadata.version("cfe-lightning")
+    version = VERSION
     told = json.dumps([sha256_of(checkpoint), version, dict(explainer.hparams)], sort_keys=True)
     made_from = hashlib.sha256(told.encode()).hexdigest()
     path = survey_path(checkpoint)
@@ -99,7 +99,7 @@ def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> 
     """
     own = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        write_tensors(own, content)
+        save_plain(own, content)
         try:
             os.link(own, path)
         except OSError:  # there is a file, which counts if it is a survey of the same, or there are no links
@@ -114,7 +114,7 @@ def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> 
 def _read(path: Path) -> dict[str, Any]:
     """What the file holds, as plain data; nothing if there is none or it is no survey."""
     try:
-        content = read_tensors(path)
+        content = load_plain(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

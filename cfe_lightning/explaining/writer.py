@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from tqdm import tqdm
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.compute.clock import clock
 from cfe_lightning.compute.memory import BackOff
-from cfe_lightning.compute.signals import end_launched, silence_trainer
+from cfe_lightning.compute.signals import kill_children, silence_trainer
 from cfe_lightning.decisions import decides_for
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder, part_file
 from cfe_lightning.explaining.saved_change import measure
 from cfe_lightning.explanation import Explanation, draw_part, seed_of
+from cfe_lightning.files.text import significant
 
 Batch = dict[str, Any]
 
@@ -68,7 +69,7 @@ class ExplanationWriter(BasePredictionWriter):
     ) -> None:
         """Seeds the batch and starts its clock."""
         torch.manual_seed(seed_of(batch["name"]))
-        self._started = _clock(pl_module.device)
+        self._started = clock(pl_module.device)
 
     def write_on_batch_end(
         self,
@@ -84,7 +85,7 @@ class ExplanationWriter(BasePredictionWriter):
         count = len(batch["name"])
         rows: list[Row] = [{**failure, "status": "failed"} for failure in batch["failed"]]
         if count:
-            seconds = (_clock(pl_module.device) - self._started) / count
+            seconds = (clock(pl_module.device) - self._started) / count
             classifier = pl_module.classifier
             assert isinstance(classifier, FrozenClassifier), "every explainer has one"
             num_slices = pl_module.num_slices
@@ -104,7 +105,7 @@ class ExplanationWriter(BasePredictionWriter):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the terminal tidy after an interruption, and no process that waits for this one."""
         self._close()
-        end_launched(trainer)
+        kill_children(trainer)
 
     def save(
         self,
@@ -355,10 +356,4 @@ def _number(value: Tensor | float) -> float:
     """Six significant digits: what the measurement is good for, and short rows."""
     number = float(value)
     assert math.isfinite(number), "only finite explanations become rows"
-    return float(f"{number:.6g}")
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return significant(number)

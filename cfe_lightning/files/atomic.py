@@ -14,7 +14,7 @@ _LONGEST_NAME = 255
 
 
 @contextmanager
-def whole_file(path: Path, owner: str = "") -> Iterator[TextIO]:
+def atomic_write(path: Path, owner: str = "") -> Iterator[TextIO]:
     """Opens a file to be written in UTF-8; it takes its name once all of it is there.
 
     Whatever interrupts that leaves an earlier file as it was. Half characters, as names of files hold them, become
@@ -25,14 +25,14 @@ def whole_file(path: Path, owner: str = "") -> Iterator[TextIO]:
         owner: Who writes, where several may write the same file at the same time: the last one counts.
     """
     with (
-        whole_path(path, owner) as temporary,
+        atomic_path(path, owner) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         yield file
 
 
 @contextmanager
-def whole_path(path: Path, owner: str = "") -> Iterator[Path]:
+def atomic_path(path: Path, owner: str = "") -> Iterator[Path]:
     """A path beside ``path`` for any kind of file, which takes its name once all of it is there.
 
     Whatever goes wrong leaves an earlier file as it was, and nothing that fills a disk; a complaint of the system
@@ -40,7 +40,7 @@ def whole_path(path: Path, owner: str = "") -> Iterator[Path]:
 
     Args:
         path: The file.
-        owner: See ``whole_file``.
+        owner: See ``atomic_write``.
     """
     temporary = path.with_name(_unfinished(path.name, owner and f".{owner}"))
     with naming(path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
-from cfe_lightning.files.atomic import whole_path
+from cfe_lightning.files.atomic import atomic_path
 
 #: Entries of lists and dictionaries once what is referred to twice is written out, and how deep they may nest.
 _MOST_ENTRIES = 10_000_000
@@ -53,7 +53,7 @@ _MAKERS: tuple[Any, ...] = (
 )
 
 
-def read_tensors(path: Path, *, any_age: bool = False) -> Any:
+def load_plain(path: Path, *, any_age: bool = False) -> Any:
     """Reads what ``torch.save`` wrote; nothing in the file is executed, and nothing is larger than it.
 
     Args:
@@ -83,18 +83,18 @@ def read_tensors(path: Path, *, any_age: bool = False) -> Any:
     return content
 
 
-def write_tensors(path: Path, content: Any, owner: str = "") -> None:
-    """Writes what ``read_tensors`` reads, whole or not at all, and waits until the disk has it.
+def save_plain(path: Path, content: Any, owner: str = "") -> None:
+    """Writes what ``load_plain`` reads, whole or not at all, and waits until the disk has it.
 
     Args:
         path: The file.
         content: Plain data and tensors.
-        owner: See ``whole_file.whole_path``.
+        owner: See ``atomic_path``.
 
     Raises:
         OSError: If the file cannot be written; it names the file.
     """
-    with whole_path(path, owner) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, owner) as temporary, temporary.open("wb") as file:
         with _complaint_of_the_system():
             torch.save(content, file)
         file.flush()
@@ -124,7 +124,7 @@ class _RefusedError(Exception):
 
 
 @contextmanager
-def no_larger_than(path: Path) -> Iterator[None]:
+def allocation_limit(path: Path) -> Iterator[None]:
     """While a network is built for the weights of a file: stops as soon as it grows far beyond that file.
 
     A single tensor that is too large is refused before it is made, all of them together while they are registered.

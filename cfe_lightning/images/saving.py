@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from cfe_lightning.files.atomic import whole_path
+from cfe_lightning.files.atomic import atomic_path
 from cfe_lightning.images.pixels import to_pil
 from cfe_lightning.images.reading import UnreadableImageError, from_pil
 
@@ -29,7 +29,7 @@ def save_image(image: Tensor, path: Path) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = to_pil(image)
-    with whole_path(path, owner=str(os.getpid())) as temporary:
+    with atomic_path(path, owner=str(os.getpid())) as temporary:
         picture.save(temporary, format="PNG", compress_level=1)
     return pixel_digest(picture)
 
@@ -75,7 +75,7 @@ def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> Non
     """
     frames = [to_pil(step) for step in (*steps, *steps.flip(0)[1:-1])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_path(path, owner=str(os.getpid())) as temporary:
+    with atomic_path(path, owner=str(os.getpid())) as temporary:
         if path.suffix == ".mp4":
             _save_video(frames, temporary, milliseconds)
             return

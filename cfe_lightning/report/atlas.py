@@ -12,6 +12,7 @@ from typing import Any
 
 from cfe_lightning.explaining.folder import ATLAS_SCHEMA
 from cfe_lightning.explaining.values import finite, percent, signed, text
+from cfe_lightning.files.text import one_line
 
 #: The only files that an atlas may name: what it says becomes an address in the page.
 _FILE = re.compile(r"atlas/\d+-\d+\.png")
@@ -45,7 +46,7 @@ def read_atlas(path: Path) -> dict[str, Any] | None:
         num_rows = max((len(direction["rows"]) for pair in pairs for direction in pair["directions"]), default=0)
         return {"title": text(atlas["title"]), "note": text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(
             f"{path} is no atlas of directions that can be shown ({reason}): remove it, or run explain.py again."
         ) from error

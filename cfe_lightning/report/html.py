@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
 
 #: The style sheet that all pages begin with.
 _SHARED_STYLE = "report/report.css"
@@ -48,7 +48,7 @@ def write_page(
     code = None if script is None else _asset(script)
     values |= {"style": Markup(style), "script": Markup(code or ""), "policy": content_policy(style, code)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.writelines(environment.from_string(_asset(template)).generate(values))
     return path
 

@@ -11,12 +11,13 @@ from typing import Any
 from cfe_lightning.explaining.folder import GLOBAL_SCHEMA, MAX_PICTURED
 from cfe_lightning.explaining.sentence import place
 from cfe_lightning.explaining.values import finite, short_percent, text
+from cfe_lightning.files.text import one_line
 
 #: The only files that a global view may name: what it says becomes an address in the page.
 _FILE = re.compile(r"global/\d+-(change|strength)\.png")
 
 
-def read_global(path: Path) -> dict[str, Any] | None:
+def read_overview(path: Path) -> dict[str, Any] | None:
     """What the page shows of a global view that ``write_global`` wrote, for the template.
 
     Args:
@@ -46,7 +47,7 @@ def read_global(path: Path) -> dict[str, Any] | None:
             "alarms": [pair for pair in pairs if pair["alarm"]][:MAX_PICTURED],
         }
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(
             f"{path} is no global view that can be shown ({reason}): remove it, or run explain.py again."
         ) from error

@@ -5,7 +5,6 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import json
@@ -19,9 +18,10 @@ from PIL import Image
 
 from cfe_lightning.explaining.folder import OutputFolder, Row
 from cfe_lightning.explaining.sentence import measured_sentence
+from cfe_lightning.files.text import data_address
 from cfe_lightning.report.atlas import read_atlas
 from cfe_lightning.report.html import write_page
-from cfe_lightning.report.overview import read_global
+from cfe_lightning.report.overview import read_overview
 
 #: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
 EMBEDDED_BYTES = 16 * 2**20
@@ -53,7 +53,7 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     files: dict[str, str] = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
-    whole = read_global(output / "global.json")
+    whole = read_overview(output / "global.json")
     if whole is not None:
         _find_cards(whole, folder, files)
         embedded_bytes -= _embed_whole(whole, output, embedded_bytes // 4)
@@ -200,7 +200,7 @@ def _thumbnail(path: Path, cells: tuple[int, int], enlarged: int = 1) -> str:
         lossless = longest <= _LOSSLESS
         form = "WEBP" if max(picture.size) <= _WIDEST_WEBP else "PNG"
         picture.save(buffer, format=form, lossless=lossless, quality=0 if lossless else 88, method=1)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_address(buffer.getvalue(), form.lower())
 
 
 def _shrink(picture: Image.Image, columns: int, rows: int) -> Image.Image:

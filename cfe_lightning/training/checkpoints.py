@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from cfe_lightning.files.tensors import read_tensors, write_tensors
+from cfe_lightning.files.tensors import load_plain, save_plain
 from cfe_lightning.training.last_checkpoint import log
 
 
@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, checkpoint)
+        save_plain(path, checkpoint)
         _keep_name(path)
         self._folders.add(path.parent.resolve())
 
@@ -53,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: If the file holds anything else.
         """
         try:
-            return read_tensors(Path(path))
+            return load_plain(Path(path))
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as a checkpoint: {error}; give a file of train.py.") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from cfe_lightning.files.atomic import naming, whole_file
+from cfe_lightning.files.atomic import atomic_write, naming
 
 
 class CsvLog(Logger):
@@ -100,7 +100,7 @@ class CsvLog(Logger):
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         """All rows at once, the current one as the last."""
-        with whole_file(self.path) as file:
+        with atomic_write(self.path) as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -15,6 +15,7 @@ from torch import nn
 from cfe_lightning.compute.signals import silence_trainer
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.explainer import ExplainerModule
+from cfe_lightning.files.text import one_line
 from cfe_lightning.training.run import ConfiguredRun
 from cfe_lightning.training.samples import SampleGrid
 from cfe_lightning.training.stopwatch import VAL_BATCHES, Measured, MeasuredError, Stopwatch, size_in_words
@@ -74,7 +75,7 @@ class DryRun(ConfiguredRun):
             # What is too little to learn from may also be too little to be judged.
             if not self.stopwatch.is_judging:
                 raise
-            measured.trouble = " ".join(str(error).split())
+            measured.trouble = f"{one_line(error)}."
             self.stopwatch.read(self.trainer.strategy.root_device)
         return f"{parameter_table(self.model)}\n{self._table()}{self._advice()}"
 

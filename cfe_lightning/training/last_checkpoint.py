@@ -13,8 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
 
-from cfe_lightning.compute.processes import largest_of_all
-from cfe_lightning.compute.signals import StopRequested, StopSignals, end_launched, let_go, name_of, silence_trainer
+from cfe_lightning.compute.processes import all_reduce_max
+from cfe_lightning.compute.signals import (
+    StopRequested,
+    StopSignals,
+    forget_children,
+    kill_children,
+    name_of,
+    silence_trainer,
+)
 
 log = logging.getLogger(__name__)
 #: A reason to stop beside the signals, more urgent than any of them.
@@ -115,11 +122,11 @@ class LastCheckpoint(Checkpoint):
         """Saves what is finished where only reading the next batch has failed; no process waits for this one."""
         try:
             if exception is self._planned:
-                let_go(trainer)  # they end by themselves, after the same batch
+                forget_children(trainer)  # they end by themselves, after the same batch
             elif self._signals.patient and not self._agreed and _in_fetching(exception):
                 self._stop_unread(trainer, exception)
             else:
-                end_launched(trainer)
+                kill_children(trainer)
         finally:
             self._leave()
 
@@ -208,16 +215,16 @@ class LastCheckpoint(Checkpoint):
             reason = self._agree(trainer, self._signals.received or _READING_FAILED)
             self._save_between(trainer)
         except BaseException:  # also a second Ctrl-C
-            end_launched(trainer)
+            kill_children(trainer)
             raise
-        let_go(trainer)
+        forget_children(trainer)
         if reason != _READING_FAILED:
             raise _stopped(trainer, reason) from exception
 
     def _agree(self, trainer: pl.Trainer, reason: int) -> int:
         """The most urgent reason to stop of all processes, 0 for none."""
         # Once a batch, in the place of Lightning's own exchange.
-        reason = largest_of_all(reason, trainer.strategy.root_device)
+        reason = all_reduce_max(reason, trainer.strategy.root_device)
         self._agreed = reason != 0
         return reason
 

@@ -22,7 +22,7 @@ from cfe_lightning.classifier.check import check_classifier
 from cfe_lightning.compute.processes import is_first_process, launched_processes
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.explainer import ExplainerModule, check_precision
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
 from cfe_lightning.files.configs import classes_of, in_our_words, load_config
 from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
 from cfe_lightning.training.csv_log import CsvLog
@@ -202,7 +202,7 @@ class ConfiguredRun(LightningCLI):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".*.part"), *self.folder.glob("samples/.*.part")]:
                 stale.unlink()  # what a kill has left unfinished
-            with whole_file(self.folder / "config.yaml") as file:
+            with atomic_write(self.folder / "config.yaml") as file:
                 file.write(self.config_text)
         if explainer and not explainer.needs_training:
             self.trainer.strategy.connect(explainer)

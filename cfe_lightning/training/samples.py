@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from cfe_lightning import images
 from cfe_lightning.explanation import DIFFERENCES, Explanation
-from cfe_lightning.files.atomic import whole_path
+from cfe_lightning.files.atomic import atomic_path
 from cfe_lightning.training.averaging import EMA
 from cfe_lightning.training.watching import iteration
 
@@ -82,7 +82,7 @@ class SampleGrid(pl.Callback):
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_path(path) as temporary:
+        with atomic_path(path) as temporary:
             picture.save(temporary, format="PNG")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

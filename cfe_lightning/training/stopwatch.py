@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import Dataset, Subset
 
-from cfe_lightning.compute.signals import end_launched
+from cfe_lightning.compute.signals import kill_children
 from cfe_lightning.data.base import ImageData, Sample, Split
 from cfe_lightning.training.checkpoints import AtomicCheckpointIO
 
@@ -214,7 +214,7 @@ class Stopwatch(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves no process that waits for this one; where all was measured, they end with it."""
         if not isinstance(exception, MeasuredError):
-            end_launched(trainer)
+            kill_children(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
         # Once more: a validation may have left something in it.

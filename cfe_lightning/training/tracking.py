@@ -11,6 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
+from cfe_lightning.files.text import one_line
+
 log = logging.getLogger(__name__)
 _WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
@@ -80,7 +82,7 @@ def wandb_must_be_offline() -> bool:
         else:
             wandb.login(prompt=False, verify=True)
     except wandb.Error as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
     if reason is None:
         return False
     log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)

@@ -366,7 +366,7 @@ def test_what_tracing_did_not_find_is_refused_with_the_methods_that_still_work()
         ("cfe_lightning.classifier.load_classifier", "neither an nn.Module class nor"),
         ("cfe_lightning", "cannot be imported"),
         ("cfe_lightning.classifier.exported.ExportedNetwork", r"pass trusted=\['exported_program'\]"),
-        ("cfe_lightning.classifier.ExportedNetwork", r"pass trusted=\['exported_program'\]"),
+        ("cfe_lightning.classifier.sources.ExportedNetwork", r"pass trusted=\['exported_program'\]"),
     ],
 )
 def test_a_file_cannot_name_what_is_not_allowed(class_path, message):

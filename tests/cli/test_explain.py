@@ -246,7 +246,7 @@ def test_a_network_of_torchvision_is_known_by_its_name(
         asked.append((name, weights))
         return toy.toy_classifier(3)
 
-    monkeypatch.setattr("cfe_lightning.classifier.sources.torchvision_classifier", with_weights)
+    monkeypatch.setattr("cfe_lightning.classifier.torchvision_classifier", with_weights)
     assert untrained("random", Path("resnet18"), photos, tmp_path / "out", "--limit", "1") == 0
     assert asked == [("resnet18", "DEFAULT")]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -11,7 +11,7 @@ import forked
 import pytest
 import torch
 import toy
-from methods.cases import pooled_classifier
+from cases import pooled_classifier
 
 from cfe_lightning import images
 from cfe_lightning.methods.stylex import StylEx

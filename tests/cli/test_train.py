@@ -23,8 +23,8 @@ from toy import FixedToyExplainer, ToyNetwork, toy_classifier
 from cfe_lightning.cli import train as command
 from cfe_lightning.explainer import load_explainer
 from cfe_lightning.files.trust import resolve_class_path
-from cfe_lightning.training import callbacks
 from cfe_lightning.training import run as configured_run
+from cfe_lightning.training import tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -494,7 +494,7 @@ class FakeWandbLogger(DummyLogger):
 
 
 def test_wandb_is_told_about_the_run_and_continues_its_curves(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "WandbLogger", FakeWandbLogger)
+    monkeypatch.setattr(tracking, "WandbLogger", FakeWandbLogger)
     monkeypatch.setattr(configured_run, "wandb_must_be_offline", lambda: True)
     text = (
         Path("configs/toy.yaml")

@@ -24,7 +24,7 @@ import pytest
 import torch
 import toy
 import yaml
-from methods.cases import AUTOENCODER, DIFF_EXPLAINER, DXAI, IMAGE_SIZE, MIRROR, NUM_CLASSES, pooled_classifier
+from cases import AUTOENCODER, DIFF_EXPLAINER, DXAI, IMAGE_SIZE, MIRROR, NUM_CLASSES, pooled_classifier
 from torch import Tensor
 
 from cfe_lightning.classifier import load_classifier

@@ -41,7 +41,7 @@ import json, os, signal, socket, sys
 import lightning.pytorch, toy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from cfe_lightning.images import UnreadableImageError
-import cfe_lightning.cli.configured_run
+import cfe_lightning.training.run
 from cfe_lightning.cli.train import main
 
 def befall(rank, told, what):

@@ -24,7 +24,7 @@ from cfe_lightning.compute.acceleration import (
     to_channels_last,
 )
 from cfe_lightning.compute.batch_norm import uncounted
-from cfe_lightning.compute.precision import differentiable_twice
+from cfe_lightning.compute.precision import double_backward
 from cfe_lightning.explainer import ExplainerModule, load_explainer
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.diff_explainer import DiffExplainer, DiffusionAutoencoder
@@ -329,7 +329,7 @@ def test_what_is_differentiated_twice_is_not_compiled() -> None:
     image = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, requires_grad=True)
 
     def penalty() -> Tensor:
-        with differentiable_twice(image):
+        with double_backward(image):
             (gradient,) = torch.autograd.grad(critic(image).sum(), image, create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), [critic.heads.weight])
         return second

@@ -19,7 +19,7 @@ from toy import STYLEX, ToyData, toy_classifier, toy_trainer
 
 from cfe_lightning.classifier.training import ClassifierTraining
 from cfe_lightning.compute import micro_batches
-from cfe_lightning.compute.micro_batches import check_micro_batches, descend, parts_of
+from cfe_lightning.compute.micro_batches import accumulate_and_step, check_micro_batches, parts_of
 from cfe_lightning.compute.precision import full_precision
 from cfe_lightning.explainer import ExplainerModule, check_precision
 from cfe_lightning.methods.diff_explainer import DiffusionAutoencoder
@@ -183,7 +183,7 @@ class Island(pl.LightningModule):
             with full_precision(image):
                 return {"loss": self.layer(image.flatten(1)).square().mean()}
 
-        descend(self, [batch["image"]], loss, "loss", self.optimizers())
+        accumulate_and_step(self, [batch["image"]], loss, "loss", self.optimizers())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -277,7 +277,7 @@ def test_processes_exchange_gradients_once(
     module: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=kind()), manual_backward=backward)
     parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([6.0])]
     optimizer = torch.optim.SGD([weight], lr=0.0)
-    terms = descend(module, parts, lambda part: {"loss": (weight * part).mean()}, "loss", optimizer)
+    terms = accumulate_and_step(module, parts, lambda part: {"loss": (weight * part).mean()}, "loss", optimizer)
     assert seen == expected
     assert averaged == ([[weight]] if kind is DDPStrategy else [])
     assert weight.grad is not None

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import distributed, nn
 
-from cfe_lightning.compute.processes import average_gradients, is_first_process, launched_processes, rows_of_all
+from cfe_lightning.compute.processes import all_gather_rows, average_gradients, is_first_process, launched_processes
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "NODE_RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 
@@ -83,4 +83,4 @@ def test_alone_a_gradient_stays_as_it_is():
 
 def test_alone_there_are_no_other_rows():
     mine = torch.arange(6.0).view(3, 2)
-    assert rows_of_all(mine) is mine
+    assert all_gather_rows(mine) is mine

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import distributed
 from toy import toy_trainer
 
-from cfe_lightning.compute.signals import end_launched, let_go, silence_trainer
+from cfe_lightning.compute.signals import forget_children, kill_children, silence_trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals of POSIX")
 
@@ -66,7 +66,7 @@ def test_not_for_processes_that_were_ended(
     monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[str], killed: list[int]
 ) -> None:
     trainer, observer = watched(monkeypatch, child)
-    end_launched(trainer)
+    kill_children(trainer)
     assert child.returncode == -signal.SIGKILL
     assert observer._run()
     assert killed == []
@@ -76,7 +76,7 @@ def test_not_for_processes_that_end_with_this_one(
     monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[str], killed: list[int]
 ) -> None:
     trainer, observer = watched(monkeypatch, child)
-    assert let_go(trainer) == [child]
+    assert forget_children(trainer) == [child]
     assert child.poll() is None
     child.communicate("fail\n")
     assert child.returncode == 2
@@ -86,8 +86,8 @@ def test_not_for_processes_that_end_with_this_one(
 
 def test_where_none_was_started_there_is_none_to_end() -> None:
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None))
-    assert let_go(trainer) == []
-    end_launched(trainer)
+    assert forget_children(trainer) == []
+    kill_children(trainer)
 
 
 def test_a_silenced_trainer_neither_listens_nor_exchanges_what_it_has_heard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cfe_lightning.evaluation import tables as evaluation_table
 from cfe_lightning.evaluation.comparison import group_means, paired_differences, worst_pair
 from cfe_lightning.evaluation.evaluate import Evaluation
-from cfe_lightning.evaluation.summary import Row
+from cfe_lightning.evaluation.summary import ResultRow
 from cfe_lightning.metrics.catalogue import METRICS
 from cfe_lightning.metrics.statistics import skipped, summarise
 
@@ -21,9 +21,9 @@ PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2])
 TARGET = torch.tensor([1, 1, 0, 0, 1, 0])
 
 
-def row(name: str, **per_image: Tensor) -> Row:
+def row(name: str, **per_image: Tensor) -> ResultRow:
     measured = {metric.key: skipped("not measured") for metric in METRICS} | summarise(per_image)
-    return Row(name=name, measurements=measured, per_image=per_image, predicted=PREDICTED, target=TARGET)
+    return ResultRow(name=name, measurements=measured, per_image=per_image, predicted=PREDICTED, target=TARGET)
 
 
 def evaluation() -> Evaluation:
@@ -32,7 +32,7 @@ def evaluation() -> Evaluation:
         rows=[
             row("ours", l1=torch.tensor([0.1, 0.2, 0.3, 0.4, NAN, 0.6]), flip_rate=flips),
             row("theirs", l1=torch.tensor([0.2, 0.4, 0.3, NAN, 0.1, 0.9]), flip_rate=~flips),
-            Row(name="broken", measurements={metric.key: skipped("broken") for metric in METRICS}),
+            ResultRow(name="broken", measurements={metric.key: skipped("broken") for metric in METRICS}),
         ],
         image_names=[f"{index}.png" for index in range(6)],
         labels=torch.tensor([0, 0, 1, 1, 2, 0]),

@@ -11,7 +11,7 @@ import torch
 
 from cfe_lightning.evaluation.evaluate import Evaluation
 from cfe_lightning.evaluation.page import charts, write_evaluation_html
-from cfe_lightning.evaluation.summary import Row
+from cfe_lightning.evaluation.summary import ResultRow
 from cfe_lightning.evaluation.tables import save
 from cfe_lightning.metrics.catalogue import METRICS
 from cfe_lightning.metrics.statistics import skipped, summarise
@@ -19,9 +19,9 @@ from cfe_lightning.metrics.statistics import skipped, summarise
 NASTY = "<script>alert(1)</script>"
 
 
-def row(name: str, shift: float = 0.0) -> Row:
+def row(name: str, shift: float = 0.0) -> ResultRow:
     per_image = {"l1": torch.full((6,), 0.1 + shift), "flip_rate": torch.tensor([True] * 3 + [False] * 3)}
-    return Row(
+    return ResultRow(
         name=name,
         measurements={metric.key: skipped("not measured") for metric in METRICS} | summarise(per_image),
         curves={

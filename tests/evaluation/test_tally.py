@@ -500,7 +500,7 @@ def test_explainers_that_point_at_the_same_places_agree() -> None:
 
 def test_seconds_are_of_explaining_alone_and_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("cfe_lightning.evaluation.tally.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("cfe_lightning.compute.clock.time.perf_counter", lambda: clock[0])
 
     class Slow(Adds):
         """Takes 0.01 s per image, and 1 s per image of the first batch."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder, part_file, summarise
-from cfe_lightning.files.atomic import whole_file
+from cfe_lightning.files.atomic import atomic_write
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"], "input": "/photos", "target": None}
 
@@ -226,11 +226,11 @@ def test_overwriting_removes_a_link_and_nothing_of_what_it_leads_to(folder: Outp
 
 def test_a_file_that_could_not_be_finished_leaves_the_earlier_one(tmp_path: Path):
     def stopped() -> None:
-        with whole_file(tmp_path / "x.txt") as file:
+        with atomic_write(tmp_path / "x.txt") as file:
             file.write("half")
             raise KeyboardInterrupt
 
-    with whole_file(tmp_path / "x.txt") as file:
+    with atomic_write(tmp_path / "x.txt") as file:
         file.write("whole \udcff\n")
     with pytest.raises(KeyboardInterrupt):
         stopped()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cfe_lightning.explaining import overview as global_view
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder
-from cfe_lightning.explaining.overview import write_global
+from cfe_lightning.explaining.overview import write_overview
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"]}
 SIDE = 16
@@ -80,7 +80,7 @@ def pixels(output: OutputFolder, file: str) -> np.ndarray:
 def test_the_means_of_a_pair_are_those_of_its_pictures(output: OutputFolder):
     # Two ups and a down at the same place: 1 / 3 is left of the change, all of its strength.
     add(output, 3, lambda index: centre(index) * (-1 if index == 2 else 1))
-    write_global(output)
+    write_overview(output)
     assert (content(output)["schema"], content(output)["frame_ratio"]) == (1, 2.0)
     (pair,) = content(output)["pairs"]
     assert (pair["predicted"], pair["target"], pair["num_flipped"], pair["num_used"]) == ("cat", "dog", 3, 3)
@@ -98,7 +98,7 @@ def test_the_means_of_a_pair_are_those_of_its_pictures(output: OutputFolder):
 def test_a_change_at_the_border_raises_the_alarm_and_one_in_the_centre_does_not(output: OutputFolder):
     add(output, 5, border)
     add(output, 6, centre, ("dog", "cat"), "c")
-    write_global(output)
+    write_overview(output)
     inner, outer = content(output)["pairs"]
     assert (outer["frame_share"], outer["num_framed"], outer["alarm"]) == (1.0, 5, True)
     assert (inner["frame_share"], inner["num_framed"], inner["alarm"]) == (0.0, 0, False)
@@ -106,7 +106,7 @@ def test_a_change_at_the_border_raises_the_alarm_and_one_in_the_centre_does_not(
     other = OutputFolder(output.path.parent / "few")
     other.prepare(HEADER)
     add(other, 4, border)
-    write_global(other)
+    write_overview(other)
     assert content(other)["pairs"][0]["alarm"] is False
 
 
@@ -115,13 +115,13 @@ def test_the_alarm_goes_off_above_twice_the_strength_inside(output: OutputFolder
     change = np.full((SIDE, SIDE), strength)
     change[2:14, 2:14] = 10
     add(output, 5, lambda index: change)
-    write_global(output)
+    write_overview(output)
     assert content(output)["pairs"][0]["alarm"] is alarm
 
 
 def test_one_loud_image_raises_no_alarm(output: OutputFolder):
     add(output, 8, lambda index: border(index) if index == 0 else centre(index) // 40)
-    write_global(output)
+    write_overview(output)
     (pair,) = content(output)["pairs"]
     assert pair["frame_share"] > 0.9
     assert (pair["num_framed"], pair["alarm"]) == (1, False)
@@ -130,7 +130,7 @@ def test_one_loud_image_raises_no_alarm(output: OutputFolder):
 def test_every_slice_of_a_montage_has_its_own_border(output: OutputFolder):
     # The middle of the montage is where four slices meet.
     add(output, 5, centre)
-    write_global(output, num_slices=4)
+    write_overview(output, num_slices=4)
     assert content(output)["pairs"][0]["alarm"] is True
 
 
@@ -139,7 +139,7 @@ def test_the_typical_images_are_those_most_like_the_mean(output: OutputFolder):
         return border(index) if index in (0, 3) else centre(index) * (1 + index % 2)
 
     names = add(output, 8, changes)
-    write_global(output)
+    write_overview(output)
     typical = content(output)["pairs"][0]["typical"]
     # Equally similar ones in their order; how strong a change is does not count.
     assert [example["name"] for example in typical] == [names[1], names[2], names[4]]
@@ -154,7 +154,7 @@ def test_of_many_images_as_many_as_allowed_enter_evenly(output: OutputFolder):
         return change
 
     add(output, 40, single)
-    write_global(output, max_images=10)
+    write_overview(output, max_images=10)
     (pair,) = content(output)["pairs"]
     assert (pair["num_flipped"], pair["num_used"]) == (40, 10)
     used = pixels(output, "global/0-strength.png").sum(axis=2).flatten().nonzero()[0]
@@ -168,7 +168,7 @@ def test_only_flips_on_saved_pixels_count(output: OutputFolder):
     add(output, 1, centre, prefix="map", flipped_saved=None, files={"image": "image.png"})
     output.append(0, [{"name": "z.png", "status": "failed", "error": "broken"}])
     output.merge()
-    write_global(output)
+    write_overview(output)
     assert [(pair["predicted"], pair["num_flipped"]) for pair in content(output)["pairs"]] == [("cat", 2)]
 
 
@@ -178,7 +178,7 @@ def test_the_most_frequent_pairs_have_pictures_and_the_others_numbers(
     monkeypatch.setattr(global_view, "MAX_PICTURED", 2)
     for index, count in enumerate((5, 1, 3)):
         add(output, count, border, ("cat", f"<script>{index}"), f"p{index}-")
-    write_global(output)
+    write_overview(output)
     pairs = content(output)["pairs"]
     assert [(pair["target"], pair["num_flipped"]) for pair in pairs] == [
         *(("<script>0", 5), ("<script>2", 3), ("<script>1", 1)),
@@ -198,14 +198,14 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(output: OutputFol
     for file in ("image.png", "counterfactual.png"):
         Image.new("L", (8, 8)).save(place[3] / file)
     Image.new("RGB", (SIDE, SIDE)).save(place[4] / "image.png")
-    write_global(output)
+    write_overview(output)
     (pair,) = content(output)["pairs"]
     assert (pair["num_flipped"], pair["num_used"], pair["num_left_out"]) == (6, 2, 4)
     assert {example["name"] for example in pair["typical"]} == {names[2], names[5]}
     # And where none is left, numbers are none.
     for folder in place:
         (folder / "image.png").unlink(missing_ok=True)
-    write_global(output)
+    write_overview(output)
     (pair,) = content(output)["pairs"]
     assert (pair["num_used"], pair["mean_strength"], pair["frame_share"], pair["pictures"]) == (0, None, None, {})
 
@@ -217,10 +217,10 @@ def test_nothing_outside_the_folder_is_read_or_written(output: OutputFolder):
         Image.new("L", (SIDE, SIDE)).save(outside / file)
     add(output, 1, centre, folder="../outside")
     (output.path / "global").symlink_to(outside)
-    write_global(output)
+    write_overview(output)
     assert content(output)["pairs"][0]["num_left_out"] == 1
     add(output, 1, centre)
-    write_global(output)
+    write_overview(output)
     assert sorted(path.name for path in outside.iterdir()) == ["counterfactual.png", "image.png"]
     assert not (output.path / "global").is_symlink()
 
@@ -228,42 +228,42 @@ def test_nothing_outside_the_folder_is_read_or_written(output: OutputFolder):
 def test_an_earlier_view_gives_way_and_other_files_stay(output: OutputFolder):
     add(output, 2, centre)
     add(output, 1, centre, ("dog", "cat"), "d")
-    write_global(output)
+    write_overview(output)
     first = (output.path / "global.json").read_bytes()
-    write_global(output)
+    write_overview(output)
     assert (output.path / "global.json").read_bytes() == first
     (output.path / "global" / "mine.png").write_text("mine")
     (output.path / "global" / ".x.7.part").write_text("torn")
     add(output, 1, centre, ("dog", "cat"), "d", flipped_saved=False)
-    write_global(output)
+    write_overview(output)
     assert sorted(path.name for path in (output.path / "global").iterdir()) == [
         *("0-change.png", "0-strength.png", "mine.png"),
     ]
     add(output, 2, centre, flipped_saved=False)
-    write_global(output)
+    write_overview(output)
     assert not (output.path / "global.json").exists()
     assert [path.name for path in (output.path / "global").iterdir()] == ["mine.png"]
     (output.path / "global" / "mine.png").unlink()
-    write_global(output)
+    write_overview(output)
     assert not (output.path / "global").exists()
 
 
 def test_numbers_never_stand_beside_the_pictures_of_others(output: OutputFolder, monkeypatch: pytest.MonkeyPatch):
     add(output, 1, centre)
-    write_global(output)
+    write_overview(output)
 
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(global_view.images, "save_image", fail)
     with pytest.raises(OSError, match="no space left"):
-        write_global(output)
+        write_overview(output)
     assert not (output.path / "global.json").exists()
 
 
 def test_overwriting_a_run_removes_its_view_and_nothing_else(output: OutputFolder):
     add(output, 1, centre)
-    write_global(output)
+    write_overview(output)
     output.prepare(HEADER)
     assert (output.path / "global.json").is_file(), "a run that goes on replaces it at its end"
     (output.path / "global" / "mine.png").write_text("mine")
@@ -286,7 +286,7 @@ def test_the_place_of_a_change_is_that_in_every_slice_of_a_montage(output: Outpu
         return change
 
     add(output, 1, inner)
-    write_global(output, num_slices=4)
+    write_overview(output, num_slices=4)
     assert (content(output)["pairs"][0]["where"], content(output)["pairs"][0]["where_share"]) == ("centre", 1.0)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cfe_lightning.files.atomic import refuse_links, whole_file, whole_path
+from cfe_lightning.files.atomic import atomic_path, atomic_write, refuse_links
 
 
 def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("of the user")
     (tmp_path / ".table.md.part").symlink_to(tmp_path / "notes")
-    with whole_file(tmp_path / "table.md") as file:
+    with atomic_write(tmp_path / "table.md") as file:
         file.write("new")
     assert (tmp_path / "notes").read_text() == "of the user"
     assert (tmp_path / "table.md").read_text() == "new"
@@ -21,7 +21,7 @@ def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path: Pa
 
 def test_a_folder_in_the_place_of_the_unfinished_file_is_named(tmp_path: Path) -> None:
     (tmp_path / ".table.md.part").mkdir()
-    with pytest.raises(OSError, match=r"table.md'$"), whole_path(tmp_path / "table.md"):
+    with pytest.raises(OSError, match=r"table.md'$"), atomic_path(tmp_path / "table.md"):
         pass
 
 
@@ -29,7 +29,7 @@ def test_what_is_interrupted_leaves_the_earlier_file(tmp_path: Path) -> None:
     (tmp_path / "table.md").write_text("old")
 
     def interrupted() -> None:
-        with whole_file(tmp_path / "table.md") as file:
+        with atomic_write(tmp_path / "table.md") as file:
             file.write("ne")
             raise KeyboardInterrupt
 
@@ -41,7 +41,7 @@ def test_what_is_interrupted_leaves_the_earlier_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["n" * 251 + ".png", "\u00e4" * 125 + ".png"])
 def test_names_as_long_as_any_work(name: str, tmp_path: Path) -> None:
-    with whole_path(tmp_path / name, owner="123") as temporary:
+    with atomic_path(tmp_path / name, owner="123") as temporary:
         temporary.write_text("new")
         assert temporary.name.startswith(".")
         assert temporary.name.endswith(".123.part")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cfe_lightning.files.tensors import LargerThanFileError, no_larger_than, read_tensors
+from cfe_lightning.files.tensors import LargerThanFileError, allocation_limit, load_plain
 
 
 def saved(path: Path, content: Any) -> Path:
@@ -22,7 +22,7 @@ def saved(path: Path, content: Any) -> Path:
 
 def reason(path: Path, **options: bool) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at
-        read_tensors(path, **options)
+        load_plain(path, **options)
     return str(caught.value)
 
 
@@ -36,14 +36,14 @@ def test_what_torch_saves_is_read_as_it_was(tmp_path: Path) -> None:
         "none": torch.empty(0),
         "x": [1, "y"],
     }
-    read = read_tensors(saved(tmp_path / "file.pt", content))
+    read = load_plain(saved(tmp_path / "file.pt", content))
     assert all(torch.equal(read[key], content[key]) for key in ("a", "b", "part", "turned", "none"))
     assert read["x"] == [1, "y"]
 
 
 def test_old_files_are_read_where_they_are_expected(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(read_tensors(tmp_path / "old.pt", any_age=True)["a"], torch.ones(3))
+    assert torch.equal(load_plain(tmp_path / "old.pt", any_age=True)["a"], torch.ones(3))
     assert reason(tmp_path / "old.pt") == "it is no file of PyTorch, or holds more than plain data and tensors"
 
 
@@ -104,7 +104,7 @@ def test_all_that_trainings_save_is_plain(archive: bool, tmp_path: Path) -> None
     if archive:  # PyTorch cannot read these out of older files
         content["unsigned"] = torch.zeros(2, dtype=torch.uint16)
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
-    read = read_tensors(tmp_path / "file.pt", any_age=True)
+    read = load_plain(tmp_path / "file.pt", any_age=True)
     assert read.keys() == content.keys()
     assert read["plain"] == content["plain"]
     assert all(torch.equal(read[name], value) for name, value in content.items() if isinstance(value, torch.Tensor))
@@ -146,7 +146,7 @@ def test_an_archive_is_as_large_as_its_parts(tmp_path: Path) -> None:
 
 def test_a_missing_permission_is_the_systems_own_complaint(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        read_tensors(tmp_path / "gone.pt")
+        load_plain(tmp_path / "gone.pt")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_missing_permission_is_the_systems_own_complaint(tmp_path: Path) -> No
 )
 def test_a_network_far_beyond_its_file_is_not_built(build: Any, tmp_path: Path) -> None:
     file = saved(tmp_path / "file.pt", {"a": torch.zeros(2)})
-    with pytest.raises(LargerThanFileError, match="its arguments do not belong to its weights"), no_larger_than(file):
+    with pytest.raises(LargerThanFileError, match="its arguments do not belong to its weights"), allocation_limit(file):
         build()
     # Afterwards everything can be built again.
     assert nn.Linear(300, 10_000).weight.shape == (10_000, 300)
@@ -175,6 +175,6 @@ def test_a_network_is_built_as_without_a_limit(tmp_path: Path) -> None:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
 
     expected = build().state_dict()
-    with no_larger_than(file):
+    with allocation_limit(file):
         actual = build().state_dict()
     assert all(torch.equal(actual[name], value) for name, value in expected.items())

@@ -22,6 +22,7 @@ from cfe_lightning.images import (
     find_images,
     montage_side,
     read_image,
+    reading,
     resize,
     tile_montage,
 )
@@ -193,7 +194,7 @@ class TestSizes:
     ) -> None:
         Image.fromarray(RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(tmp_path / "a.png")
         one = read_image(tmp_path / "a.png", 3, size=16)
-        monkeypatch.setattr(images, "_STRIP_PIXELS", 400)
+        monkeypatch.setattr(reading, "_STRIP_PIXELS", 400)
         torch.testing.assert_close(read_image(tmp_path / "a.png", 3, size=16), one, atol=1e-6, rtol=0)
 
     @pytest.mark.parametrize("shape", [(100_000, 1), (1, 100_000), (2000, 1500)])
@@ -202,15 +203,15 @@ class TestSizes:
     ) -> None:
         Image.fromarray(np.zeros((*shape, 3), dtype=np.uint8)).save(tmp_path / "a.png")
         sizes = []
-        interpolate = images._interpolate
+        interpolate = reading._interpolate
 
         def recorded(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
             sizes.append(max(image.numel(), 3 * height * width))
             return interpolate(image, height, width)
 
-        monkeypatch.setattr(images, "_interpolate", recorded)
+        monkeypatch.setattr(reading, "_interpolate", recorded)
         read_image(tmp_path / "a.png", 3, size=64)
-        assert max(sizes) <= 3 * images._STRIP_PIXELS
+        assert max(sizes) <= 3 * reading._STRIP_PIXELS
 
     def test_the_range_is_never_left(self, tmp_path: Path) -> None:
         Image.fromarray(np.full((333, 217, 3), 255, dtype=np.uint8)).save(tmp_path / "a.png")
@@ -287,7 +288,7 @@ class TestBrokenFiles:
             raise PermissionError(13, "Permission denied", str(path))
 
         rgb().save(tmp_path / "a.png")
-        monkeypatch.setattr(images.Image, "open", refused)
+        monkeypatch.setattr(reading.Image, "open", refused)
         assert self.message(tmp_path / "a.png") == "Not a readable image: Permission denied"
 
     def test_too_many_pixels(self, tmp_path: Path) -> None:
@@ -393,8 +394,8 @@ class TestFindImages:
     def test_only_one_folder_is_listed_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.touch(tmp_path, *(f"{folder}/1.png" for folder in range(5)))
         opened = []
-        entries = images._entries
-        monkeypatch.setattr(images, "_entries", lambda directory: opened.append(directory) or entries(directory))
+        entries = reading._entries
+        monkeypatch.setattr(reading, "_entries", lambda directory: opened.append(directory) or entries(directory))
         walk = find_images(tmp_path)
         assert next(walk) == "0/1.png"
         assert len(opened) == 2

@@ -89,7 +89,7 @@ def test_a_classifier_named_in_yaml_alone(
     assert explain.main([*arguments, "--animation", "gif"]) == 0
     assert len(list(Path("out").rglob("steps.gif"))) == 3
     assert len((Path("out") / "manifest.csv").read_text().splitlines()) == 4
-    monkeypatch.setattr("cfe_lightning.images.saving.can_save_video", lambda: False)
+    monkeypatch.setattr("cfe_lightning.images.can_save_video", lambda: False)
     capsys.readouterr()
     assert explain.main([*arguments, "--animation", "mp4"]) == 2
     assert "--animation mp4 needs the package av: pip install av" in capsys.readouterr().err

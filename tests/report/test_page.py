@@ -18,7 +18,7 @@ from PIL import Image
 from cfe_lightning import images
 from cfe_lightning.explaining.atlas import write_atlas
 from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder
-from cfe_lightning.explaining.overview import write_global
+from cfe_lightning.explaining.overview import write_overview
 from cfe_lightning.report.page import write_html
 
 KEYS = ("image", "counterfactual", "difference", "attribution", "steps", "part_distinct")
@@ -440,7 +440,7 @@ def with_global(folder: Path, names: list[str], **changes: Any) -> Path:
             values = np.asarray(Image.open(place / "image.png")).copy()
             values[:2] = 255 - values[:2]
             Image.fromarray(values).save(place / "counterfactual.png")
-    write_global(OutputFolder(folder))
+    write_overview(OutputFolder(folder))
     return folder
 
 

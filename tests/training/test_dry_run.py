@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from methods.cases import CASES, IMAGE_SIZE, NUM_CLASSES, Case
+from cases import CASES, IMAGE_SIZE, NUM_CLASSES, Case
 from toy import ToyData, ToyDataset, ToyExplainer, toy_classifier, toy_trainer
 
 from cfe_lightning.classifier import FrozenClassifier

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -25,8 +23,7 @@ from cfe_lightning.classifier.training import ClassifierTraining
 from cfe_lightning.compute import signals as stop_signals
 from cfe_lightning.compute.signals import SIGNALS, StopRequested
 from cfe_lightning.images import UnreadableImageError
-from cfe_lightning.training import EMA, LastCheckpoint
-from cfe_lightning.training import last_checkpoint as checkpointing
+from cfe_lightning.training import EMA, LastCheckpoint, checkpoints
 from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
 from cfe_lightning.training.watching import iteration
 
@@ -313,7 +310,7 @@ def test_a_process_that_waits_is_ended_and_one_that_stops_as_well_is_let_go(
     elif stop == "a full disk":
         error, raised = OSError(errno.ENOSPC, "full"), (OSError, "full")
     if error is not None:
-        monkeypatch.setattr(checkpointing, "write_tensors", Mock(side_effect=error))
+        monkeypatch.setattr(checkpoints, "save_plain", Mock(side_effect=error))
     with pytest.raises(raised[0], match=raised[1]):
         run(tmp_path, launched, *added, **arguments)
     assert launched.procs == []
@@ -463,88 +460,6 @@ def test_the_best_of_a_run_is_known_where_its_folder_was_moved_to(tmp_path: Path
     assert {after.best_model_path, *after.best_k_models} == {str(tmp_path / "there" / "best.ckpt")}
 
 
-def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-
-    def dies(checkpoint: Any, file: Any) -> None:
-        file.write(b"half of a")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpointing.torch, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
-    monkeypatch.undo()
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_a_full_disk_keeps_the_checkpoint_before_and_names_the_file(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt") as error:
-            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert error.value.errno == errno.EFBIG
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_only_checkpoints_in_the_folder_of_the_run_are_removed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    io, run, other = AtomicCheckpointIO(), tmp_path / "run", tmp_path / "other"
-    io.save_checkpoint({"epoch": 1}, run / "best.ckpt")
-    (run / "folder.ckpt").mkdir()
-    other.mkdir()
-    for path in (other / "best.ckpt", other / "x.ckpt", run / "notes.txt", run / "folder.ckpt" / "x"):
-        path.write_text("of the user")
-    (run / "link.ckpt").symlink_to(other / "best.ckpt")
-    before = sorted(tmp_path.rglob("*"))
-    names = ["notes.txt", "folder.ckpt", "link.ckpt", "../other/best.ckpt", "../run/../other/best.ckpt"]
-    for path in (*(f"{run}/{name}" for name in names), str(other), f"local://{other}/x.ckpt", f"{run}/gone.ckpt"):
-        io.remove_checkpoint(path)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert "other/best.ckpt is no checkpoint in the folder of this run, so it was not removed" in caplog.text
-    io.remove_checkpoint(str(run / "best.ckpt"))
-    assert not (run / "best.ckpt").exists()
-
-
-def test_a_better_checkpoint_still_replaces_the_one_before(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(dirpath=tmp_path / "run", monitor="val/loss", filename="best-{epoch}", mode="max")
-    run(tmp_path, keep)
-    assert len(list((tmp_path / "run").glob("*.ckpt"))) == 1
-
-
-def test_what_lightning_reads_is_plain_data_too(tmp_path: Path) -> None:
-    io = AtomicCheckpointIO()
-    io.save_checkpoint({"weight": torch.arange(3.0)}, tmp_path / "a.ckpt")
-    assert torch.equal(io.load_checkpoint(tmp_path / "a.ckpt")["weight"], torch.arange(3.0))
-    torch.save({"weight": torch.zeros(1).expand(10**12)}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"a.ckpt cannot be read as a checkpoint: it claims a tensor"):
-        io.load_checkpoint(str(tmp_path / "a.ckpt"))
-
-
-def test_all_random_states_come_back() -> None:
-    torch.manual_seed(3), np.random.seed(4), random.seed(5)
-
-    def draw() -> tuple[Any, ...]:
-        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), np.random.randn(), random.gauss()
-
-    draw()
-    state = checkpointing._random_state()
-    expected = draw()
-    draw()
-    checkpointing._set_random_state(state)
-    assert draw() == expected
-
-
 def test_last_checkpoint_without_interval_writes_after_epochs(tmp_path: Path) -> None:
     saved = []
 
@@ -561,3 +476,9 @@ def test_last_checkpoint_without_interval_writes_after_epochs(tmp_path: Path) ->
 def test_an_interval_must_be_positive() -> None:
     with pytest.raises(ValueError, match="every_n_batches must be positive or null, got 0"):
         LastCheckpoint(0)
+
+
+def test_a_better_checkpoint_still_replaces_the_one_before(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path / "run", monitor="val/loss", filename="best-{epoch}", mode="max")
+    run(tmp_path, keep)
+    assert len(list((tmp_path / "run").glob("*.ckpt"))) == 1

@@ -23,6 +23,7 @@ from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.decisions import runner_up
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explainer, Explanation
+from cfe_lightning.files.text import one_line
 from cfe_lightning.methods.baselines.neutral_descent import NeutralDescent, decomposed
 
 Method = Literal[
@@ -184,7 +185,7 @@ class CaptumExplainer:
         # Captum, hooks and scripted networks fail in many ways; all mean that this pair does not work.
         except Exception as error:
             kind = type(self.classifier.network).__name__
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ValueError(f"{self.method} cannot explain this classifier ({kind}): {reason}") from error
         if not result.isfinite().all():
             kind = type(self.classifier.network).__name__

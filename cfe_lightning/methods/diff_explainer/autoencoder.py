@@ -9,7 +9,6 @@ Shapes: B images, C channels, H, W pixels, D entries of the code.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.compute.losses import psnr
-from cfe_lightning.compute.precision import cast_once, single
+from cfe_lightning.compute.precision import cast_once, to_float32
 from cfe_lightning.compute.processes import log_training, log_validation
 from cfe_lightning.explainer import load_checkpoint
+from cfe_lightning.files.text import VERSION, one_line
 from cfe_lightning.methods.diff_explainer.diffusion import (
     NUM_TRAINING_STEPS,
     DiffusionProcess,
@@ -171,7 +171,7 @@ class DiffusionAutoencoder(pl.LightningModule):
 
     def _noise_error(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         predicted = self.unet(self.process.noised(image, noise, step), step, self.encode(image))
-        predicted = single(predicted)
+        predicted = to_float32(predicted)
         wanted = noise if self.prediction == "noise" else self.process.velocity(image, noise, step)
         return F.mse_loss(predicted, wanted) if self.noise_loss == "mse" else F.l1_loss(predicted, wanted)
 
@@ -205,7 +205,7 @@ class DiffusionAutoencoder(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Marks the file for ``load_autoencoder``."""
-        checkpoint["autoencoder"] = {"version": importlib.metadata.version("cfe-lightning")}
+        checkpoint["autoencoder"] = {"version": VERSION}
 
 
 def load_autoencoder(path: str | Path) -> DiffusionAutoencoder:
@@ -225,6 +225,6 @@ def load_autoencoder(path: str | Path) -> DiffusionAutoencoder:
         autoencoder = DiffusionAutoencoder(**checkpoint["hyper_parameters"])
         autoencoder.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ValueError(f"{path} cannot be read as a diffusion autoencoder: {reason}.") from error
     return autoencoder.eval()

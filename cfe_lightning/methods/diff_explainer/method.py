@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.memory import pictures_at_once
 from cfe_lightning.compute.precision import full_precision
-from cfe_lightning.compute.processes import log_training, rows_of_all
+from cfe_lightning.compute.processes import all_gather_rows, log_training
 from cfe_lightning.compute.search import smallest_step
 from cfe_lightning.decisions import confidence_gap, runner_up, sure_enough
 from cfe_lightning.explainer import ExplainerModule
@@ -417,7 +417,7 @@ class DiffExplainer(ExplainerModule):
 
     def _gathered(self, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
         """What all batches and all processes have seen, in the order of the data, one tensor per entry."""
-        return [rows_of_all(torch.cat(entries)) for entries in zip(*parts, strict=True)]
+        return [all_gather_rows(torch.cat(entries)) for entries in zip(*parts, strict=True)]
 
     def _fit(self, code: Tensor, features: Tensor, logits: Tensor) -> None:
         """Regression in one go, then, for the other distances, some epochs of Adam from there, then the offset."""
@@ -527,7 +527,7 @@ class DiffExplainer(ExplainerModule):
 
     def _mean_of_all(self, value: Tensor) -> Tensor:
         """Mean over the images of all processes, [B] -> []."""
-        return rows_of_all(value).mean()
+        return all_gather_rows(value).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam for the agent's own layer alone; the classifier's head is a buffer that no optimiser can move."""

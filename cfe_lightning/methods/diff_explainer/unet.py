@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 
 #: How the code enters the U-Net: as a gain of its own on every block ("adagn"), or added to the time embedding.
 CodeMode = Literal["adagn", "sum"]
@@ -90,7 +90,7 @@ class SemanticEncoder(nn.Module):
         """Images [B, C, H, W] in [-1, 1] -> codes [B, D]."""
         features = self.body[:-_POOLED](image)
         with full_precision(features):
-            return self.body[-_POOLED:](single(features))
+            return self.body[-_POOLED:](to_float32(features))
 
 
 class SemanticUnet(nn.Module):

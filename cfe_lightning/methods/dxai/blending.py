@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 from cfe_lightning.decisions import kl_from_uniform
 
 
@@ -110,9 +110,9 @@ def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
         maps: Grouped feature maps, each [B, N c, H, W].
         num_branches: N.
     """
-    total = single(maps[0]).new_zeros(())
+    total = to_float32(maps[0]).new_zeros(())
     for feature in maps:
-        channels = single(feature).flatten(2)
+        channels = to_float32(feature).flatten(2)
         channels = channels - channels.mean(dim=2, keepdim=True)
         channels = channels / channels.square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
         with full_precision(channels):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 from cfe_lightning.methods.dxai.resampling import convolve_and_pool, upsample_and_convolve
 
 Norm = Literal["instance", "none"]
@@ -257,7 +257,7 @@ class MultiBranchGenerator(nn.Module):
                 h = concat_per_branch(skips[1 - index], h, self.num_branches)
             h = block(h, styles[:, index])
         # Branches are summed in single precision.
-        h = single(self.head(torch.tanh(self.head_norm(h))))
+        h = to_float32(self.head(torch.tanh(self.head_norm(h))))
         height, width = image.shape[-2:]
         branches = h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
         if self.image_skip and self.num_branches > 1:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.losses import adversarial_loss, psnr, r1_penalty
-from cfe_lightning.compute.micro_batches import FUSED, check_micro_batches, descend, parts_of, twice
-from cfe_lightning.compute.precision import differentiable_twice, full_precision
+from cfe_lightning.compute.micro_batches import FUSED, accumulate_and_step, check_micro_batches, parts_of, render_twice
+from cfe_lightning.compute.precision import double_backward, full_precision
 from cfe_lightning.compute.processes import log_training, log_validation
 from cfe_lightning.decisions import alternative_class, kl_between_logits, kl_from_uniform, runner_up
 from cfe_lightning.explainer import ExplainerModule
@@ -367,11 +367,13 @@ class Dxai(ExplainerModule):
         parts = [whole.rows(rows) for rows in parts_of(len(whole), self.micro_batches)]
         generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
         # The generator does not change between the two steps.
-        shown, rendered = twice(self._render, parts)
+        shown, rendered = render_twice(self._render, parts)
         self.critic.requires_grad_(True)
-        terms = descend(self, parts, lambda part: self._critic_loss(part, shown(part)[0]), "critic", critic_optimizer)
+        terms = accumulate_and_step(
+            self, parts, lambda part: self._critic_loss(part, shown(part)[0]), "critic", critic_optimizer
+        )
         self.critic.requires_grad_(False)
-        terms |= descend(
+        terms |= accumulate_and_step(
             self, parts, lambda part: self._generator_loss(part, *rendered(part)), "generator", generator_optimizer
         )
         log_training(self, terms, len(whole))
@@ -409,7 +411,7 @@ class Dxai(ExplainerModule):
         # Lightning counts one step per optimiser, and there are two.
         with_r1 = self.weights.r1_weight > 0 and (self.global_step // 2) % self.r1_interval == 0
         real = part.image.detach().requires_grad_(with_r1)
-        with differentiable_twice(real) if with_r1 else nullcontext():
+        with double_backward(real) if with_r1 else nullcontext():
             judged = self.critic(real)
             real_logits = self._judgement(judged, part.label)
             penalty = r1_penalty(real_logits, real) if with_r1 else None

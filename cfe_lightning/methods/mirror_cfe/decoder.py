@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 
 DecoderNorm = Literal["batch", "group"]
 #: A level as (channels, height, width).
@@ -149,7 +149,7 @@ class MirrorDecoder(nn.Module):
                 mixed = torch.lerp(level.to(edited)[:, None], *per_image).flatten(0, 1)
                 hidden = torch.cat([hidden, mixed], dim=1)
             hidden = stage(hidden)
-        return single(self.head(hidden)).tanh()
+        return to_float32(self.head(hidden)).tanh()
 
 
 class PatchCritic(nn.Module):

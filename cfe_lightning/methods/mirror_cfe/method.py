@@ -25,9 +25,16 @@ from cfe_lightning.classifier import Activations, FrozenClassifier
 from cfe_lightning.compute.batch_norm import uncounted
 from cfe_lightning.compute.losses import adversarial_loss
 from cfe_lightning.compute.memory import pictures_at_once
-from cfe_lightning.compute.micro_batches import FUSED, check_micro_batches, descend, frozen, parts_of, twice
-from cfe_lightning.compute.precision import full_precision, single
-from cfe_lightning.compute.processes import log_training, log_validation, take_buffers_of_first
+from cfe_lightning.compute.micro_batches import (
+    FUSED,
+    accumulate_and_step,
+    check_micro_batches,
+    frozen,
+    parts_of,
+    render_twice,
+)
+from cfe_lightning.compute.precision import full_precision, to_float32
+from cfe_lightning.compute.processes import broadcast_buffers, log_training, log_validation
 from cfe_lightning.decisions import alternative_class, confidence_gap, kl_between_logits, runner_up
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation
@@ -268,7 +275,7 @@ class MirrorCFE(ExplainerModule):
     def _reflected(self, seen: Activations, target: Tensor | None) -> Mirrored:
         """As ``reflect``, of what the classifier has seen in the images."""
         # float64 throughout: steps are short and the swap is exact only to rounding.
-        own_map = single(seen.feature_map)
+        own_map = to_float32(seen.feature_map)
         feature_map = own_map.double()
         features = feature_map.mean(dim=(2, 3))
         source, other = seen.logits.argmax(dim=1), runner_up(seen.logits)
@@ -487,10 +494,12 @@ class MirrorCFE(ExplainerModule):
         target, step = self._draw_target(source), torch.rand(len(image), 1, device=image.device)
         rows = parts_of(len(image), self.micro_batches)
         parts = [self._part(image[r], target[r], step[r], _rows_of(seen, r)) for r in rows]
-        shown, rendered = twice(self._render, parts)
-        terms = descend(self, parts, lambda part: self._critic_loss(part, shown(part)[1]), "critic", critic_optimizer)
+        shown, rendered = render_twice(self._render, parts)
+        terms = accumulate_and_step(
+            self, parts, lambda part: self._critic_loss(part, shown(part)[1]), "critic", critic_optimizer
+        )
         with frozen(self.critic):
-            terms |= descend(
+            terms |= accumulate_and_step(
                 self, parts, lambda part: self._decoder_loss(part, *rendered(part)), "decoder", decoder_optimizer
             )
         log_training(self, terms, len(image))
@@ -534,7 +543,7 @@ class MirrorCFE(ExplainerModule):
         image, mirrored, step = part.image, part.mirrored, part.step
         intended = self.intended(mirrored, torch.cat([torch.zeros_like(step), step], dim=1)).to(image.dtype)
         seen = self.classifier.activations(torch.cat([reconstruction, rendered]))
-        features = single(seen.feature_map).mean(dim=(2, 3))
+        features = to_float32(seen.feature_map).mean(dim=(2, 3))
         wanted = _features_at(mirrored, step)[:, 0].to(image.dtype)
         length = mirrored.features.norm(dim=1).mean().to(image.dtype)
         terms = {
@@ -574,7 +583,7 @@ class MirrorCFE(ExplainerModule):
 
     def on_validation_epoch_start(self) -> None:
         """Has all processes measure the decoder with the same batch statistics."""
-        take_buffers_of_first(self.decoder)
+        broadcast_buffers(self.decoder)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

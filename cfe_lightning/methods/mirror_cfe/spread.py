@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 from cfe_lightning.methods.mirror_cfe.geometry import mirrored
 
 Spread = Literal["uniform", "location", "waterfill"]
@@ -88,7 +88,7 @@ def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
     Returns:
         [B, M, h, w] in [0, 1]; all zero where a class is seen nowhere.
     """
-    feature_map = single(feature_map)
+    feature_map = to_float32(feature_map)
     with full_precision(feature_map):
         maps = torch.einsum("bmd,bdhw->bmhw", rows.to(feature_map), feature_map).relu()
     return maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-8)

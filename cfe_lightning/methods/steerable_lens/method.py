@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 from cfe_lightning.compute.search import first_interval, refine
 from cfe_lightning.decisions import decides_for, probability_along, sure_enough
 from cfe_lightning.explainer import ExplainerModule
@@ -228,7 +228,7 @@ class SteerableLens(ExplainerModule):
             gradient's energy that the bands do not hold, ``fine`` (share of the change's energy above half the Nyquist
             frequency) and ``nonmonotone`` (1 where the last step's probability is below half of the largest).
         """
-        image = single(image)
+        image = to_float32(image)
         # There is no FFT in half precision, and a rounded classifier has other gradients and other ties.
         with full_precision(image):
             return self._explained(image, target)

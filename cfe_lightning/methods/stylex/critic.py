@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cfe_lightning.compute.precision import single
+from cfe_lightning.compute.precision import to_float32
 from cfe_lightning.methods.stylex.layers import (
     EqualConv,
     EqualLinear,
@@ -68,8 +68,8 @@ class StyleCritic(nn.Module):
             image = torch.cat([image, drawn], dim=1)
         features = torch.cat([stddev_map(kind) for kind in self.trunk(image).chunk(kinds)])
         features = activate(self.linear(activate(self.conv(features)).flatten(1)))
-        logit = single(self.head(features)).squeeze(1)
+        logit = to_float32(self.head(features)).squeeze(1)
         if self.projection is not None:
-            agreement = single(features) * single(self.projection(label.to(features)))
+            agreement = to_float32(features) * to_float32(self.projection(label.to(features)))
             logit = logit + agreement.sum(dim=1) / math.sqrt(features.shape[1])
         return logit

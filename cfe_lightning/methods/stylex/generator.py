@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.compute.precision import full_precision, single
+from cfe_lightning.compute.precision import full_precision, to_float32
 from cfe_lightning.methods.stylex.layers import (
     EqualConv,
     EqualLinear,
@@ -63,7 +63,7 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z is normalised to unit second moment first."""
-        z = single(z)
+        z = to_float32(z)
         w = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         with full_precision(w):
             for layer in self.layers:
@@ -113,7 +113,7 @@ class StyledConv(nn.Module):
         """What brings every output channel back to unit variance, [B, in] -> [B, out, 1, 1]."""
         # Small numbers squared: half precision would lose them.
         with full_precision(style):
-            style = single(style)
+            style = to_float32(style)
             power = (self.weight.to(style) * self.gain).square().sum(dim=(2, 3))
             return (style.square() @ power.T + 1e-8).rsqrt()[:, :, None, None]
 
@@ -195,7 +195,7 @@ class Synthesis(nn.Module):
     def styles(self, u: Tensor, start: Tensor) -> Styles:
         """All styles of latents with their labels [B, L, style_dim]; they are affine in them."""
         with full_precision(u):
-            u = single(u)
+            u = to_float32(u)
             conv = [layer.affine(u[:, slot]) for slot, layer in enumerate(self.layers())]
             rgb = [layer.affine(u[:, 2 * block + 1]) for block, layer in enumerate(self.to_image)]  # type: ignore[union-attr, operator]
         return Styles(conv, rgb, start)
@@ -249,7 +249,7 @@ class Synthesis(nn.Module):
                 painted = self.to_image[block](x, styles.rgb[block])
                 # Added up over all resolutions.
                 with full_precision(painted):
-                    picture = single(painted) if picture is None else upsample(picture) + single(painted)
+                    picture = to_float32(painted) if picture is None else upsample(picture) + to_float32(painted)
         assert picture is not None, "the last convolution paints"
         return picture
 
@@ -359,5 +359,5 @@ class StyleEncoder(nn.Module):
         """[B, C, R, R] in [-1, 1] -> [B, D], or [B, L, D] in the space "w+"."""
         features = activate(self.conv(self.trunk(image))).flatten(1)
         with full_precision(features):
-            w = self.linear(single(features))
+            w = self.linear(to_float32(features))
         return w if self.num_slots == 1 else w.unflatten(1, (self.num_slots, -1))

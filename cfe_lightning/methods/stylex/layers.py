@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfe_lightning.compute.precision import single
+from cfe_lightning.compute.precision import to_float32
 
 
 def activate(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def stddev_map(x: Tensor, group: int = 4) -> Tensor:
     """
     batch = len(x)
     size = next(count for count in range(min(group, batch), 0, -1) if batch % count == 0)
-    spread = (single(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
+    spread = (to_float32(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
     value = spread.mean(dim=(1, 2, 3)).repeat(size).to(x.dtype)
     return torch.cat([x, value[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
 

@@ -27,9 +27,9 @@ from cfe_lightning.atlas import Atlas
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.losses import Lpips, relative_distance
 from cfe_lightning.compute.memory import pictures_at_once
-from cfe_lightning.compute.micro_batches import check_micro_batches, descend, frozen, parts_of, twice
-from cfe_lightning.compute.precision import full_precision, single
-from cfe_lightning.compute.processes import log_training, log_validation, rows_of_all
+from cfe_lightning.compute.micro_batches import accumulate_and_step, check_micro_batches, frozen, parts_of, render_twice
+from cfe_lightning.compute.precision import full_precision, to_float32
+from cfe_lightning.compute.processes import all_gather_rows, log_training, log_validation
 from cfe_lightning.compute.search import smallest_step
 from cfe_lightning.decisions import kl_between_logits, leads, runner_up
 from cfe_lightning.explainer import ExplainerModule
@@ -43,7 +43,7 @@ from cfe_lightning.methods.stylex.reference import Reference, first_of_each_clas
 from cfe_lightning.methods.stylex.search import (
     Directions,
     DirectionSpace,
-    Judge,
+    LogitsOfEdits,
     StepUnit,
     absolute_steps,
     direction_table,
@@ -453,9 +453,9 @@ class StylEx(ExplainerModule):
             seconds=time.perf_counter() - start,
         )
 
-    def judge(self, latent: Tensor, label: Tensor) -> Judge:
+    def judge(self, latent: Tensor, label: Tensor) -> LogitsOfEdits:
         """What the classifier says of these images after changes; in half precision on a GPU, checked near ties."""
-        latent, label = single(latent), single(label)
+        latent, label = to_float32(latent), to_float32(label)
 
         def said(rows: Tensor, change: Tensor) -> Tensor:
             return self.classifier(self._render(latent[rows], label[rows], change))
@@ -616,8 +616,8 @@ class StylEx(ExplainerModule):
         rows = parts_of(len(whole), self.micro_batches)
         parts = [whole.rows(some) for some in rows]
         # Neither network changes between the critic's step and the generator's.
-        shown, rendered = twice(self._fakes, parts)
-        terms = descend(
+        shown, rendered = render_twice(self._fakes, parts)
+        terms = accumulate_and_step(
             self,
             parts,
             lambda part: critic_loss(self.critic, part.image, part.real_label, shown(part)),
@@ -626,11 +626,11 @@ class StylEx(ExplainerModule):
         )
         if self.r1_weight and iteration % self.r1_interval == 0:
             weight = self.r1_weight * self.r1_interval
-            terms |= descend(
+            terms |= accumulate_and_step(
                 self, parts, lambda part: r1_loss(self.critic, part.image, part.real_label, weight), "r1_step", critic
             )
         with frozen(self.critic):
-            terms |= descend(
+            terms |= accumulate_and_step(
                 self, parts, lambda part: generator_loss(self.critic, rendered(part)), "generator", generator
             )
         if self.path_weight and iteration % self.path_interval == 0:
@@ -638,7 +638,7 @@ class StylEx(ExplainerModule):
         noise = self.generator.synthesis.draw_noise(len(whole), whole.image)
         again = replace(whole, noise=[each[None] for each in noise])
         parts = [again.rows(some) for some in rows]
-        terms |= descend(self, parts, self._reconstruction_loss, "reconstruction", generator, encoder)
+        terms |= accumulate_and_step(self, parts, self._reconstruction_loss, "reconstruction", generator, encoder)
         log_training(self, terms, len(whole))
 
     @torch.no_grad()
@@ -684,7 +684,7 @@ class StylEx(ExplainerModule):
         whole = PathPart.draw(self.generator, label, self.channels, self.mixing)
         parts = [whole.rows(rows) for rows in parts_of(len(whole), self.micro_batches)]
         weight = self.path_weight * self.path_interval
-        terms = descend(
+        terms = accumulate_and_step(
             self,
             parts,
             lambda part: path_loss(self.generator, part, self.path_mean, self.path_decay, weight),
@@ -741,7 +741,7 @@ class StylEx(ExplainerModule):
             return
         self.reference.collect(latent, logits, batch.get("mask"))
         if batch_idx + 1 == self.trainer.num_val_batches[0]:
-            self.reference.keep(rows_of_all)
+            self.reference.keep(all_gather_rows)
             self._quick_search()
 
     def _quick_search(self) -> None:

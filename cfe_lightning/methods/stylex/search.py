@@ -25,7 +25,7 @@ DirectionSpace = Literal["pca_w", "sefa_w", "pca_s"]
 StepUnit = Literal["sigma", "abs"]
 
 #: Says what the classifier thinks of images ``rows`` [R] after changes [R, N]: logits [R, K].
-Judge = Callable[[Tensor, Tensor], Tensor]
+LogitsOfEdits = Callable[[Tensor, Tensor], Tensor]
 
 #: Half precision may not decide what lies as near to the boundary as this.
 _NEAR = 0.02
@@ -83,7 +83,7 @@ def absolute_steps(directions: Directions, degree: float, unit: StepUnit) -> Ten
 
 
 @torch.no_grad()
-def direction_table(judge: Judge, num_images: int, changes: Tensor, batch_size: int = 256) -> Tensor:
+def direction_table(judge: LogitsOfEdits, num_images: int, changes: Tensor, batch_size: int = 256) -> Tensor:
     """The classifier's logits of every image moved along every direction both ways, [n, Q, 2, K].
 
     Args:
@@ -175,7 +175,7 @@ def _layer_table(
     return torch.cat(said).unflatten(0, shift.shape)
 
 
-def rechecked(rough: Judge, exact: Judge) -> Judge:
+def rechecked(rough: LogitsOfEdits, exact: LogitsOfEdits) -> LogitsOfEdits:
     """A judge that asks the exact one again where the rough one (half precision) is within 0.02 of a tie."""
 
     def judge(rows: Tensor, change: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def rechecked(rough: Judge, exact: Judge) -> Judge:
 
 @torch.no_grad()
 def smallest_subset(
-    judge: Judge, changes: Tensor, score: Tensor, target: Tensor, most: int = 10
+    judge: LogitsOfEdits, changes: Tensor, score: Tensor, target: Tensor, most: int = 10
 ) -> tuple[Tensor, Tensor]:
     """Per image, how many of its own best edits together flip it ("subset" of StylEx).
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.compute.losses import adversarial_loss, path_length_penalty, r1_penalty
-from cfe_lightning.compute.precision import differentiable_twice, single
+from cfe_lightning.compute.precision import double_backward, to_float32
 from cfe_lightning.methods.stylex.critic import StyleCritic
 from cfe_lightning.methods.stylex.generator import StyleGenerator
 from cfe_lightning.methods.stylex.ranking import Scoring
@@ -155,7 +155,7 @@ class PathPart:
     @classmethod
     def draw(cls, generator: StyleGenerator, label: Tensor, channels: int, probability: float) -> PathPart:
         """Of pictures with labels [B, K]; two latents are mixed with a probability."""
-        label = single(label)
+        label = to_float32(label)
         mixture = Mixture.draw(generator, len(label), probability, label.device)
         noise = generator.synthesis.draw_noise(len(label), label)
         direction = torch.randn(len(label), channels, *noise[-1].shape[2:], device=label.device)
@@ -194,8 +194,8 @@ def _judged(critic: StyleCritic, kinds: Sequence[Fake]) -> tuple[Tensor, ...]:
 
 def r1_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, weight: float) -> dict[str, Tensor]:
     """The critic's gradient penalty in single precision."""
-    with differentiable_twice(image):
-        real = single(image.detach()).requires_grad_()
+    with double_backward(image):
+        real = to_float32(image.detach()).requires_grad_()
         judged = critic(real, real_label)
         penalty = r1_penalty(judged, real)
     # The zero gives every weight a gradient, without which processes do not meet.
@@ -206,7 +206,7 @@ def path_loss(
     generator: StyleGenerator, part: PathPart, mean: Tensor, decay: float, weight: float
 ) -> dict[str, Tensor]:
     """The path length penalty in single precision, and the running mean after this batch."""
-    with differentiable_twice(part.label):
+    with double_backward(part.label):
         latents = part.mixture.latents(generator)
         picture = generator(latents, part.label, part.noise)
         penalty, mean = path_length_penalty(path_lengths(picture, latents, part.direction), mean, decay)

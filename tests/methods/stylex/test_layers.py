@@ -1,4 +1,4 @@
-"""Analytic tests of ``cfe_lightning.networks.equalised`` (StylEx specification, 8.6: T3, T13, T21)."""
+"""Analytic tests of ``cfe_lightning.methods.stylex.layers`` (StylEx specification, 8.6: T3, T13, T21)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cfe_lightning.networks.equalised import (
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cfe_lightning.methods.stylex.layers import (
     EqualConv,
     EqualLinear,
     ResidualDown,
@@ -21,9 +25,6 @@ from cfe_lightning.networks.equalised import (
     stddev_map,
     upsample,
 )
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def bilinear(x: Tensor) -> Tensor:

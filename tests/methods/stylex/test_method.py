@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from toy import STYLEX, ToyData, save_checkpoint, toy_classifier, toy_images, toy_trainer
 
 from cfe_lightning.compute.losses import Lpips, r1_penalty
-from cfe_lightning.compute.micro_batches import descend
+from cfe_lightning.compute.micro_batches import accumulate_and_step
 from cfe_lightning.explainer import load_explainer
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.methods.stylex.reference import first_of_each_class
@@ -55,7 +55,7 @@ class Steps(pl.Callback):
             for network in self._networks.values():
                 for parameter in network.parameters():
                     parameter.grad = None
-            terms = descend(*arguments)
+            terms = accumulate_and_step(*arguments)
             changed = (name for name in before if not torch.equal(before[name], self._weights(name)))
             self.moved.append(tuple(changed))
             self.without_gradient.append(
@@ -67,7 +67,7 @@ class Steps(pl.Callback):
             return terms
 
         model.log_dict = log_dict  # type: ignore[method-assign]
-        monkeypatch.setattr("cfe_lightning.methods.stylex.method.descend", watched)
+        monkeypatch.setattr("cfe_lightning.methods.stylex.method.accumulate_and_step", watched)
 
     def _weights(self, name: str) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self._networks[name].parameters()]).clone()
@@ -156,7 +156,7 @@ def test_labels_of_noise(noise_label: str, rows: set[tuple[float, float]]) -> No
 
 
 def test_lpips_compares_images_and_stays_out_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfe_lightning.methods.stylex.Lpips", lambda: Lpips(pretrained=False))
+    monkeypatch.setattr("cfe_lightning.methods.stylex.method.Lpips", lambda: Lpips(pretrained=False))
     torch.manual_seed(0)
     model = StylEx(toy_classifier(image_size=32), **{**STYLEX, "perception": "lpips"})
     steps = Steps(model, monkeypatch)
@@ -169,7 +169,7 @@ def test_weights_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch
     def unreachable() -> Lpips:
         raise URLError("no route")
 
-    monkeypatch.setattr("cfe_lightning.methods.stylex.Lpips", unreachable)
+    monkeypatch.setattr("cfe_lightning.methods.stylex.method.Lpips", unreachable)
     with pytest.raises(ValueError, match=r"LPIPS could not be loaded .*no route.* --model.perception classifier"):
         trained(tiny(perception="lpips"), tmp_path, 1)
 

@@ -24,7 +24,7 @@ from cfe_lightning.methods.stylex.ranking import (
 )
 from cfe_lightning.methods.stylex.search import (
     Directions,
-    Judge,
+    LogitsOfEdits,
     absolute_steps,
     coordinate_shifts,
     coordinate_table,
@@ -46,7 +46,7 @@ def points(count: int = 60, seed: int = 0) -> Tensor:
     return torch.randn(count, 6, generator=generator) * extents @ rotation.T + 20
 
 
-def linear_judge(margins: Tensor, normal: Tensor) -> Judge:
+def linear_judge(margins: Tensor, normal: Tensor) -> LogitsOfEdits:
     """Generator: the identity. Classifier: two classes that are as far apart as the normal says."""
 
     def judge(rows: Tensor, change: Tensor) -> Tensor:
