@@ -9,13 +9,14 @@ import hashlib
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from cfe_lightning import images
+from cfe_lightning.compute.rows import joined, rows_of
 from cfe_lightning.files.text import data_address
 
 if TYPE_CHECKING:
@@ -131,36 +132,20 @@ class Explanation:
         return self.image.shape[0]
 
     def select(self, index: Tensor | slice) -> Explanation:
-        """The explanations of some images of the batch, by their numbers [b], or of neighbours, not copied."""
-
-        def chosen(value: Tensor | dict[str, Tensor] | None) -> Any:
-            if isinstance(value, dict):
-                return {name: one[index] for name, one in value.items()}
-            return None if value is None else value[index]
-
-        return Explanation(**{one.name: chosen(getattr(self, one.name)) for one in fields(self)})
+        """Selects the explanations of some images of the batch, by their numbers [b] or, without a copy, by a slice."""
+        return rows_of(self, index)
 
     @staticmethod
     def joined(explanations: Sequence[Explanation]) -> Explanation:
-        """One explanation of all images, of at least one of the same method; a caveat that one lacks does not hold."""
-        first = explanations[0]
-        if len(explanations) == 1:
-            return first
+        """Joins explanations of one method; a caveat that one of them lacks does not hold for its images."""
         caveats = dict.fromkeys(clause for one in explanations for clause in one.caveats)
-
-        def together(name: str) -> Any:
-            values = [getattr(one, name) for one in explanations]
-            if isinstance(values[0], dict):
-                return {key: torch.cat([value[key] for value in values]) for key in values[0]}
-            return None if values[0] is None else torch.cat(values)
-
-        given = {one.name: together(one.name) for one in fields(first) if one.name != "caveats"}
         none = [torch.zeros_like(one.target, dtype=torch.bool) for one in explanations]
-        held = {
-            clause: torch.cat([one.caveats.get(clause, no) for one, no in zip(explanations, none, strict=True)])
-            for clause in caveats
-        }
-        return Explanation(**given, caveats=held)
+        return joined(
+            [
+                replace(one, caveats={clause: one.caveats.get(clause, no) for clause in caveats})
+                for one, no in zip(explanations, none, strict=True)
+            ]
+        )
 
     @property
     def predicted(self) -> Tensor:

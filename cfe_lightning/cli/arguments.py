@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,3 @@ def file_assignment(text: str) -> tuple[str, Path]:
     if not name or not file:
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {text!r}")
     return name, Path(file)
-
-
-def check_writable(output: Path) -> None:
-    """Refuses an output folder that takes no files before hours are spent on them; makes nothing yet.
-
-    Raises:
-        PermissionError: If the folder, or the nearest one above it that exists, cannot be written to.
-    """
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"--output {output} cannot be written to: give another folder.")

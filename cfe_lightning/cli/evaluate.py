@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from cfe_lightning.cli.arguments import check_writable, count, file_assignment, positive, probabilities
+from cfe_lightning.cli.arguments import count, file_assignment, positive, probabilities
 from cfe_lightning.cli.bench import add_bench_options, run_bench
 from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
+from cfe_lightning.files.atomic import check_writable
 from cfe_lightning.files.text import VERSION, digest
 
 if TYPE_CHECKING:

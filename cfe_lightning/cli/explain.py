@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfe_lightning.cli.arguments import assignment, check_writable, count, positive, shard
+from cfe_lightning.cli.arguments import assignment, count, positive, shard
 from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
+from cfe_lightning.files.atomic import check_writable
 from cfe_lightning.files.text import VERSION
 
 if TYPE_CHECKING:

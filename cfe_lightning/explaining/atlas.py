@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.atlas import Atlas, AtlasPair
 from cfe_lightning.explaining.folder import ATLAS_PICTURE, ATLAS_SCHEMA
-from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.atomic import write_json
 from cfe_lightning.files.text import significant
 
 #: Sides that a cell of a picture has at least, in pixels; smaller images are enlarged by a whole factor.
@@ -36,8 +35,7 @@ def write_atlas(atlas: Atlas, output: Path) -> None:
         if ATLAS_PICTURE.fullmatch(stale.name):
             stale.unlink()
     content = {"schema": ATLAS_SCHEMA, "title": atlas.title, "note": atlas.note, "pairs": pairs}
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_json(path, content, indent=1)
 
 
 def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TextIO
 
 from cfe_lightning.explaining.row import is_row
 from cfe_lightning.explaining.sentence import measured_sentence
-from cfe_lightning.files.atomic import atomic_write, refuse_links
+from cfe_lightning.files.atomic import atomic_write, refuse_links, write_json
 from cfe_lightning.files.trust import present_path
 
 SCHEMA = 1
@@ -253,8 +253,7 @@ class OutputFolder:
     def write_summary(self, **facts: Any) -> dict[str, Any]:
         """Writes summary.json, the statistics of the merged rows after the given facts, and returns it."""
         summary = {**(self.header() or {}), **facts, **summarise(self.rows())}
-        with atomic_write(self.path / "summary.json") as file:
-            file.write(json.dumps(summary, indent=2) + "\n")
+        write_json(self.path / "summary.json", summary)
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -267,8 +266,7 @@ class OutputFolder:
 
     def write_verification(self, content: dict[str, Any]) -> None:
         """Writes verification.json."""
-        with atomic_write(self.path / "verification.json") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        write_json(self.path / "verification.json", content)
 
     def _remove(self) -> None:
         """Removes what runs have written; a file of another name that the user put there stays, with its folder."""

@@ -11,7 +11,6 @@ from the saved pictures. ``write_overview`` puts the result beside the explanati
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.explaining.folder import GLOBAL_PICTURE, GLOBAL_SCHEMA, MAX_PICTURED, OutputFolder, Row
 from cfe_lightning.explaining.saved_change import frame_mask, strongest_region
-from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.files.atomic import write_json
 from cfe_lightning.files.text import significant
 
 #: Images of one pair that enter its means, drawn evenly over the manifest.
@@ -75,8 +74,7 @@ def write_overview(output: OutputFolder, *, num_slices: int = 1, max_images: int
     _remove_stale(folder, {output.path / picture["file"] for pair in pairs for picture in pair["pictures"].values()})
     if pairs:
         content = {"schema": GLOBAL_SCHEMA, "max_images": max_images, "frame_ratio": FRAME_RATIO, "pairs": pairs}
-        with atomic_write(path) as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_json(path, content, indent=1)
 
 
 class _Mean:

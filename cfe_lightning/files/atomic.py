@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,27 @@ def atomic_write(path: Path, owner: str = "") -> Iterator[TextIO]:
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         yield file
+
+
+def write_json(path: Path, content: object, indent: int = 2) -> None:
+    """Writes plain data as JSON; the file appears whole or not at all.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON cannot hold.
+    """
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def check_writable(output: Path) -> None:
+    """Refuses an output folder that takes no files before hours are spent on them; makes nothing yet.
+
+    Raises:
+        PermissionError: If the folder, or the nearest one above it that exists, cannot be written to.
+    """
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output {output} cannot be written to: give another folder.")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cfe_lightning.cli import arguments, evaluate, explain
+from cfe_lightning.files.atomic import check_writable
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(locked: Pat
 def test_an_output_that_is_yet_to_be_made_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for output in (Path("new"), Path("new/deeper"), Path(".")):
-        arguments.check_writable(output)
+        check_writable(output)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -318,6 +318,7 @@ def test_help_names_every_baseline_and_imports_nothing_heavy(capsys: pytest.Capt
     assert heavy == {
         *("cfe_lightning.cli.arguments", "cfe_lightning.cli.bench", "cfe_lightning.cli.guard"),
         "cfe_lightning.cli.environment",
+        "cfe_lightning.files.atomic",
         "cfe_lightning.files.text",
     }
 
