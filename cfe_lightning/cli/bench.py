@@ -1,20 +1,21 @@
-"""``cfe-evaluate --bench``: trains classifiers with a planted shortcut and asks which explainers give it away.
+"""``cfe-evaluate --bench``: trains classifiers with a planted shortcut and measures which explainers reveal it.
 
-What is done is kept per cell and explainer, so a run that was stopped continues. Cells of other calls are kept; the
-``known_cause.*`` files cover what this call asks for.
+Results are kept per cell and explainer, so a stopped run continues. Cells of other calls are kept; the
+``known_cause.*`` files cover the cells of this call.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cfe_lightning.cli.bench_cell import CLASSIFIER, BenchCell, BenchMethod, keep_settings, shapes_of
+from cfe_lightning.evaluation.options import NUM_TEST, EvaluateOptions
 from cfe_lightning.files.text import VERSION
 from cfe_lightning.training import folder as run_folder
 
@@ -23,79 +24,33 @@ if TYPE_CHECKING:
 
     from cfe_lightning.evaluation.known_cause import Cell
 
-#: Test images of every cell, unless --limit says otherwise.
-_NUM_TEST = 64
 
-
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the bench to a command that has ``--output``, ``--baselines``, ``--limit`` and ``--seed``."""
-    group = parser.add_argument_group(
-        "known-cause bench (with --output, --baselines, --limit, --seed, --device, --batch-size)",
-        f"Every classifier is tested on --limit images, {_NUM_TEST} by default.",
-    )
-    group.add_argument(
-        "--bench",
-        choices=("synthetic",),
-        help="train classifiers with a planted shortcut and measure which explainers give it away; no --checkpoint",
-    )
-    group.add_argument("--cues", metavar="NAMES", default="lesion,colour,texture", help="(default: all three)")
-    group.add_argument("--cue-sizes", metavar="X,...", type=_numbers, default=[0.7, 1.0, 1.4], help="0.5 to 1.6")
-    group.add_argument(
-        "--shortcuts",
-        metavar="P,...",
-        type=_numbers,
-        default=[0.0, 0.5, 0.9, 1.0],
-        help="probabilities that the mark follows the class, else it sits anywhere (default: 0,0.5,0.9,1)",
-    )
-    group.add_argument(
-        "--cue-agreement",
-        metavar="P",
-        type=float,
-        default=0.95,
-        help="share of training images with the cue of their class; at 1 cues are the easier reason and hardly any "
-        "classifier uses its mark (default: 0.95)",
-    )
-    group.add_argument(
-        "--methods",
-        metavar="NAMES",
-        default="steerable_lens,dxai,mirror_cfe",
-        help="comma-separated, of configs NAME_synthetic.yaml (default: steerable_lens,dxai,mirror_cfe)",
-    )
-    group.add_argument(
-        "--budget", metavar="X", type=float, default=1.0, help="multiplies the length of all trainings (default: 1)"
-    )
-
-
-def run_bench(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:
+def run_bench(options: EvaluateOptions, device: torch.device, baselines: Sequence[str]) -> int:
     """Runs the bench and returns the exit code: 0 measured, 128 + signal interrupted.
 
     Args:
-        options: Of ``add_bench_options`` and of the command.
-        device: Where everything runs.
+        options: Checked options of the command.
+        device: Device that everything runs on.
         baselines: Names of baselines.
 
     Raises:
         ValueError: If an option cannot be used, or a classifier cannot be trained.
     """
-    if options.checkpoint or options.data:
-        raise ValueError("--bench trains its own explainers on built-in data: leave out --checkpoint and --data.")
-    if options.output is None:
-        raise ValueError("--bench keeps its trainings and results in a folder: add --output DIR.")
-    return _run(options, device, baselines)
-
-
-def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[str]) -> int:
-    from cfe_lightning.evaluation import known_cause_page as known_cause_report
+    from cfe_lightning.evaluation import known_cause_page
     from cfe_lightning.evaluation.known_cause import Bench
 
+    options = replace(options, limit=options.limit or NUM_TEST)
+    folder = options.folder
     cells = _cells(options)
     methods = [_method(name) for name in _names(options.methods)]
     bench = Bench(explainers=[*(method.name for method in methods), *baselines], num_cells=len(cells))
     if not bench.explainers:
         raise ValueError("There is nothing to measure: name at least one of --methods and --baselines.")
     settings = _settings(options, methods, baselines)
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     keep_settings(options)
+
+    # Cell by cell.
     tables = []
     for number, cell in enumerate(cells, start=1):
         work = BenchCell(cell, options, device, title=f"[{number}/{len(cells)}] {cell.name}")
@@ -104,19 +59,18 @@ def _run(options: argparse.Namespace, device: torch.device, baselines: Sequence[
             work.measure(method.name, [method.config, method.autoencoder], partial(work.method, method), bench)
         for name in baselines:
             work.measure(name, [], partial(work.baseline, name), bench)
-        # After every cell: what there is can be looked at while the others are trained.
-        tables = known_cause_report.save(
-            bench, options.output, settings, options.output / "cells", float(work.batch["mark"].mean())
-        )
-    sys.stdout.write(f"{tables[0].markdown()}\nwritten to {options.output}\n")
+        # After every cell: finished cells can be looked at while the others are trained.
+        tables = known_cause_page.save(bench, folder, settings, folder / "cells", float(work.batch["mark"].mean()))
+    sys.stdout.write(f"{tables[0].markdown()}\nwritten to {folder}\n")
     return 0
 
 
-def _cells(options: argparse.Namespace) -> list[Cell]:
-    """All combinations; every set of data is made once, so that a wrong size is refused before the first training."""
+def _cells(options: EvaluateOptions) -> list[Cell]:
+    """Combines cues, sizes and shortcuts; all data are built once, so that a wrong size is refused before training."""
     from cfe_lightning.data.synthetic import Cue
     from cfe_lightning.evaluation.known_cause import Cell
 
+    # Refuse impossible options.
     for cue in _names(options.cues):
         if cue not in get_args(Cue):
             raise ValueError(f"There is no cue {cue!r}: choose from {', '.join(get_args(Cue))}.")
@@ -125,9 +79,10 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             raise ValueError(f"--shortcuts are probabilities from 0 to 1, got {p:g}.")
     if not 0 < options.budget < math.inf:
         raise ValueError(f"--budget multiplies the length of trainings and must be above 0, got {options.budget:g}.")
-    options.limit = options.limit or _NUM_TEST
-    if options.limit < 2:
+    if options.limit is not None and options.limit < 2:
         raise ValueError(f"The bench needs at least one test image of each class: give --limit 2, not {options.limit}.")
+
+    # Combine them.
     cells = [
         Cell(cue=cue, cue_size=size, p=p)
         for cue in _names(options.cues)
@@ -142,11 +97,12 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def _method(name: str) -> BenchMethod:
-    """The config of a method: by its file name, or by the module that the method is in."""
+    """Finds the config of a method by its file name, or by the folder of the method's class."""
     from cfe_lightning.explainer import ExplainerModule
     from cfe_lightning.files.configs import load_config
     from cfe_lightning.files.trust import resolve_class_path
 
+    # Configs by file name and by folder of the class.
     folder = run_folder.find_configs([CLASSIFIER])[0].parent
     found: dict[str, Path] = {}
     needs_training: dict[Path, bool] = {}
@@ -159,6 +115,8 @@ def _method(name: str) -> BenchMethod:
         found[stem] = path
         needs_training[path] = kind.needs_training
         found.setdefault(model["class_path"].split(".")[-2], path)
+
+    # The chosen one.
     if name not in found:
         raise ValueError(f"There is no method {name!r} for the bench: choose from {', '.join(found)}.")
     config = found[name]
@@ -172,13 +130,13 @@ def _method(name: str) -> BenchMethod:
         class_path=model["class_path"],
         arguments=arguments,
         needs_training=needs_training[config],
-        # A config names the checkpoint of what it stands on, and a run is named after its config.
+        # A config names the checkpoint of its autoencoder, whose run folder is named after its own config.
         autoencoder=None if base is None else run_folder.find_configs([f"{Path(base).parent.name}.yaml"])[0],
     )
 
 
-def _settings(options: argparse.Namespace, methods: Sequence[BenchMethod], baselines: Sequence[str]) -> dict[str, Any]:
-    """How the numbers came about."""
+def _settings(options: EvaluateOptions, methods: Sequence[BenchMethod], baselines: Sequence[str]) -> dict[str, Any]:
+    """Collects the settings that the numbers depend on."""
     return {
         "version": VERSION,
         "bench": options.bench,
@@ -196,11 +154,3 @@ def _settings(options: argparse.Namespace, methods: Sequence[BenchMethod], basel
 
 def _names(listed: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
-
-
-def _numbers(text: str) -> list[float]:
-    """Numbers separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None

@@ -1,8 +1,7 @@
-"""One cell of the known-cause bench: its classifier, its explainers and their numbers, each made once and kept."""
+"""One cell of the known-cause bench: its classifier, its explainers and their measurements, each made once."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cfe_lightning.cli import train
 from cfe_lightning.compute.signals import StopRequested
-from cfe_lightning.files.atomic import atomic_write
+from cfe_lightning.evaluation.options import NUM_TEST, EvaluateOptions
+from cfe_lightning.files.atomic import write_json
 from cfe_lightning.files.text import VERSION, digest, one_line
 from cfe_lightning.training import folder as run_folder
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from cfe_lightning.evaluation.known_cause import Bench, Cell, MarkUse
     from cfe_lightning.explanation import Explainer
 
-#: What every cell's classifier is trained by.
+#: The config that trains every cell's classifier.
 CLASSIFIER = "classifier_synthetic.yaml"
-#: Training images per config at budget 1: enough for shapes to be learned, minutes instead of hours for all cells.
+#: Share of a config's training images at budget 1: enough to learn shapes, in minutes instead of hours for all cells.
 _SHARE = 1 / 3
 _NUM_VAL = 200
 #: Options that every training of an output folder shares.
@@ -40,36 +40,37 @@ _SHARED = ("budget", "seed", "cue_agreement")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchMethod:
-    """A config of a method, as far as the bench needs it."""
+    """The parts of a method's config that the bench needs."""
 
     name: str
     config: Path
     class_path: str
     arguments: dict[str, Any]
     needs_training: bool
-    autoencoder: Path | None  # the config of what it stands on
+    autoencoder: Path | None  # config of the autoencoder that the method is built on
 
 
 class BenchCell:
-    """The work on one cell: everything is done once and kept in ``<output>/cells/<cell>``."""
+    """Trains and measures one cell; every result is kept in ``<output>/cells/<cell>`` and reused."""
 
-    def __init__(self, cell: Cell, options: argparse.Namespace, device: torch.device, title: str) -> None:
+    def __init__(self, cell: Cell, options: EvaluateOptions, device: torch.device, title: str) -> None:
         self.cell = cell
         self.options = options
         self.device = device
         self.title = title
-        self.folder: Path = options.output / "cells" / cell.name
+        self.folder: Path = options.folder / "cells" / cell.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shapes = shapes_of(cell, options)
         self.batch = self._batch()
         self.classifier = self._trained_classifier()
 
     def use(self) -> MarkUse:
-        """What moving the mark does to the classifier."""
+        """Measures how moving the mark changes the classifier's answers."""
         import torch
 
         from cfe_lightning.evaluation.known_cause import MarkUse, mark_use
 
+        # Images with the mark in the other corner.
         data = self.shapes.dataset("test")
         moved = [data.render(index, int(data.labels[index]), 1 - data.mark_corner(index)) for index in range(len(data))]
         parts = []
@@ -77,6 +78,8 @@ class BenchCell:
             part = slice(start, start + self.options.batch_size)
             images = (self.batch["image"][part], torch.stack(moved[part]).to(self.device))
             parts.append(mark_use(self.cell, self.classifier, *images, self.batch["label"][part]))
+
+        # Verdict over all images.
         keys = ("probability", "decision", "correct")
         found = MarkUse(cell=self.cell, **{key: torch.cat([getattr(part, key) for part in parts]) for key in keys})
         self._say(
@@ -89,6 +92,7 @@ class BenchCell:
         """Adds one explainer's numbers to the bench, from its file or by explaining the test images."""
         import torch
 
+        # Reuse the file of the same settings.
         texts = [config.read_text(encoding="utf-8") for config in configs if config is not None]
         measured = [self.classifier.fingerprint(), self.options.limit, self.options.batch_size]
         made_from = digest([name, texts, *measured, *self._training_settings()])
@@ -99,13 +103,13 @@ class BenchCell:
             try:
                 values, seconds = self._explain(name, build())
             except ValueError as error:
-                # Not kept: the next run tries again.
+                # Failures are not kept: the next run tries again.
                 bench.failures[key] = one_line(error)
                 self._say(f"{name} is left out: {bench.failures[key]}")
                 return
             rows = {k: [None if math.isnan(one) else one for one in v.tolist()] for k, v in values.items()}
             kept = {"settings": made_from, "seconds_per_image": seconds, "values": rows}
-            _write(path, kept)
+            write_json(path, kept)
         bench.values[key] = {
             k: torch.tensor([math.nan if one is None else one for one in v]) for k, v in kept["values"].items()
         }
@@ -113,9 +117,9 @@ class BenchCell:
     def _explain(self, name: str, explainer: Explainer) -> tuple[dict[str, torch.Tensor], float]:
         import torch
 
-        from cfe_lightning.evaluation import known_cause
-        from cfe_lightning.evaluation import known_cause_page as known_cause_report
+        from cfe_lightning.evaluation import known_cause, known_cause_page
 
+        # Timed explanations.
         torch.manual_seed(self.options.seed)
         started, found = time.perf_counter(), []
         size = self.options.batch_size
@@ -124,13 +128,15 @@ class BenchCell:
             found.append(known_cause.measure(explainer, part)[1])
         seconds = time.perf_counter() - started
         values = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+        # Pictures of one image per class.
         explanation, _ = known_cause.measure(explainer, self._first())
-        known_cause_report.draw(explanation, self.folder / f"{name}.png")
+        known_cause_page.draw(explanation, self.folder / f"{name}.png")
         self._say(f"{name} explained in {seconds:.1f} s, alarm {values['alarm'].nanmean():.2f}")
         return values, seconds / len(self.batch["label"])
 
     def method(self, method: BenchMethod) -> Explainer:
-        """A method for this cell's classifier, trained unless it learns nothing."""
+        """Returns a method for this cell's classifier, trained if it learns anything."""
         from cfe_lightning.explainer import load_explainer
         from cfe_lightning.methods.find import build_untrained
 
@@ -147,7 +153,7 @@ class BenchCell:
         return load_explainer(run / "best.ckpt").to(self.device)
 
     def baseline(self, name: str) -> Explainer:
-        """A baseline for this cell's classifier."""
+        """Returns a baseline for this cell's classifier."""
         from cfe_lightning.methods.baselines.captum import build_baseline
 
         return build_baseline(name, self.classifier, self.options.seed)
@@ -157,32 +163,35 @@ class BenchCell:
 
         (config,) = run_folder.find_configs([CLASSIFIER])
         path = self.folder / "classifier.pt"
-        # One that averages its last map, which some methods need.
+        # Some methods need a classifier that averages its last map.
         self._train("classifier", config, ["--model.architecture", "pooled", "--model.output", str(path)])
         return load_classifier(str(path)).to(self.device)
 
     def _train(self, name: str, config: Path, overrides: Sequence[str], beneath: Sequence[str] = ()) -> Path:
-        """Trains into ``<cell>/runs/<name>`` unless that is done with these settings, and returns the folder.
+        """Trains into ``<cell>/runs/<name>`` unless a finished run has these settings, and returns the folder.
 
         Args:
-            name: Of the run.
-            config: What is trained.
-            overrides: Of the config, besides the cell's data.
-            beneath: What tells the networks that it stands on from others, if any: the fingerprint of the classifier,
-                the config of the autoencoder. Others need another training.
+            name: Name of the run.
+            config: Training config.
+            overrides: Command-line arguments over the config, besides the cell's data.
+            beneath: Identities of the networks that the run builds on: the classifier's fingerprint, the autoencoder's
+                config. Other networks need another training.
 
         Raises:
             ValueError: If it cannot be trained.
         """
+        # Reuse a finished training.
         run = self.folder / "runs" / name
-        # Wherever the folder lies.
+        # The identity of a training does not depend on the place of its folder.
         told = [override.replace(str(self.folder), "") for override in overrides]
         made_from = digest([config.read_text(encoding="utf-8"), told, *beneath, *self._training_settings()])
         done = run / "trained.json"
         if _read(done).get("settings") == made_from:
             return run
-        # Before anything else: a run that is stopped half way must not look like the one that was there.
+        # First of all: a run that is stopped half way must not look like the finished one before it.
         done.unlink(missing_ok=True)
+
+        # Train.
         started = time.perf_counter()
         arguments = ["--config", str(config), "--run", name, "--output", str(run.parent), "--overwrite"]
         arguments += ["--skip-classifier-check", *overrides, *self._data_overrides(config)]
@@ -190,18 +199,21 @@ class BenchCell:
         if reason is not None:
             raise ValueError(f"{name} of {self.cell.name} could not be trained: {reason}")
         seconds = time.perf_counter() - started
-        _write(done, {"settings": made_from, "seconds": seconds})
+        write_json(done, {"settings": made_from, "seconds": seconds})
         self._say(f"{name} trained in {seconds:.0f} s")
         return run
 
     def _data_overrides(self, config: Path) -> list[str]:
-        """The cell's training data, and one epoch of a share of all images that the config would show."""
+        """Returns overrides for the cell's training data: one epoch with a share of the images of the whole config."""
         from cfe_lightning.files.configs import load_config
 
+        # Images of all epochs at the bench's budget.
         content = load_config(config)
         data, trainer = content["data"].get("init_args", {}), content.get("trainer", {})
         shown = data.get("num_train", 4000) * trainer.get("max_epochs", 1)
         num_train = max(round(shown * _SHARE * self.options.budget), data.get("batch_size", 32))
+
+        # Overrides.
         cell = self.cell
         given: dict[str, Any] = {
             "data.cue": cell.cue,
@@ -221,33 +233,32 @@ class BenchCell:
         return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
     def _training_settings(self) -> list[Any]:
-        version = VERSION
-        return [version, self.cell.name, *_shared(self.options).values(), _SHARE, _NUM_VAL]
+        return [VERSION, self.cell.name, *_shared(self.options).values(), _SHARE, _NUM_VAL]
 
     def _batch(self) -> dict[str, torch.Tensor]:
-        """All test images of the cell, and the picture of their right answer."""
+        """Renders all test images of the cell, and draws the picture of their right answer."""
         import torch
 
-        from cfe_lightning.evaluation import known_cause_page as known_cause_report
+        from cfe_lightning.evaluation import known_cause_page
 
         data = self.shapes.dataset("test")
         samples = [data[index] for index in range(len(data))]
         batch = {key: torch.stack([s[key] for s in samples]) for key in ("image", "mask", "mark", "counterfactual")}
         first = {key: value[:2] for key, value in batch.items()}
-        known_cause_report.draw_truth(first["image"], first["counterfactual"], self.folder / "truth.png")
+        known_cause_page.draw_truth(first["image"], first["counterfactual"], self.folder / "truth.png")
         batch["label"] = data.labels.clone()
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def _first(self) -> dict[str, torch.Tensor]:
-        """One image of each class, to be shown."""
+        """Returns one image of each class for the pictures."""
         return {key: value[:2] for key, value in self.batch.items()}
 
     def _say(self, text: str) -> None:
         sys.stderr.write(f"{self.title}: {text}\n")
 
 
-def shapes_of(cell: Cell, options: argparse.Namespace, cue_agreement: float = 1.0) -> SyntheticShapes:
-    """The test images of a cell: their cues are right and their marks tell nothing, so that cells can be compared."""
+def shapes_of(cell: Cell, options: EvaluateOptions, cue_agreement: float = 1.0) -> SyntheticShapes:
+    """Returns the test data of a cell: cues are right and marks uninformative, so that cells can be compared."""
     from cfe_lightning.data.synthetic import SyntheticShapes
 
     return SyntheticShapes(
@@ -255,21 +266,21 @@ def shapes_of(cell: Cell, options: argparse.Namespace, cue_agreement: float = 1.
         cue_size=cell.cue_size,
         shortcut=0.5,
         cue_agreement=cue_agreement,
-        num_test=options.limit,
+        num_test=options.limit or NUM_TEST,
         seed=options.seed,
     )
 
 
-def keep_settings(options: argparse.Namespace) -> None:
-    """Writes what all trainings of the output folder share into its ``bench.json``, once.
+def keep_settings(options: EvaluateOptions) -> None:
+    """Writes the settings that all trainings of an output folder share into its ``bench.json``, once.
 
     Raises:
-        ValueError: If the folder holds trainings by other settings: these would replace them.
+        ValueError: If the folder holds trainings with other settings, which would be replaced.
     """
-    path, asked = options.output / "bench.json", _shared(options)
+    path, asked = options.folder / "bench.json", _shared(options)
     kept = _read(path)
     if not kept:
-        _write(path, asked)
+        write_json(path, asked)
         return
     others = [name for name in asked if kept.get(name) != asked[name]]
     if others:
@@ -278,17 +289,17 @@ def keep_settings(options: argparse.Namespace) -> None:
             for settings in (kept, asked)
         )
         raise ValueError(
-            f"{options.output} holds a bench with {found}, and {given} was asked for, which would replace its "
+            f"{options.folder} holds a bench with {found}, and {given} was asked for, which would replace its "
             "trainings: give another --output."
         )
 
 
-def _shared(options: argparse.Namespace) -> dict[str, Any]:
+def _shared(options: EvaluateOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _SHARED}
 
 
 def _training_error(arguments: Sequence[str]) -> str | None:
-    """Trains, and returns why that failed, if it did."""
+    """Runs a training and returns the reason of its failure, or None."""
     with _quiet_training() as spoken:
         code = train.main(arguments)
     if code > 128:
@@ -298,7 +309,7 @@ def _training_error(arguments: Sequence[str]) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_training() -> Iterator[io.StringIO]:
-    """Keeps what trainings say; dozens of them would bury our own lines."""
+    """Collects the output of trainings: dozens of them would bury the bench's own lines."""
     spoken = io.StringIO()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "cfe_lightning")]
     levels = [logger.level for logger in loggers]
@@ -313,14 +324,9 @@ def _quiet_training() -> Iterator[io.StringIO]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What was kept; nothing where there is no file, or a broken one."""
+    """Reads a kept result; an absent or broken file is an empty one."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, allow_nan=False))

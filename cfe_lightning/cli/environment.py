@@ -1,4 +1,4 @@
-"""A start-up check that imports nothing heavy: torch and torchvision must be releases made for each other."""
+"""A start-up check: torch and torchvision must be releases made for each other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _REPAIR = "python -m pip install --upgrade --force-reinstall torch torchvision"
 
 
 def check_torchvision() -> None:
-    """Imports torchvision, whose compiled part fails in puzzling words beside another torch than its own.
+    """Imports torchvision and turns the puzzling failure beside a foreign torch into a sentence.
 
-    Call it before Lightning is imported, which imports torchvision by itself.
+    Call it before Lightning is imported, which imports torchvision itself.
 
     Raises:
         ValueError: If torchvision is missing or does not fit torch; one sentence with the command that repairs it.
@@ -23,7 +23,7 @@ def check_torchvision() -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}: torch and torchvision are both needed; install them with `{_REPAIR}`.") from error
     # RuntimeError: "operator torchvision::nms does not exist"; ImportError and OSError: undefined symbols;
-    # AttributeError: a part of torch that torchvision uses has moved.
+    # AttributeError: a moved part of torch.
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         reason = one_line(error)
         raise ValueError(
@@ -40,7 +40,7 @@ def _version(package: str) -> str:
 
 
 def _made_for() -> str:
-    """The torch that torchvision's metadata ask for, such as ``torch==2.10.0``."""
+    """Returns the torch release that torchvision's metadata require, such as ``torch==2.10.0``."""
     try:
         wanted = importlib.metadata.requires("torchvision") or []
     except importlib.metadata.PackageNotFoundError:

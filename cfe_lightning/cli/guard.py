@@ -1,4 +1,4 @@
-"""One way out of every command: whatever goes wrong is one sentence and an exit code; imports nothing heavy."""
+"""The one exit of every command: any failure becomes one sentence and an exit code; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from collections.abc import Callable
 
 from cfe_lightning.compute.signals import StopRequested, StopSignals, name_of
 
-#: Exit codes: nothing could be done with what was given; the program itself is wrong.
+#: Exit codes: the input made the command impossible; the program itself has a fault.
 NOTHING_DONE = 2
 FAULT = 1
 _LONGEST = 1200
-#: Of a disk, whatever other exception it has become on the way.
+#: Errors of a disk, which may arrive wrapped in another exception.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 _ALLOCATOR = re.compile(r"\[enforce fail at [^\]]*\] err == 0\. |\. Error code 12.*", re.DOTALL)
 _WORKER = re.compile(r"Caught (\w+) in (?:DataLoader worker process|pin memory thread)")
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Adds the option by which a command shows where an error came from."""
-    parser.add_argument("--debug", action="store_true", help="show where in the program an error came from")
+    """Adds the option that shows the traceback of an error."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def guarded(command: Callable[[], int], *, debug: bool, kept: str) -> int:
     """Runs a command; an exception or a signal that asks for the end becomes one sentence on stderr.
 
     Args:
-        command: Does the work and returns the exit code.
-        debug: Show the traceback before the sentence.
-        kept: What is not lost after a fault of the system and how to go on, the end of a sentence.
+        command: The work, which returns the exit code.
+        debug: Shows the traceback before the sentence.
+        kept: The results that survive a system fault and how to continue, as the end of a sentence.
 
     Returns:
         The command's own exit code, ``NOTHING_DONE``, ``FAULT``, or 128 + the signal.
@@ -56,12 +56,13 @@ def guarded(command: Callable[[], int], *, debug: bool, kept: str) -> int:
 
 
 def explain_error(error: Exception, kept: str) -> tuple[str, int]:
-    """The sentence that a user reads about an exception, and the exit code.
+    """Returns the sentence that a user reads about an exception, and the exit code.
 
     Args:
-        error: What went wrong; ``ValueError`` and ``OSError`` are what this package says to users.
-        kept: See ``guarded``.
+        error: The exception; messages of ``ValueError`` and ``OSError`` are written for users.
+        kept: The results that survive a system fault and how to continue, as the end of a sentence.
     """
+    # The operating system.
     system = _system_error(error)
     if system is not None:
         where = "" if system.filename is None else f": {system.filename}"
@@ -69,12 +70,16 @@ def explain_error(error: Exception, kept: str) -> tuple[str, int]:
     reason = _without_worker(str(error))
     if "PytorchStreamWriter failed writing" in reason:
         return f"A file could not be written to its end, the disk is full or gone ({kept})", NOTHING_DONE
+
+    # Memory.
     if _is_out_of_memory(error):
         told = f" ({plain(_ALLOCATOR.sub('', reason))[:200]})" if reason else ""
         return (
             f"Memory ran out{told}: choose smaller batches or images, or a machine with more of it ({kept}).",
             NOTHING_DONE,
         )
+
+    # Sentences for users.
     if isinstance(error, (ValueError, OSError)):
         return plain(reason or type(error).__name__), NOTHING_DONE
     if reason.startswith("DataLoader worker"):
@@ -84,6 +89,8 @@ def explain_error(error: Exception, kept: str) -> tuple[str, int]:
         )
     if isinstance(error, ModuleNotFoundError):
         return plain(f"{reason}: install it, for example with `pip install {error.name}`."), NOTHING_DONE
+
+    # Anything else.
     return (
         plain(
             f"This is a fault of the program, {type(error).__name__}: {reason or 'without a message'} ({kept}); please "
@@ -94,14 +101,14 @@ def explain_error(error: Exception, kept: str) -> tuple[str, int]:
 
 
 def plain(text: str) -> str:
-    """Text on one line, cut where it is endless; what a terminal would act on is shown as an escape."""
+    """Puts text on one line, cuts endless text, and shows control characters of terminals as escapes."""
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-290:]}"
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The system's own complaint: the error itself, or what PyTorch's writer stumbled over."""
+    """Finds the operating system's error: the exception itself, or the cause of a failed write by PyTorch."""
     if isinstance(error, OSError):
         return error if error.strerror else None
     if isinstance(error, ValueError):  # a sentence of ours, whatever it was made from
@@ -112,7 +119,7 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 def _without_worker(message: str) -> str:
-    """What was wrong in a process that reads images, without the traceback that comes with it."""
+    """Strips the traceback that PyTorch adds to the message of a failed loader process."""
     caught = _WORKER.match(message)
     if caught is None:
         return message

@@ -302,7 +302,7 @@ def test_mistakes_about_untrained_methods(
 
 def test_a_checkpoint_or_a_method_is_needed(capsys: pytest.CaptureFixture[str]):
     assert explain.main(["--input", "a", "--output", "b"]) == 2
-    assert sentence(capsys).startswith("Who is to explain? Give --checkpoint")
+    assert sentence(capsys).startswith("No explainer is given: add --checkpoint")
     with pytest.raises(SystemExit):
         explain.main(["--checkpoint", "x", "--method", "steerable_lens", "--input", "a", "--output", "b"])
     assert "--method" in capsys.readouterr().err

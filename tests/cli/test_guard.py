@@ -134,7 +134,7 @@ def test_all_commands_are_guarded(command: object, monkeypatch: pytest.MonkeyPat
     def fails(*_: object) -> int:
         raise ZeroDivisionError("by zero")
 
-    name = {train: "_train", explain: "_explain", evaluate: "_evaluate"}[command]
+    name = "_train" if command is train else "options_of"
     monkeypatch.setattr(command, name, fails)
     assert command.main([]) == FAULT
     assert "fault of the program, ZeroDivisionError: by zero" in capsys.readouterr().err

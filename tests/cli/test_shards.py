@@ -12,10 +12,11 @@ from explained import NoisyToy, checkpoint, content, photos, restore_process_set
 from torch import Tensor
 
 from cfe_lightning.cli import explain
-from cfe_lightning.cli.arguments import shard as read_shard
 from cfe_lightning.explaining.folder import OutputFolder, Shard
+from cfe_lightning.explaining.run import _own_device
 from cfe_lightning.explaining.writer import ExplanationWriter
 from cfe_lightning.explanation import Explanation
+from cfe_lightning.files.arguments import shard as read_shard
 
 __all__ = ["checkpoint", "photos", "restore_process_settings"]
 
@@ -155,7 +156,7 @@ def test_shards_on_one_machine_take_a_gpu_each(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    assert explain._own_device(accelerator) == devices
+    assert _own_device(accelerator) == devices
 
 
 def test_machines_started_by_hand_take_shards(

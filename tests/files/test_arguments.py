@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cfe_lightning.cli import arguments, evaluate, explain
+from cfe_lightning.cli import evaluate
+from cfe_lightning.explaining.options import check_folders
+from cfe_lightning.files import arguments
 from cfe_lightning.files.atomic import check_writable
 
 
@@ -23,7 +25,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(locked: Pat
     source.mkdir()
     sentence = f"^--output {output} cannot be written to: give another folder.$"
     with pytest.raises(PermissionError, match=sentence):
-        explain._check_folders(source, output)
+        check_folders(source, output)
     with pytest.raises(PermissionError, match=sentence):
         evaluate._check_output(output)
     assert list(locked.iterdir()) == []
