@@ -1,4 +1,4 @@
-"""The figures of DiffExplainer on built-in shapes or a folder of images: the tables of docs/results.md.
+"""The figures of DiffExplainer on built-in shapes or a folder of images: the tables of docs/measured/diff_explainer.md.
 
     python benchmarks/diff_explainer.py agent --checkpoint L1.ckpt MSE.ckpt KL.ckpt --cue lesion
     python benchmarks/diff_explainer.py edits --checkpoint best.ckpt --root FOLDER/malaria

@@ -1,4 +1,4 @@
-"""Trains and judges DXAI on data with a known answer and on real image folders: the tables of docs/results.md.
+"""Trains and judges DXAI on data with a known answer and on real image folders: the tables of docs/measured/dxai.md.
 
     python benchmarks/dxai.py --set lesion colour texture --seeds 0 1 2 --output checkpoints/bench
     python benchmarks/dxai.py --set mnist tomatoes --root FOLDER --output checkpoints/bench

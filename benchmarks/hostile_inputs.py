@@ -1,6 +1,6 @@
 """Hands hostile images, tables, configs, checkpoints and folders to the commands and writes what they say of each.
 
-    python benchmarks/hostile_inputs.py [--only TEXT] [--output docs/hostile_inputs.md]
+    python benchmarks/hostile_inputs.py [--only TEXT] [--output docs/measured/hostile_inputs.md]
 
 Every case runs the real command in a process of its own, with little memory and time. It fails if anything of the input
 is executed, a file appears outside the output, a traceback is shown, the program calls itself at fault, or the command
@@ -216,7 +216,7 @@ def _cell(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="run the cases whose name holds this text")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "hostile_inputs.md")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "measured" / "hostile_inputs.md")
     options = parser.parse_args()
     cases = [case for case in all_cases() if options.only in f"{case.kind} {case.name}"]
     outcomes = []

@@ -13,8 +13,9 @@ from cfe_lightning.files.atomic import refuse_links
 LAST = "last"
 #: What a run may leave in its folder, and what ``--overwrite`` removes; anything else there is the user's.
 RUN_FILES = ("*.ckpt", "*.survey.pt", ".*.part", "config.yaml", "metrics.csv", "samples", "wandb")
-#: ``train.py`` lies beside this folder in a checkout.
-_CHECKOUT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: The shipped configs: inside the package where it was installed from a wheel, beside it in a checkout.
+_SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 def locate(names: Sequence[str], run: str | None, output: str | None, resume: str | None) -> tuple[list[Path], Path]:
@@ -55,7 +56,7 @@ def find_configs(names: Sequence[str]) -> list[Path]:
         FileNotFoundError: If one does not exist; the message lists those that do, the nearest names first.
         ValueError: If there is no name.
     """
-    folders = list(dict.fromkeys([Path("configs").resolve(), _CHECKOUT / "configs"]))
+    folders = list(dict.fromkeys([Path("configs").resolve(), _SHIPPED]))
     known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
     if not names:
         raise ValueError(f"Which run? Give --config FILE; in configs/ there are: {', '.join(known) or 'none'}.")
