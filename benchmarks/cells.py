@@ -22,7 +22,7 @@ from contenders import Contender, Variant, build, copied, shapes
 from straightforward import STRAIGHTFORWARD
 from torch import Tensor, nn
 
-from cfe_lightning.classifier import counting as classifier_calls
+from cfe_lightning.classifier import counting
 from cfe_lightning.cli import explain as explain_command
 from cfe_lightning.data.synthetic import SyntheticShapes
 
@@ -106,7 +106,7 @@ def measure_speed(cell: Cell, settings: Settings) -> dict[str, Any]:
     answers, first, judged = {}, {}, {}
     for name, contender in contenders.items():
         torch.manual_seed(1)
-        with classifier_calls.counted() as calls:
+        with counting.counted() as calls:
             begin = time.perf_counter()
             answer = contender(_PLAIN_ITERATION)
             _synchronise(settings.device)
@@ -293,7 +293,7 @@ def measure_search(cell: Cell, settings: Settings) -> dict[str, Any]:
 
     model: Any = build(cell.method, cell.size, settings.small).to(settings.device).eval()
     latent, logits = (values[: settings.explain_images] for values in model.starting_points())
-    directions = model.directions(latent, model.label(logits))
+    directions = model.latent_search.directions(model.generator, latent, model.label(logits))
     eigen: dict[str, list[float]] = {"as built": [], "loop": []}
     att: dict[str, list[float]] = {"as built": [], "loop": []}
     for _ in range(settings.rounds):

@@ -326,7 +326,7 @@ class Contender:
     def phases(self) -> list[tuple[int, float]]:
         """Iterations that stand for all others, with their shares: penalties come every few iterations only."""
         names = {"r1_interval": "r1_weight", "path_interval": "path_weight"} if self.work == "train" else {}
-        weights = getattr(self.module, "weights", self.module)
+        weights = getattr(self.module, "losses", self.module)
         intervals = [
             getattr(self.module, name)
             for name, weight in names.items()

@@ -216,7 +216,9 @@ def _cell(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="run the cases whose name holds this text")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "measured" / "hostile_inputs.md")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parents[1] / "docs" / "measured" / "hostile_inputs.md"
+    )
     options = parser.parse_args()
     cases = [case for case in all_cases() if options.only in f"{case.kind} {case.name}"]
     outcomes = []

@@ -1,4 +1,4 @@
-"""Speed, memory and time to a fixed quality of all methods: the tables of docs/measured/scale.md, section "Speed and memory".
+"""Speed, memory and time to a fixed quality of all methods: tables of docs/measured/scale.md.
 
     python benchmarks/run.py --quick                    # two CPU cores, half an hour to an hour
     python benchmarks/run.py                            # small networks on the CPU, all sizes: hours

@@ -1,4 +1,4 @@
-"""All five methods and the baselines on one classifier per data set: the side-by-side tables of docs/measured/side_by_side.md.
+"""All five methods and the baselines on one classifier per data set: tables of docs/measured/side_by_side.md.
 
     python benchmarks/side_by_side.py --set lesion colour texture --output checkpoints/side_by_side
     python benchmarks/side_by_side.py --set mnist smiles --root FOLDER --output checkpoints/side_by_side

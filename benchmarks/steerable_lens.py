@@ -1,4 +1,4 @@
-"""Steerable Lens: the toy comparison of transforms and rules, figures on real classifiers, throughput.
+"""Benchmarks of Steerable Lens: transforms and rules on a toy, figures on real classifiers, throughput.
 
     python benchmarks/steerable_lens.py --toy
     python benchmarks/steerable_lens.py --classifier checkpoints/shapes.pt --cue lesion
@@ -6,9 +6,11 @@
     python benchmarks/steerable_lens.py --classifier checkpoints/shapes.pt --picture out.png
     python benchmarks/steerable_lens.py --throughput
 
-``--toy``: four shapes, a standard network, one trained against L2 attacks, and a judge that gives no gradients; the
-figures at an L2 norm of 2 are those at equal image change, on [0, 1]. ``--classifier``: test images that it has right,
-asked for the runner-up. Intervals are of 95 %: Wilson for shares, bootstrap for medians and differences.
+``--toy``: four shapes, a standard network, one trained against L2 attacks, and a judge that gives no gradients. Figures
+at an L2 norm of 2 compare methods at equal image change, on [0, 1]. ``--classifier``: correctly classified test images,
+explained towards the runner-up. Intervals are 95 % intervals: Wilson for shares, bootstrap for medians and differences.
+
+Shapes: B images, C channels, H, W pixels, S side of square images.
 """
 
 from __future__ import annotations
@@ -29,14 +31,13 @@ from cfe_lightning.classifier.networks import PooledCnn
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.data.folder import ImageFolder
 from cfe_lightning.data.synthetic import SyntheticShapes
-from cfe_lightning.images import draw_motion, grid, signed_difference, to_pil
+from cfe_lightning.images import draw_motion, grid, signed_difference, to_pil, to_unit
 from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.metrics.robustness import survives
 from cfe_lightning.metrics.statistics import wilson
-from cfe_lightning.metrics.warp import warp_energy
 
 SHAPES = ("disc", "square", "triangle", "cross")
-#: Rows of the toy table: the options of each.
+#: Options of every row of the toy table.
 TOY: dict[str, dict[str, Any]] = {
     "pixel": {"transform": "pixel"},
     "DFT phase, cartesian": {"transform": "dft"},
@@ -49,7 +50,7 @@ TOY: dict[str, dict[str, Any]] = {
     "CSP phase, two-sided synthesis": {"synthesis": "two_sided"},
     "CSP phase, live, 12 steps of L2 0.25": {"live_steps": 12, "alpha_unit": "l2", "largest_alpha": 3.0},
 }
-#: Rows of the tables on real classifiers.
+#: Options of every row of the tables on real classifiers.
 REAL: dict[str, dict[str, Any]] = {
     "pixel": {"transform": "pixel"},
     "DFT phase": {"transform": "dft"},
@@ -60,11 +61,50 @@ REAL: dict[str, dict[str, Any]] = {
 }
 
 
-# --- the toy ---
+# Motion.
+
+
+def warp_energy(image: Tensor, changed: Tensor, *, points: int = 8, gain: bool = False) -> Tensor:
+    """Measures the share of a change's energy that the best small warp explains, [B] in [0, 1]; NaN without change.
+
+    The warp is linearised, change = -gradient of the image . displacement, and the displacement is interpolated
+    bilinearly between ``points`` x ``points`` values. Even white noise is explained in part, by chance: the share is
+    about the number of unknowns over that of values.
+
+    Args:
+        image: Images before the change, [B, C, H, W] in [-1, 1].
+        changed: Images after the change, [B, C, H, W].
+        points: Displacements a side.
+        gain: Lets the image also become brighter or darker, smoothly over the same grid.
+    """
+    basis = torch.eye(points**2, dtype=torch.float64, device=image.device).view(1, -1, points, points)
+    basis = F.interpolate(basis, size=image.shape[-2:], mode="bilinear", align_corners=True)[0]
+    # Every unknown is a picture of its own: chunks of images that fit into some hundred megabytes.
+    at_once = max(1, 2**24 // (3 * points**2 * image[0].numel()))
+    chunks = zip(image.double().split(at_once), changed.double().split(at_once), strict=True)
+    return torch.cat([_explained_share(before, after - before, basis, gain) for before, after in chunks]).float()
+
+
+def _explained_share(before: Tensor, change: Tensor, basis: Tensor, gain: bool) -> Tensor:
+    # Change of the image by each unknown, [B, U, C * H * W].
+    moved = [-torch.gradient(before, dim=dim)[0] for dim in (2, 3)]
+    maps = torch.stack([*moved, to_unit(before)] if gain else moved, dim=1)
+    design = (maps[:, :, None] * basis[None, None, :, None]).flatten(3).flatten(1, 2)
+
+    # Least squares. A flat image has no warp, so the equations may be singular.
+    flat = change.flatten(1)[:, :, None]
+    right = design @ flat
+    solution = torch.linalg.pinv(design @ design.transpose(1, 2), rtol=1e-10, hermitian=True) @ right
+    energy = flat.square().sum(dim=(1, 2))
+    return torch.where(energy > 0, ((right * solution).sum(dim=(1, 2)) / energy).clamp(0, 1), torch.nan)
+
+
+# The toy.
 
 
 def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Grey images [B, 1, S, S] in [-1, 1] of four shapes that are turned, moved, scaled and noisy, and labels [B]."""
+    """Draws grey images [B, 1, S, S] in [-1, 1] of four shapes, turned, moved, scaled and noisy, and labels [B]."""
+    # Places.
     label = torch.randint(4, (count,), generator=generator)
 
     def draw(low: float, high: float) -> Tensor:
@@ -74,6 +114,8 @@ def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple
     y, x = axis.view(1, -1, 1) - draw(-4, 4), axis.view(1, 1, -1) - draw(-4, 4)
     turn, radius = draw(0, 2 * torch.pi), draw(6.5, 10.5)
     u, v = turn.cos() * x + turn.sin() * y, turn.cos() * y - turn.sin() * x
+
+    # Signed distances to the outlines.
     bar = torch.maximum(u.abs() - radius, v.abs() - 0.35 * radius)
     other = torch.maximum(v.abs() - radius, u.abs() - 0.35 * radius)
     sides = [torch.cos(torch.tensor(a)) * u + torch.sin(torch.tensor(a)) * v for a in (0.0, 2.0944, 4.18879)]
@@ -85,6 +127,8 @@ def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple
             torch.minimum(bar, other),
         ]
     )
+
+    # Contrast and noise.
     inside = torch.sigmoid(-2 * distances[label, torch.arange(count)])
     unit = draw(0.1, 0.3) + draw(0.3, 0.6) * inside
     unit = unit + 0.06 * torch.randn(unit.shape, generator=generator)
@@ -92,18 +136,20 @@ def draw_shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple
 
 
 class Judge(nn.Sequential):
-    """Another architecture: large filters, average pooling, no batch norm."""
+    """The judge, of another architecture: large filters, average pooling, no batch norm."""
 
     def __init__(self) -> None:
+        # fmt: off
         super().__init__(
-            *(nn.Conv2d(1, 16, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(16, 32, 5, padding=2), nn.GELU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(32, 48, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 4)),
+            nn.Conv2d(1, 16, 5, padding=2), nn.GELU(), nn.AvgPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2), nn.GELU(), nn.AvgPool2d(2),
+            nn.Conv2d(32, 48, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 4),
         )
+        # fmt: on
 
 
 def attacked(network: nn.Module, image: Tensor, label: Tensor, norm: float, steps: int) -> Tensor:
-    """Projected gradient ascent on the loss within an L2 ball on [0, 1]; images stay in [-1, 1]."""
+    """Attacks images by projected gradient ascent within an L2 ball on [0, 1]; they stay in [-1, 1]."""
     change = torch.zeros_like(image)
     for _ in range(steps):
         change.requires_grad_(True)
@@ -118,10 +164,13 @@ def attacked(network: nn.Module, image: Tensor, label: Tensor, norm: float, step
 
 
 def train(network: nn.Module, iterations: int, seed: int, norm: float | None = None) -> None:
-    """Adam with a falling step size; if ``norm`` is given against attacks that grow to it over the first half."""
+    """Trains with Adam and a falling step size; with ``norm``, against attacks that grow to it in the first half."""
+    # Optimiser.
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+
+    # Iterations.
     for iteration in range(iterations):
         image, label = draw_shapes(64, generator)
         if norm is not None:
@@ -144,9 +193,10 @@ def toy_classifier(network: nn.Module) -> FrozenClassifier:
 
 
 def toy(seeds: list[int], count: int, iterations: int, kinds: list[str], standard_iterations: int) -> None:
-    """Prints the table, all seeds together, and the paired differences that say whether an order is one."""
+    """Measures all rows of ``TOY`` and prints their tables, all seeds together."""
     columns: dict[str, dict[str, dict[str, list[Tensor]]]] = {kind: {} for kind in kinds}
     for seed in seeds:
+        # Networks.
         torch.manual_seed(seed)
         drivers = {kind: PooledCnn(4, 1, 8) for kind in kinds}
         other = Judge()
@@ -156,6 +206,8 @@ def toy(seeds: list[int], count: int, iterations: int, kinds: list[str], standar
             train(drivers["robust"], iterations, 100 * seed + 2, norm=0.8)
         train(other, iterations, 100 * seed + 3)
         judge = toy_classifier(other)
+
+        # Figures.
         image, label = draw_shapes(2 * count, torch.Generator().manual_seed(100 * seed + 4))
         for kind, network in drivers.items():
             classifier = toy_classifier(network)
@@ -175,38 +227,44 @@ def toy(seeds: list[int], count: int, iterations: int, kinds: list[str], standar
                 for key, value in toy_figures(classifier, judge, source, target, options).items():
                     row.setdefault(key, []).append(value)
     for kind, rows in columns.items():
-        joined = {name: {key: torch.cat(values) for key, values in row.items()} for name, row in rows.items()}
-        print(f"\n{kind}, n = {len(joined['pixel']['flipped'])}\n")
-        print("| method | flips | L2 at the flip | p_t at L2 2 | judge at L2 2 | L2 2 attained | E warp | + gain |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for name, row in joined.items():
-            flips = row["l2"][row["flipped"]]
-            cells = [share(row["flipped"]), f"{flips.median():.2f}", median(row["p"]), share(row["judged"])]
-            cells += [
-                f"{row['attained'].float().mean():.2f}",
-                *(f"{row[key].nanmean():.2f}" for key in ("warp", "gain")),
-            ]
-            print(f"| {name} | {' | '.join(cells)} |")
-        print("\npaired differences (first minus second, mean and 95 %)")
-        reference = "CSP phase, cartesian"
-        for other in ("pixel", "DFT phase, cartesian", "CSP phase, cartesian, no cap", "CSP joint, log amplitude"):
-            told = [
-                f"{key} {difference(joined[reference][key], joined[other][key])}"
-                for key in ("flipped", "p", "judged", "warp")
-            ]
-            print(f"{reference} - {other}: {'; '.join(told)}")
+        print_toy(kind, {name: {key: torch.cat(values) for key, values in row.items()} for name, row in rows.items()})
+
+
+def print_toy(kind: str, rows: dict[str, dict[str, Tensor]]) -> None:
+    """Prints the table of one kind of network, and the paired differences that show whether an order is real."""
+    # Table.
+    print(f"\n{kind}, n = {len(rows['pixel']['flipped'])}\n")
+    print("| method | flips | L2 at the flip | p_t at L2 2 | judge at L2 2 | L2 2 attained | E warp | + gain |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, row in rows.items():
+        flips = row["l2"][row["flipped"]]
+        cells = [share(row["flipped"]), f"{flips.median():.2f}", median(row["p"]), share(row["judged"])]
+        cells += [f"{row['attained'].float().mean():.2f}", *(f"{row[key].nanmean():.2f}" for key in ("warp", "gain"))]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+    # Differences.
+    print("\npaired differences (first minus second, mean and 95 %)")
+    reference = "CSP phase, cartesian"
+    first = rows[reference]
+    for other in ("pixel", "DFT phase, cartesian", "CSP phase, cartesian, no cap", "CSP joint, log amplitude"):
+        cells = [f"{key} {difference(first[key], rows[other][key])}" for key in ("flipped", "p", "judged", "warp")]
+        print(f"{reference} - {other}: {'; '.join(cells)}")
 
 
 def toy_figures(
     classifier: FrozenClassifier, judge: FrozenClassifier, image: Tensor, target: Tensor, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """What one row of the table says of every image."""
+    """Measures the figures of one row of the toy table for every image, [B] each."""
+    # Decision, and an L2 norm of 2.
     found = SteerableLens(classifier, **options).explain(image, target)
     budget = SteerableLens(classifier, budget=2.0, **(options | {"bisections": 12})).explain(image, target)
+
     # The direction itself: a change of L2 1 to first order.
     lens = SteerableLens(classifier, **(options | {"alpha_unit": "l2", "live_steps": 1, "largest_alpha": 48.0}))
     course, _ = lens.course(image, target)
     small = lens.extrapolator.frames(course, torch.ones(len(image), 1)).image[:, 0]
+
+    # Judge.
     assert found.flipped is not None
     assert budget.counterfactual is not None
     assert budget.counterfactual_logits is not None
@@ -224,11 +282,12 @@ def toy_figures(
     }
 
 
-# --- real classifiers ---
+# Real classifiers.
 
 
 def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, path: Path | None) -> None:
-    """Prints the figures of every row of ``REAL`` and draws examples."""
+    """Prints the figures of every row of ``REAL``, and draws examples into ``path``."""
+    # Correctly classified images.
     data.prepare_data()
     data.setup("test")
     dataset = data.dataset(split)  # type: ignore[arg-type]
@@ -241,6 +300,8 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
     right = logits.argmax(dim=1) == label
     print(f"accuracy {right.float().mean():.3f} on {len(right)} images; n = {min(count, int(right.sum()))} explained\n")
     image, source = image[right][:count], label[right][:count]
+
+    # Table.
     heads = ("flip", "saved", "robust", "robust, magnified", "L2", "alpha", "E warp", "+ gain", "fine", "falls", "s")
     print(f"| method | {' | '.join(heads)} |\n|{' --- |' * (len(heads) + 1)}")
     pictures = [image[:12]]
@@ -257,7 +318,7 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
         robust, weakest = robust_flip(classifier, image, changed, source, target)
         _, magnified_weakest = robust_flip(classifier, image, magnified, source, target)
         where = flipped if bool(flipped.any()) else ~flipped
-        told = [
+        cells = [
             share(flipped),
             f"{robust['quant8']:.2f}",
             weakest,
@@ -268,8 +329,10 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
             f"{scores['fine'][where].mean():.2f}",
             f"{scores['nonmonotone'].mean():.2f}",
         ]
-        print(f"| {name} | {' | '.join(told)} | {seconds:.3f} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} | {seconds:.3f} |", flush=True)
         pictures += [changed[:12], signed_difference((changed - image)[:12] / 2), magnified[:12]]
+
+    # Examples.
     if path is not None:
         enlarge = max(1, 96 // image.shape[3])
         pictures = [one.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for one in pictures]
@@ -280,7 +343,7 @@ def real(classifier: FrozenClassifier, data: ImageData, split: str, count: int, 
 def robust_flip(
     classifier: FrozenClassifier, image: Tensor, changed: Tensor, source: Tensor, target: Tensor
 ) -> tuple[dict[str, float], str]:
-    """The share of flips that survive each transformation, and the least of them in words, with its denominator."""
+    """Returns the share of flips that survive each transformation, and the smallest as text with its denominator."""
     parts = zip(image.split(64), changed.split(64), source.split(64), target.split(64), strict=True)
     outcomes = [survives(classifier, *part) for part in parts]
     counts = {key: [int(sum(o[key][i].sum() for o in outcomes)) for i in (0, 1)] for key in outcomes[0]}
@@ -290,11 +353,14 @@ def robust_flip(
 
 
 def draw(classifier: FrozenClassifier, cue: str, path: Path) -> None:
-    """The picture of the card: phases alone, with their motion, and amplitudes too, on images of both classes."""
+    """Draws the picture of the documentation: phases alone, with their motion, and amplitudes too, for both classes."""
+    # Explanations.
     data = SyntheticShapes(cue=cue, image_size=classifier.spec.image_size)  # type: ignore[arg-type]
     dataset = data.dataset("test")
     image = torch.stack([dataset[index]["image"] for index in (1, 3, 5, 0, 2, 4)])
     phase, joint = (SteerableLens(classifier, beta=beta).explain(image) for beta in (0.0, 1.0))
+
+    # Columns.
     assert phase.motion is not None
     columns = {"image": image}
     for name, found in (("phase", phase), ("joint", joint)):
@@ -304,6 +370,8 @@ def draw(classifier: FrozenClassifier, cue: str, path: Path) -> None:
         columns[f"{name}: magnified"] = found.parts["magnified"]
     columns["phase: motion"] = draw_motion(image, phase.motion)
     order = ["image", *(name for name in columns if name.startswith("phase")), *(n for n in columns if "joint" in n)]
+
+    # Picture with headings.
     side = 160
     factor = side // image.shape[3]
     enlarged = [
@@ -320,11 +388,12 @@ def draw(classifier: FrozenClassifier, cue: str, path: Path) -> None:
     picture.save(path, optimize=True)
 
 
-# --- how fast ---
+# Throughput.
 
 
 def throughput(batch_size: int, repeats: int) -> None:
-    """224-pixel RGB images, a ResNet-18 with random weights, 12 strengths and 7 bisections of every image."""
+    """Times 224-pixel RGB images with a random ResNet-18, 12 strengths and 7 bisections per image."""
+    # Classifier and images.
     torch.manual_seed(0)
     spec = ClassifierSpec(
         class_path="torchvision.models.resnet18",
@@ -337,8 +406,10 @@ def throughput(batch_size: int, repeats: int) -> None:
     )
     classifier = FrozenClassifier(resnet18(num_classes=10), spec)
     image = F.interpolate(torch.randn(batch_size, 3, 28, 28), size=224, mode="bicubic").clamp(-3, 3) / 3
-    # An L2 that every image meets between two strengths: all are bisected.
+    # Every image meets this L2 norm between two strengths, so all are bisected.
     lens = SteerableLens(classifier, budget=30.0)
+
+    # Time inside the classifier.
     counted = {"seconds": 0.0, "pictures": 0}
     plain, gradients = classifier.forward, torch.autograd.grad
 
@@ -357,6 +428,8 @@ def throughput(batch_size: int, repeats: int) -> None:
 
     classifier.forward = timed_forward  # type: ignore[method-assign]
     torch.autograd.grad = timed_gradient  # type: ignore[assignment]
+
+    # Repetitions, after one to warm up.
     lens.explain(image)
     for _ in range(repeats):
         counted.update(seconds=0.0, pictures=0)
@@ -370,7 +443,7 @@ def throughput(batch_size: int, repeats: int) -> None:
         )
 
 
-# --- numbers as text ---
+# Numbers as text.
 
 
 def share(hits: Tensor) -> str:
@@ -396,24 +469,28 @@ def difference(first: Tensor, second: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=1200)
-    parser.add_argument("--standard-iterations", type=int, help="of the standard network (default: as many)")
+    parser.add_argument("--toy", action="store_true", help="compare transforms and rules on the toy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the toy")
+    parser.add_argument("--iterations", type=int, default=1200, help="training iterations of the toy's networks")
+    parser.add_argument("--standard-iterations", type=int, help="iterations of the standard network, if others")
     parser.add_argument("--drivers", nargs="+", choices=("standard", "robust"), default=["standard", "robust"])
-    parser.add_argument("--images", type=int, default=400, help="explained images, of each seed of the toy")
-    parser.add_argument("--classifier", type=Path)
-    parser.add_argument("--cue", choices=("lesion", "colour", "texture"), help="the built-in shapes")
-    parser.add_argument("--root", help="or a folder of images, split as for the training")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="compare settings on val")
+    parser.add_argument("--images", type=int, default=400, help="explained images, for the toy per seed")
+    parser.add_argument("--classifier", type=Path, help="file of a real classifier")
+    parser.add_argument("--cue", choices=("lesion", "colour", "texture"), help="cue of the built-in shapes")
+    parser.add_argument("--root", help="folder of images in place of the built-in shapes, split as in training")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="use val to compare settings")
     parser.add_argument("--grid", type=Path, help="also draw examples into this file")
-    parser.add_argument("--picture", type=Path, help="draw the card's picture from the built-in shapes, nothing else")
-    parser.add_argument("--throughput", action="store_true")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--picture", type=Path, help="only draw the documentation's picture from the built-in shapes")
+    parser.add_argument("--throughput", action="store_true", help="measure images per second")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the throughput")
     options = parser.parse_args()
+
+    # The toy.
     if options.toy:
         standard = options.standard_iterations or options.iterations
         toy(options.seeds, options.images, options.iterations, options.drivers, standard)
+
+    # A real classifier.
     if options.classifier:
         classifier = load_classifier(str(options.classifier))
         if options.picture:
@@ -428,6 +505,8 @@ def main() -> None:
         else:
             data = SyntheticShapes(cue=options.cue or "lesion", image_size=size, batch_size=64, num_test=2000)
         real(classifier, data, options.split, options.images, options.grid)
+
+    # Throughput.
     if options.throughput:
         throughput(options.batch_size, repeats=3)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.compute.losses import adversarial_loss, r1_penalty
-from cfe_lightning.decisions import kl_between_logits, kl_from_uniform
+from cfe_lightning.decisions import kl_between_logits, kl_from_uniform, margin
 from cfe_lightning.explanation import Explanation
 from cfe_lightning.methods.diff_explainer import DiffExplainer
 from cfe_lightning.methods.dxai import Dxai
@@ -28,8 +28,8 @@ from cfe_lightning.methods.dxai.blending import distance
 from cfe_lightning.methods.dxai.critic import CriticBlock
 from cfe_lightning.methods.dxai.generator import MultiBranchGenerator, ResidualBlock, StyledResidualBlock
 from cfe_lightning.methods.mirror_cfe import MirrorCFE
-from cfe_lightning.methods.mirror_cfe.geometry import Reflection, bisect_step, margin
-from cfe_lightning.methods.mirror_cfe.method import Mirrored
+from cfe_lightning.methods.mirror_cfe.geometry import Reflection, bisect_step
+from cfe_lightning.methods.mirror_cfe.path import Mirrored
 from cfe_lightning.methods.mirror_cfe.spread import spread_uniform
 from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.methods.steerable_lens.course import Course, Frames
@@ -37,7 +37,7 @@ from cfe_lightning.methods.steerable_lens.pyramid import Decomposition, Steerabl
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.methods.stylex.generator import StyledConv, ToImage
 from cfe_lightning.methods.stylex.layers import activate, low_pass
-from cfe_lightning.methods.stylex.training import Fake, Part, critic_loss, generator_loss, r1_loss
+from cfe_lightning.methods.stylex.training import Fake, TrainingBatch, critic_loss, generator_loss, r1_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,28 +130,28 @@ class PlainDxai(Dxai):
 
         doubled = torch.cat([image, image]).requires_grad_(True)
         judged = self.critic(doubled)
-        real = self._judgement(judged, torch.cat([label, label]))
+        real = self.losses.judgement(judged, torch.cat([label, label]))
         with torch.no_grad():
-            rendered, _ = self._render(part)
+            rendered = self._render(part)
             teacher = self.classifier(doubled)
-        fake = self._judgement(self.critic(torch.cat([rendered.own, rendered.alternative])), targets)
+        fake = self.losses.judgement(self.critic(torch.cat([rendered.own, rendered.alternative])), targets)
         loss = adversarial_loss(real, real=True) + adversarial_loss(fake, real=False)
         loss = loss + kl_between_logits(teacher, judged)
         if (self.global_step // 2) % self.r1_interval == 0:
-            loss = loss + self.weights.r1_weight * self.r1_interval * r1_penalty(real, doubled)
+            loss = loss + self.losses.r1_weight * self.r1_interval * r1_penalty(real, doubled)
         generator_optimizer.zero_grad()
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
 
-        rendered, _ = self._render(part)
+        rendered = self._render(part)
         both = torch.cat([rendered.own, rendered.alternative])
-        adversarial = adversarial_loss(self._judgement(self.critic(both), targets), real=True)
+        adversarial = adversarial_loss(self.losses.judgement(self.critic(both), targets), real=True)
         class_term = F.cross_entropy(self.classifier(both), targets)
         magnitude = rendered.distinct.abs()
         chosen = magnitude > magnitude.mean(dim=(2, 3), keepdim=True)
         masked = distance(rendered.own[chosen], image[chosen])
-        weights = self.weights
+        weights = self.losses
         loss = (
             weights.adversarial_weight * adversarial
             + weights.class_weight * class_term
@@ -241,13 +241,13 @@ class PlainStylEx(StylEx):
         if self.path_weight and iteration % self.path_interval == 0:
             self._path_step(part.noise_label[: max(1, len(part) // 2)], generator)
         noise = self.generator.synthesis.draw_noise(len(part), part.image)
-        again = replace(part, noise=[each[None] for each in noise])
+        again = replace(part, noise=[each[:, None] for each in noise])
         _descend(self._reconstruction_loss(again)["reconstruction"], generator, encoder)
 
-    def _fakes(self, part: Part) -> list[Fake]:
-        encoded = self.generator(part.latent, part.label, [noise[0] for noise in part.noise])
+    def _fakes(self, part: TrainingBatch) -> list[Fake]:
+        encoded = self.generator(part.latent, part.label, [noise[:, 0] for noise in part.noise])
         latents = part.mixture.latents(self.generator)
-        drawn = self.generator(latents, part.noise_label, [noise[1] for noise in part.noise])
+        drawn = self.generator(latents, part.noise_label, [noise[:, 1] for noise in part.noise])
         return [(encoded, part.label), (drawn, part.noise_label)]
 
 
@@ -276,7 +276,7 @@ class PlainMirror(MirrorCFE):
         image, source = self._inside_pairs(batch["image"])
         decoder, critic = self.optimizers()  # type: ignore[misc, union-attr]
         target, step = self._draw_target(source), torch.rand(len(image), 1, device=image.device)
-        part = self._part(image, target, step)
+        part = self._slice(image, target, step)
         with torch.no_grad():
             _, rendered = self._render(part)
         _descend(self._critic_loss(part, rendered)["critic"], critic)

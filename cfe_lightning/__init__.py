@@ -2,11 +2,11 @@
 
 The layers of the package; a module imports its own layer and those above it:
 
-    files         atomic writes, plain tensor files, trusted class paths, configs
+    files         atomic writes, plain tensor files, trusted class paths, configs, options
     compute       precision, memory, processes, signals, losses, searches: no images, no classifiers
     images        files to tensors in [-1, 1] and back, drawing, DICOM and NIfTI
-    decisions     what logits decide: winner, runner-up, margins, divergences
-    classifier    the frozen classifier: specification, file, sources, checks, training
+    decisions     decisions in logits: winner, runner-up, margins, divergences
+    classifier    the frozen classifier: spec, file, sources, checks, training
     atlas         the answer for a whole data set: directions and what they do
     explanation   the answer for a batch of images
     explainer     the base of every method, and loading one from a checkpoint
@@ -28,16 +28,12 @@ if TYPE_CHECKING:
     from cfe_lightning.explainer import ExplainerModule, load_explainer
     from cfe_lightning.explanation import Explainer, Explanation
 
+# fmt: off
 __all__ = [
-    "ClassifierSpec",
-    "Explainer",
-    "ExplainerModule",
-    "Explanation",
-    "FrozenClassifier",
-    "load_classifier",
+    "ClassifierSpec", "Explainer", "ExplainerModule", "Explanation", "FrozenClassifier", "load_classifier",
     "load_explainer",
 ]
-
+# fmt: on
 _MODULES = {
     "classifier": ("ClassifierSpec", "FrozenClassifier", "load_classifier"),
     "explainer": ("ExplainerModule", "load_explainer"),
@@ -46,7 +42,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes seconds: `explain.py --help` and the report must not wait for it.
+    # Imported on first use, because torch takes seconds that `--help` and the report need not wait for.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"cfe_lightning.{module}"), name)

@@ -1,10 +1,12 @@
-"""The atlas of an explainer's directions: what each of them does to the same few images, and to the decisions of all.
+"""The atlas of an explainer: its directions for a whole data set, shown on the same few images, with their effects.
 
-A method that learns a handful of directions for a whole data set is explained by them once, not image by image.
-``write_atlas`` puts them beside the explanations, where the report finds them::
+A method that learns a few directions for a whole data set is explained by them once, not image by image.
+``explaining.atlas.write_atlas`` stores them for the report::
 
-    atlas.json              everything but the pictures, which it names
-    atlas/<p>-<d>.png       direction d of pair p, counted from 0: one row per image, one column per strength
+    atlas.json          everything except the pictures, which it names
+    atlas/<p>-<d>.png   direction d of pair p, both from 0: one row per image, one column per strength
+
+Shapes: N images, T strengths, C channels, H, W pixels.
 """
 
 from __future__ import annotations
@@ -18,23 +20,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AtlasDirection:
-    """One ranked direction of one pair of classes. Shapes: N images, T strengths.
+    """One ranked direction of one pair of classes.
 
     Attributes:
-        name: What it is called, as "direction 3, backwards".
-        strengths: How far the images are moved, in standard deviations, ascending, 0 in the middle, [T].
+        name: Display name, for example "direction 3, backwards".
+        strengths: Lengths of the moves in standard deviations, ascending, with 0 in the middle, [T].
         images: The same images moved by each strength, [N, T, C, H, W] in [-1, 1].
         probabilities: The classifier's probability of the target, [N, T].
-        step: The search's step in standard deviations; its sign is the way to the target.
-        degree: The length of that step in the latent space.
-        mean_change: Mean change of the target's logit margin at that step.
-        flipped: Share of the kept images that this direction flips alone.
-        newly: Share of the kept images that it flips and no better ranked direction does.
-        change: Mean absolute change of a pixel against the reconstruction, on [0, 1].
-        inside: Share of the change within the known cause; None where that is not known.
+        step: Step of the search in standard deviations; its sign leads to the target.
+        degree: Length of the step in the latent space.
+        mean_change: Mean change of the target's logit margin by the step.
+        flipped: Share of the kept images that this direction flips by itself.
+        newly: Share of the kept images that this direction flips and no better ranked one does.
+        change: Mean absolute change per pixel from the reconstruction, on the [0, 1] scale.
+        inside: Share of the change within the known cause; None where the cause is not known.
 
     Raises:
-        ValueError: If a shape disagrees, the strengths are not as said, or a number is not finite.
+        ValueError: If a shape disagrees, the strengths do not ascend around 0, or a number is not finite.
     """
 
     name: str
@@ -50,6 +52,7 @@ class AtlasDirection:
     inside: float | None = None
 
     def __post_init__(self) -> None:
+        # Shapes and finite values.
         if self.images.ndim != 5 or not self.images.numel():
             raise ValueError(f"AtlasDirection.images must be [N, T, C, H, W], got {list(self.images.shape)}.")
         rows, columns = self.images.shape[:2]
@@ -62,16 +65,18 @@ class AtlasDirection:
                 raise ValueError(f"AtlasDirection.{name} must be {list(shape)}, got {list(value.shape)}.")
             if not bool(value.isfinite().all()):
                 raise ValueError(f"AtlasDirection.{name} must be finite, got values that are not.")
+        # Strengths.
         if columns % 2 == 0 or self.strengths[columns // 2] != 0 or not bool((self.strengths.diff() > 0).all()):
             raise ValueError(
                 f"AtlasDirection.strengths must ascend with 0 in the middle, got {self.strengths.tolist()}."
             )
+        # Numbers.
         for name, number in self.numbers().items():
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"AtlasDirection.{name} must be finite, got {number}.")
 
     def numbers(self) -> dict[str, float | None]:
-        """The fields that are one number, by name."""
+        """Returns the scalar fields by name."""
         names = ("step", "degree", "mean_change", "flipped", "newly", "change", "inside")
         return {name: getattr(self, name) for name in names}
 
@@ -81,16 +86,16 @@ class AtlasPair:
     """The directions that lead from one class to another.
 
     Attributes:
-        source: Name of the class that is left.
-        target: Name of the class that is asked for.
-        num_images: Images of the source that were searched.
-        num_kept: Those of them whose reconstruction is decided like the image.
+        source: Name of the class that the directions leave.
+        target: Name of the target class.
+        num_images: Number of images of the source class in the search.
+        num_kept: Number of these images with a reconstruction of the same decision.
         covered: Share of the kept images that at least one of the directions flips.
         directions: The directions, best first.
-        curve: Steps in standard deviations and the share that is flipped at each, ascending; may be empty.
+        curve: Pairs of a step in standard deviations and the share of images that it flips, ascending; may be empty.
 
     Raises:
-        ValueError: If a share is no share.
+        ValueError: If a share lies outside [0, 1].
     """
 
     source: str
@@ -113,9 +118,9 @@ class Atlas:
     """The directions of every pair of classes.
 
     Attributes:
-        title: The heading, as "Direction atlas".
-        note: How the directions were found and what to keep in mind, in a sentence or two.
-        pairs: The pairs, in the order of the report.
+        title: Heading, for example "Direction atlas".
+        note: One or two sentences about the search and its limits.
+        pairs: The pairs of classes in the order of the report.
     """
 
     title: str

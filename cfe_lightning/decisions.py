@@ -1,6 +1,7 @@
-"""What logits decide: who wins, who comes second, by how much, and how undecided a classifier is.
+"""Decisions in logits: the winner, margins between classes, and divergences between answers.
 
-Shapes: B images, T steps, K classes.
+Shapes: B images, T steps, K classes. [B, ..., K] is [B, K] or, along a path, [B, T, K]. A target is one class per
+image, [B], or one number for all of them.
 """
 
 from __future__ import annotations
@@ -13,65 +14,98 @@ from torch.nn import functional as F
 
 from cfe_lightning.compute.precision import to_float32
 
+#: Smallest lead in probability that counts as clear: on the boundary itself, rounding to 8 bits would decide.
+_CLEAR_LEAD = 0.02
 
-def decides_for(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether logits [B, K] decide strictly for ``target`` [B]: larger than every other class, so a tie does not count.
-
-    Source: evaluation, section 3.1.
-    """
-    asked = logits.gather(1, target[:, None])
-    others = logits.scatter(1, target[:, None], -torch.inf)
-    return (asked > others.amax(dim=1, keepdim=True)).squeeze(1)
+# Winner.
 
 
-def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of intended and measured target probability along a path, [B, T, K] twice -> [B]."""
-    difference = probability_along(intended, target) - probability_along(logits.double(), target)
-    return difference.abs().mean(dim=1).to(logits.dtype)
-
-
-def probability_along(logits: Tensor, target: Tensor) -> Tensor:
-    """Probability of the targets [B] at every step of a path, logits [B, T, K] -> [B, T]."""
-    return logits.softmax(dim=2).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+def decides_for(logits: Tensor, target: Tensor | int) -> Tensor:
+    """Tells whether the target's logit is strictly the largest: a tie does not count, [B, ..., K] -> [B, ...]."""
+    value, best_other = _target_and_best_other(logits, target)
+    return value > best_other
 
 
 def runner_up(logits: Tensor) -> Tensor:
-    """The most probable class that is not the predicted one, [B, K] -> [B]; what ``target=None`` means."""
+    """Returns the most probable class after the predicted one, [B, K] -> [B]; ``target=None`` means this class."""
     return logits.topk(2, dim=1).indices[:, 1]
 
 
 def alternative_class(label: Tensor, num_classes: int) -> Tensor:
-    """A class other than ``label`` for every sample, uniform over the others, [B] -> [B]."""
+    """Draws a class other than ``label`` for every image, uniformly among the others, [B] -> [B]."""
     return (label + torch.randint(1, num_classes, label.shape, device=label.device)) % num_classes
 
 
-#: By how much the target's probability must lead: on the boundary itself saving as 8 bit would decide.
-_LEAD = 0.02
+def probability(logits: Tensor, target: Tensor | int) -> Tensor:
+    """Returns the softmax probability of the target, [B, ..., K] -> [B, ...] in [0, 1]."""
+    return _entry(logits.softmax(dim=-1), target)
 
 
-def leads(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether a classifier clearly decides for the targets [B] at every step, logits [B, T, K] -> [B, T]."""
-    p = logits.softmax(dim=2)
-    asked = target[:, None, None].expand(-1, p.shape[1], 1)
-    return p.gather(2, asked).squeeze(2) >= p.scatter(2, asked, 0.0).amax(dim=2) + _LEAD
+# Margins.
+
+
+def margin(logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Returns the source's logit minus the target's, [B, ..., K] -> [B, ...]."""
+    return _entry(logits, source) - _entry(logits, target)
+
+
+def lead(logits: Tensor, target: Tensor | int) -> Tensor:
+    """Returns the target's logit minus the largest logit of the others, [B, ..., K] -> [B, ...]."""
+    value, best_other = _target_and_best_other(logits, target)
+    return value - best_other
+
+
+def target_margin(logits: Tensor, target: Tensor | int) -> Tensor:
+    """Returns the target's log-odds: its logit minus the log-sum-exp of the others, [B, ..., K] -> [B, ...]."""
+    classes = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    others = logits.gather(-1, classes + (classes >= _index(logits, target)))
+    return _entry(logits, target) - others.logsumexp(dim=-1)
+
+
+def leads(logits: Tensor, target: Tensor | int) -> Tensor:
+    """Tells whether the target's probability exceeds that of every other class by 0.02, [B, ..., K] -> [B, ...]."""
+    value, best_other = _target_and_best_other(logits.softmax(dim=-1), target)
+    return value >= best_other + _CLEAR_LEAD
 
 
 def sure_enough(logits: Tensor, target: Tensor, confidence: float | None) -> Tensor:
-    """Whether the targets' probability is at least ``confidence``, or without one leads, [B, T, K] -> [B, T]."""
-    return leads(logits, target) if confidence is None else probability_along(logits, target) >= confidence
+    """Tells whether the target's probability reaches ``confidence``, or ``leads`` for None, [B, ..., K] -> [B, ...]."""
+    return leads(logits, target) if confidence is None else probability(logits, target) >= confidence
+
+
+# Divergences.
+
+
+def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean absolute difference of intended and measured target probability, [B, T, K] twice -> [B]."""
+    difference = probability(intended, target) - probability(logits.double(), target)
+    return difference.abs().mean(dim=1).to(logits.dtype)
 
 
 def kl_between_logits(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL divergence from the teacher's to the student's softmax, logits [B, K] -> mean over the batch, []."""
-    return F.kl_div(
-        F.log_softmax(to_float32(student), dim=1),
-        F.log_softmax(to_float32(teacher), dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    """Returns KL(teacher || student) of the softmax of logits [B, K], averaged over the batch, []."""
+    log_q, log_p = (F.log_softmax(to_float32(logits), dim=1) for logits in (student, teacher))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def kl_from_uniform(logits: Tensor) -> Tensor:
-    """KL(uniform || softmax), logits [B, K] -> [B]; zero exactly when every class is equally probable."""
-    # Rounding can leave an undecided classifier a hair below zero.
+    """Returns KL(uniform || softmax) of logits, [B, K] -> [B]; 0 exactly when all classes are equally probable."""
+    # Rounding can make the divergence of an undecided classifier slightly negative.
     return (-math.log(logits.shape[1]) - F.log_softmax(to_float32(logits), dim=1).mean(dim=1)).clamp_min(0)
+
+
+# Entries of the last dimension.
+
+
+def _index(values: Tensor, target: Tensor | int) -> Tensor:
+    index = torch.as_tensor(target, device=values.device)
+    return index.view(-1, *[1] * (values.ndim - 1)).expand(*values.shape[:-1], 1)
+
+
+def _entry(values: Tensor, target: Tensor | int) -> Tensor:
+    return values.gather(-1, _index(values, target)).squeeze(-1)
+
+
+def _target_and_best_other(values: Tensor, target: Tensor | int) -> tuple[Tensor, Tensor]:
+    others = values.scatter(-1, _index(values, target), -torch.inf)
+    return _entry(values, target), others.amax(dim=-1)

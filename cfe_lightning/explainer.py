@@ -1,4 +1,4 @@
-"""The base of every method: a LightningModule around one frozen classifier, and its loading from one file."""
+"""The base class of every method, a LightningModule around one frozen classifier, and its loading from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cfe_lightning.files.tensors import allocation_limit, load_plain, save_plain
 from cfe_lightning.files.text import VERSION
 from cfe_lightning.files.trust import public_path, resolve_class_path
 
-#: Keys of a checkpoint that only a resumed training needs.
+#: Keys of a checkpoint that only resuming needs.
 RESUME_ONLY = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
 
 
@@ -32,17 +32,17 @@ class ExplainerModule(pl.LightningModule, ABC):
     """A method that explains one frozen classifier; subclasses implement ``explain`` and, if they learn, training.
 
     Args:
-        classifier: The classifier to be explained. Its weights are stored in every checkpoint, so a checkpoint alone
-            is enough; all other constructor arguments must be plain data (numbers, strings, lists).
+        classifier: The classifier to explain. Every checkpoint contains its weights, so one file is enough; all other
+            constructor arguments must be plain data (numbers, strings, lists).
 
     Attributes:
-        needs_gradient: Whether the method sends gradients through the classifier; one that only asks for its answers
-            sets this to False, and then works with classifiers that were exported without gradients.
-        needs_training: Whether the method learns anything; one that does not is saved as soon as it is configured, and
-            ``explain.py --method`` takes it as it is.
-        caution: What every reader of its explanations has to keep in mind, a sentence for the report; None for nothing.
-        num_slices: Slices of a patient that are tiled into one image, see ``data.patient_slices``; 1 for images.
-        back_off: Explains a batch in parts where memory is short; knows how many images fit.
+        needs_gradient: True if the method sends gradients through the classifier. False also allows classifiers that
+            were exported without gradients.
+        needs_training: True if the method learns. False saves it as soon as it is configured, and lets
+            ``explain.py --method`` use it untrained.
+        caution: Warning for every reader of the explanations, a sentence for the report; None for no warning.
+        num_slices: Number of a patient's slices tiled into one image, see ``data.patient_slices``; 1 for plain images.
+        back_off: Splits batches that do not fit into memory and remembers the size that fits.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -51,8 +51,8 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__()
-        # Records the arguments of the subclass's constructor: Lightning walks up the calling frames, and so also meets
-        # those of classes in between, which the subclass does not take.
+        # Records the arguments of the subclass. Lightning collects those of all calling constructors; arguments of
+        # classes in between, which the subclass does not take, are removed.
         self.save_hyperparameters(ignore=["classifier"])
         own = inspect.signature(type(self)).parameters
         self.save_hyperparameters(ignore=["classifier", *(name for name in self.hparams if name not in own)])
@@ -64,43 +64,39 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for ``default_target``."""
+        """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None means ``default_target``."""
 
     def blocks(self) -> list[nn.Module]:
-        """The building blocks of the networks, largest share of the work, to be compiled or recomputed one by one.
-
-        None may lie inside another; ``acceleration`` says what is done with them.
-        """
+        """Returns the blocks with most of the work, none inside another, for ``compute.acceleration``."""
         return []
 
     def default_target(self, logits: Tensor) -> Tensor:
-        """The class that is asked for where none is named, logits [B, K] -> [B]: the runner-up."""
+        """Returns the target where none is given, logits [B, K] -> [B]: the runner-up."""
         return runner_up(logits)
 
     def survey(self) -> dict[str, Any] | None:
-        """What the method has to find out once about the classifier before it explains images, as plain data.
+        """Computes the facts about the classifier that all explanations share, as plain data; None if there are none.
 
-        ``explain`` makes it where nothing was adopted; ``explain.py`` keeps it beside the checkpoint. None where images
-        are explained one by one.
+        ``explain`` computes them unless they were adopted; ``explain.py`` stores them beside the checkpoint.
         """
         return None
 
     def adopt(self, survey: dict[str, Any]) -> None:
-        """Takes over what ``survey`` returned with the same weights and arguments."""
+        """Uses the result of an earlier ``survey`` with the same weights and arguments."""
         raise ValueError(f"{type(self).__name__} surveys nothing, so there is nothing to adopt.")
 
     def atlas(self) -> Atlas | None:
-        """What was found out about the classifier as a whole, drawn; None where images are explained one by one."""
+        """Draws the survey of the classifier; None for methods without one."""
         return None
 
     def setup(self, stage: str) -> None:
-        """Refuses to train in float16 where that goes wrong; a subclass with a ``setup`` of its own calls this one."""
+        """Refuses float16 training where it fails; a subclass that overrides this method calls it."""
         if stage == "fit":
             check_precision(self, str(self.trainer.precision))
 
     @final
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Explanation:
-        """Explains one batch of the batch contract, for its ``target`` if it has one; in parts if memory is short."""
+        """Explains the ``image`` of a batch, for its ``target`` if it has one, and in parts if memory is short."""
         image, target = batch["image"], batch.get("target")
 
         def part(rows: slice) -> Explanation:
@@ -110,29 +106,21 @@ class ExplainerModule(pl.LightningModule, ABC):
 
     @final
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what ``load_explainer`` needs to rebuild method and classifier from this file alone."""
-        kind = type(self)
-        checkpoint["explainer"] = {
-            "class_path": public_path(kind),
-            "version": VERSION,
-        }
+        """Adds the entries from which ``load_explainer`` rebuilds method and classifier without other files."""
+        checkpoint["explainer"] = {"class_path": public_path(type(self)), "version": VERSION}
         checkpoint["classifier"] = self.classifier.spec.to_dict()
-        # Lightning leaves the key out where a method takes no argument.
+        # Lightning omits the key for a method without arguments.
         checkpoint.setdefault("hyper_parameters", {})
 
 
 def check_precision(module: pl.LightningModule, precision: str) -> None:
-    """Refuses to train in float16 where optimisers are stepped by hand.
+    """Refuses float16 training of a module that steps its optimisers by hand.
 
-    Its gradients have to be scaled so that they do not vanish, and the one scale of a trainer changes after every
-    step: that of one optimiser would be judged by the gradient of another, and a penalty on gradients by scaled ones.
-
-    Args:
-        module: What is to be trained.
-        precision: The trainer's.
+    float16 gradients vanish unless they are scaled, and a trainer has one scale that changes after every step: an
+    optimiser would see the scale of another one's gradients, and a penalty on gradients would see scaled ones.
 
     Raises:
-        ValueError: If that was asked for.
+        ValueError: If the precision is float16 and the module's optimisation is manual.
     """
     if precision.startswith("16") and not module.automatic_optimization:
         raise ValueError(
@@ -147,66 +135,75 @@ def load_explainer(
     """Rebuilds an explainer and its classifier from one checkpoint, in eval mode on the CPU.
 
     Args:
-        path: A checkpoint written by ``train.py``.
-        trusted: Packages besides cfe_lightning and torchvision whose classes the file may name.
-        changes: Arguments of the method that should differ from training, as ``num_steps``; not those that the weights
-            depend on.
+        path: Checkpoint of ``train.py``.
+        trusted: Packages, besides cfe_lightning and torchvision, whose classes the file may name.
+        changes: Arguments of the method to replace, such as ``num_steps``; none that the shapes of weights depend on.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no explainer checkpoint, names a class outside the trusted packages, or cannot be
-            changed in this way.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is no explainer checkpoint, names a class outside the trusted packages, or the method
+            does not take the changes.
     """
-    path = Path(path)
+    path, changes = Path(path), changes or {}
     checkpoint = load_checkpoint(path)
-    missing = {"explainer", "classifier", "state_dict", "hyper_parameters"} - checkpoint.keys()
-    if missing:
-        raise ValueError(
-            f"{path} is not an explainer checkpoint (missing: {', '.join(sorted(missing))}): give the best.ckpt or "
-            "last.ckpt that train.py wrote under checkpoints/<run>/."
-        )
-    try:
-        class_path = checkpoint["explainer"]["class_path"]
-        spec = ClassifierSpec.from_dict(checkpoint["classifier"])
-        arguments, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-        if not (isinstance(class_path, str) and has_names(arguments) and has_names(weights)):
-            raise ValueError("a part of it is of another form")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise ValueError(f"{path} is not an explainer checkpoint that train.py wrote: {reason}.") from error
+    class_path, spec, arguments, weights = _explainer_entries(checkpoint, path)
+    # Class and arguments.
     kind = resolve_class_path(class_path, trusted)
     if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
         raise ValueError(f"{path} names {class_path}, which is not an explainer.")
-    changes = changes or {}
     check_arguments(kind, changes)
     version = checkpoint["explainer"].get("version")
+    # Networks, no larger than the file.
     with allocation_limit(path):
         classifier = FrozenClassifier(build_network(spec, trusted), spec)
         try:
             explainer = kind(classifier, **(arguments | dict(changes)))
-        except ValueError:  # a sentence of the method's own
+        except ValueError:  # the method's own message
             raise
         except Exception as error:
             raise ValueError(
                 f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
                 f"({VERSION}): {str(error) or type(error).__name__}."
             ) from error
+    # Weights.
     fill(explainer, weights, f"{path} (written by version {version})", kind.__name__)
     check_outputs(explainer.classifier, str(path))
     explainer.eval()
     return explainer
 
 
+def _explainer_entries(checkpoint: dict[str, Any], path: Path) -> tuple[str, ClassifierSpec, dict[str, Any], Any]:
+    """Returns class path, classifier spec, constructor arguments and weights of a checkpoint, or refuses it."""
+    # Names.
+    missing = {"explainer", "classifier", "state_dict", "hyper_parameters"} - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"{path} is not an explainer checkpoint (missing: {', '.join(sorted(missing))}): give the best.ckpt or "
+            "last.ckpt that train.py wrote under checkpoints/<run>/."
+        )
+    # Types.
+    try:
+        class_path = checkpoint["explainer"]["class_path"]
+        spec = ClassifierSpec.from_dict(checkpoint["classifier"])
+        arguments, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        if not (isinstance(class_path, str) and has_names(arguments) and has_names(weights)):
+            raise ValueError("one of its entries has the wrong type")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ValueError(f"{path} is not an explainer checkpoint that train.py wrote: {reason}.") from error
+    return class_path, spec, arguments, weights
+
+
 def has_names(part: Any) -> bool:
-    """Whether a part of a file is a dictionary by text."""
+    """Tells whether an entry of a checkpoint is a dictionary with text keys."""
     return isinstance(part, dict) and all(isinstance(name, str) for name in part)
 
 
 def check_arguments(kind: type[ExplainerModule], arguments: Mapping[str, Any]) -> None:
-    """Refuses what a method's constructor does not take, in one sentence.
+    """Refuses arguments that a method's constructor does not take.
 
     Raises:
-        ValueError: If it has no argument of a name, or a value is of another type or none of the choices.
+        ValueError: If a name is unknown, or a value has the wrong type or is none of the choices; one sentence.
     """
     known = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name not in ("classifier", "return")}
     if unknown := arguments.keys() - known.keys():
@@ -219,7 +216,7 @@ def check_arguments(kind: type[ExplainerModule], arguments: Mapping[str, Any]) -
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from a command line or a file is of an annotated type."""
+    """Tells whether a value from a command line or a file fits an annotated type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in inner)
@@ -227,13 +224,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
-    # A whole number will do for a fraction; true is no number.
+    # A whole number is accepted as a float; true is no number.
     accepted: Any = {float: (int, float), None: NoneType}.get(hint, origin or hint)
     return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
 
 
 def _described(hint: Any) -> str:
-    """An annotated type in words."""
+    """Describes an annotated type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(str(choice) for choice in inner)
@@ -246,13 +243,14 @@ def _described(hint: Any) -> str:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint as plain data: ``weights_only``, so nothing in the file is executed.
+    """Reads a checkpoint as plain data, so that nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is truncated, no checkpoint, holds anything but plain data and tensors, or was written
             by a newer version of this package.
     """
+    # Plain data.
     if not path.is_file():
         held = f"{path} is no file" if path.exists() else f"There is no checkpoint {path}"
         raise FileNotFoundError(f"{held}: give a .ckpt file that train.py wrote.")
@@ -263,6 +261,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint (truncated, or not plain data): {error}; give the best.ckpt or "
             "last.ckpt of a run of train.py."
         ) from error
+    # A checkpoint of this version or an earlier one.
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint written by train.py.")
     for part in ("explainer", "autoencoder"):
@@ -272,10 +271,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_version(written: Any, path: Path) -> None:
-    """Refuses a newer version: what this one would make of its file, nobody knows."""
-    ours = VERSION
+    """Refuses the file of a newer version, which this one could misread."""
     try:
-        newer = Version(written) > Version(ours)
+        newer = Version(written) > Version(VERSION)
     except (InvalidVersion, TypeError) as error:
         raise ValueError(
             f"{path} does not say which version of cfe_lightning wrote it but {written!r:.80}: give the best.ckpt or "
@@ -283,18 +281,18 @@ def _check_version(written: Any, path: Path) -> None:
         ) from error
     if newer:
         raise ValueError(
-            f"{path} was written by version {written} of cfe_lightning, newer than this {ours}: upgrade "
-            f"to {written} or later."
+            f"{path} was written by version {written} of cfe_lightning, newer than this {VERSION}: "
+            f"upgrade to {written} or later."
         )
 
 
 def sha256_of(path: Path) -> str:
-    """The digest that tells one checkpoint from all others, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def strip_checkpoint(source: Path, destination: Path) -> None:
-    """Copies a checkpoint without the state that only a resumed training needs: smaller, explains the same."""
+    """Copies a checkpoint without the state that only resuming needs; the copy is smaller and explains the same."""
     checkpoint = load_checkpoint(source)
     save_plain(destination, {key: value for key, value in checkpoint.items() if key not in RESUME_ONLY})

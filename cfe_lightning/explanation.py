@@ -1,4 +1,4 @@
-"""What every explainer answers: an ``Explanation``. Reports, metrics and callbacks know this file and no method.
+"""The answer of every explainer, an ``Explanation``: reports, metrics and callbacks depend on it and on no method.
 
 Shapes: B images, C channels, H, W pixels, K classes, T steps.
 """
@@ -17,30 +17,23 @@ from torch import Tensor
 
 from cfe_lightning import images
 from cfe_lightning.compute.rows import joined, rows_of
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.files.text import data_address
 
 if TYPE_CHECKING:
     from cfe_lightning.classifier import FrozenClassifier
-from cfe_lightning.decisions import decides_for
 
-#: Parts of a decomposition: together they are the image.
+#: Names of the parts of a decomposition, which sum to the image.
 SUMMANDS = ("agnostic", "distinct", "residual")
-#: Parts that are differences: 0 is no change.
+#: Names of the parts that are differences, where 0 is no change.
 DIFFERENCES = frozenset({*SUMMANDS[1:], "redrawn"})
 
 
 def draw_part(name: str, part: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A part as a picture, and by how much it is amplified.
+    """Draws a part [B, C, H, W] as pictures [B, C or 3, H, W] in [-1, 1], and returns their gains, [B].
 
-    Summands that are differences stay what they are, around mid grey; what was redrawn is blue where it became darker
-    and red where it became brighter.
-
-    Args:
-        name: Of the part.
-        part: [B, C, H, W].
-
-    Returns:
-        [B, C or 3, H, W] in [-1, 1]; gains [B], None for images, which are shown as they are.
+    Differences among the summands are amplified around mid grey. The part "redrawn" is blue where it became darker and
+    red where it became brighter. Images are shown unchanged, with None instead of gains.
     """
     part = part.float()
     if name in SUMMANDS[1:]:
@@ -52,27 +45,27 @@ def draw_part(name: str, part: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(kw_only=True, slots=True)
 class Explanation:
-    """The answer to "what would have to change for this image to be the target?" for a batch of images.
+    """The answer to "what would have to change for these images to be of the target class?", for a batch.
 
     Attributes:
-        image: The explained images as given, [B, C, H, W] in [-1, 1].
+        image: The explained images, [B, C, H, W] in [-1, 1].
         logits: The classifier's logits of ``image``, [B, K].
-        target: The class asked for, [B] int64.
-        attribution: How much each pixel matters for predicted versus target, non-negative, [B, 1, H, W].
+        target: Target classes, [B] int64.
+        attribution: Importance of each pixel for predicted versus target class, non-negative, [B, 1, H, W].
         counterfactual: Images meant to be classified as ``target``, [B, C, H, W]; None for attribution-only methods.
         counterfactual_logits: Logits of ``counterfactual``, measured and never assumed, [B, K].
         steps: Images along the method's path, [B, T, C, H, W]; the first one is nearest to ``image``.
-        strengths: How far along the path each step is, [B, T]; given together with ``steps``.
-        intended: Logits that the method meant the steps to have, [B, T, K]; given only together with ``steps``. Their
-            distance from what the classifier says of the steps is the method's own error.
+        strengths: Position of each step along the path, [B, T]; given together with ``steps``.
+        intended: Logits that the method intended for the steps, [B, T, K]; given only together with ``steps``. Their
+            distance from the classifier's logits of the steps is the method's own error.
         step_scores: Named numbers of every step, each [B, T]; given only together with ``steps``.
         parts: Named images or image differences, each [B, C, H, W]. Reserved names: ``reconstruction`` (the method's
             own rendering of ``image`` before any edit), and for decompositions ``agnostic``, ``distinct`` and
             ``residual``, which sum to ``image``; ``distinct`` and ``residual`` are differences (0 is no change).
-        motion: Where the counterfactual moves structure, in pixels (row, column), [B, 2, H, W]; None where nothing is
-            said about it.
+        motion: Displacement of structure in the counterfactual, (row, column) in pixels, [B, 2, H, W]; None where the
+            method does not measure it.
         scores: Named numbers per image, each [B].
-        caveats: What a reader has to know of some images, as a clause; and of which, each [B] bool.
+        caveats: Warnings for readers, as clauses, with the images that they apply to, each [B] bool.
 
     Raises:
         ValueError: If a field's shape disagrees with ``image`` and ``logits``; the message names the field.
@@ -94,12 +87,14 @@ class Explanation:
     caveats: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Sizes.
         if self.image.ndim != 4:
             raise ValueError(f"Explanation.image must be [B, C, H, W], got {list(self.image.shape)}.")
         batch, channels, height, width = self.image.shape
         if self.logits.ndim != 2 or self.logits.shape[0] != batch:
             raise ValueError(f"Explanation.logits must be [{batch}, K], got {list(self.logits.shape)}.")
         num_classes = self.logits.shape[1]
+        # Expected shapes.
         expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
             "target": (self.target, (batch,)),
             "attribution": (self.attribution, (batch, 1, height, width)),
@@ -110,6 +105,7 @@ class Explanation:
         expected |= {f"parts[{name!r}]": (part, (batch, channels, height, width)) for name, part in self.parts.items()}
         expected |= {f"scores[{name!r}]": (score, (batch,)) for name, score in self.scores.items()}
         expected |= {f"caveats[{name!r}]": (holds, (batch,)) for name, holds in self.caveats.items()}
+        # Fields about steps.
         if (self.steps is None) != (self.strengths is None):
             raise ValueError("Explanation.steps and Explanation.strengths must be given together.")
         if self.steps is not None and self.strengths is not None:
@@ -122,6 +118,7 @@ class Explanation:
         elif self.intended is not None or self.step_scores:
             named = "intended" if self.intended is not None else "step_scores"
             raise ValueError(f"Explanation.{named} is about steps and needs Explanation.steps.")
+        # Verdict.
         if (self.counterfactual is None) != (self.counterfactual_logits is None):
             raise ValueError("Explanation.counterfactual and Explanation.counterfactual_logits must be given together.")
         for name, (value, shape) in expected.items():
@@ -132,12 +129,12 @@ class Explanation:
         return self.image.shape[0]
 
     def select(self, index: Tensor | slice) -> Explanation:
-        """Selects the explanations of some images of the batch, by their numbers [b] or, without a copy, by a slice."""
+        """Selects the explanations of some images by their numbers, [b], or by a slice, which makes views."""
         return rows_of(self, index)
 
     @staticmethod
     def joined(explanations: Sequence[Explanation]) -> Explanation:
-        """Joins explanations of one method; a caveat that one of them lacks does not hold for its images."""
+        """Joins explanations of one method; a caveat that is missing in one of them does not apply to its images."""
         caveats = dict.fromkeys(clause for one in explanations for clause in one.caveats)
         none = [torch.zeros_like(one.target, dtype=torch.bool) for one in explanations]
         return joined(
@@ -149,52 +146,46 @@ class Explanation:
 
     @property
     def predicted(self) -> Tensor:
-        """The classifier's class of ``image``, [B] int64."""
+        """Returns the classifier's class of ``image``, [B] int64."""
         return self.logits.argmax(dim=1)
 
     @property
     def flipped(self) -> Tensor | None:
-        """Whether the counterfactual is classified as ``target``, [B] bool; a tie counts as not flipped."""
-        if self.counterfactual_logits is None:
-            return None
-        return decides_for(self.counterfactual_logits, self.target)
+        """Tells whether the counterfactual is classified as ``target``, [B] bool; a tie counts as not flipped."""
+        return None if self.counterfactual_logits is None else decides_for(self.counterfactual_logits, self.target)
 
     def _repr_html_(self) -> str:
         """Shows up to eight images of the batch with counterfactual, parts, attribution and decisions in a notebook."""
-        shown = slice(0, 8)
-        columns: dict[str, Tensor] = {"image": self.image[shown]}
-        if self.counterfactual is not None:
-            columns["counterfactual"] = self.counterfactual[shown]
-        for name, part in self.parts.items():
-            columns[name], _ = draw_part(name, part[shown])
-        columns["attribution"] = images.heat_map(self.attribution[shown].float())
+        # Columns.
+        shown = self.select(slice(0, 8))
+        columns: dict[str, Tensor] = {"image": shown.image}
+        if shown.counterfactual is not None:
+            columns["counterfactual"] = shown.counterfactual
+        columns |= {name: draw_part(name, part)[0] for name, part in shown.parts.items()}
+        columns["attribution"] = images.heat_map(shown.attribution.float())
+        # Table.
         head = "".join(f"<th>{html.escape(name)}</th>" for name in ("decision", *columns))
-        lines = [
-            f'<td style="white-space:nowrap">{self._decision(index)}</td>'
-            + "".join(_cell(name, batch[index]) for name, batch in columns.items())
-            for index in range(len(columns["image"]))
-        ]
-        rows = "".join(f"<tr>{line}</tr>" for line in lines)
-        rest = f"<caption>{len(lines)} of {len(self)} images</caption>" if len(self) > len(lines) else ""
+        rows = ""
+        for index in range(len(shown)):
+            cells = "".join(_cell(name, batch[index]) for name, batch in columns.items())
+            rows += f'<tr><td style="white-space:nowrap">{shown._decision(index)}</td>{cells}</tr>'
+        rest = f"<caption>{len(shown)} of {len(self)} images</caption>" if len(self) > len(shown) else ""
         return f"<table>{rest}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
     def _decision(self, index: int) -> str:
-        """Predicted and target class of one image with their probabilities, classes as numbers."""
-        predicted, target = int(self.predicted[index]), int(self.target[index])
-        before = self.logits[index].float().softmax(dim=0)
-        text = f"class {predicted}: {before[predicted]:.1%}<br>class {target}: {before[target]:.1%}"
-        if self.counterfactual_logits is None or self.flipped is None:
-            return text
-        after = self.counterfactual_logits[index].float().softmax(dim=0)
-        outcome = "flipped" if self.flipped[index] else "not flipped"
-        return (
-            f"class {predicted}: {before[predicted]:.1%} &rarr; {after[predicted]:.1%}<br>"
-            f"class {target}: {before[target]:.1%} &rarr; {after[target]:.1%}<br>{outcome}"
-        )
+        """Describes predicted and target class of one image, by number, with their probabilities before and after."""
+        before, after = self.logits, self.counterfactual_logits
+        lines = []
+        for name in (int(self.predicted[index]), int(self.target[index])):
+            given = [logits[index].float().softmax(dim=0)[name] for logits in (before, after) if logits is not None]
+            lines.append(f"class {name}: " + " &rarr; ".join(f"{p:.1%}" for p in given))
+        if self.flipped is not None:
+            lines.append("flipped" if self.flipped[index] else "not flipped")
+        return "<br>".join(lines)
 
 
 def _cell(name: str, image: Tensor) -> str:
-    """A table cell with one image [C, H, W], small ones enlarged."""
+    """Returns a table cell with one image [C, H, W]; small images are enlarged."""
     buffer = io.BytesIO()
     images.to_pil(image).save(buffer, format="PNG")
     address = data_address(buffer.getvalue(), "png")
@@ -205,7 +196,7 @@ def _cell(name: str, image: Tensor) -> str:
 
 
 class Explainer(Protocol):
-    """All that metrics, reports, baselines and benchmarks may assume of an explainer."""
+    """The interface of an explainer for metrics, reports, baselines and benchmarks."""
 
     classifier: FrozenClassifier
 
@@ -218,11 +209,11 @@ class Decomposer(Explainer, Protocol):
     """An explainer that splits an image into a class-agnostic and a class-distinct part."""
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
-        """The part of images [B, C, H, W] that makes them class ``source`` [B]; subtract it to remove the class."""
+        """Returns the part of images [B, C, H, W] that shows class ``source`` [B]; subtracting it removes the class."""
         ...
 
 
 def seed_of(names: Sequence[str]) -> int:
-    """A random seed that depends on the images of a batch alone, by their names: whoever goes on finds the same."""
+    """Derives a random seed from the names of a batch's images, so that a resumed run draws the same numbers."""
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:4], "big")

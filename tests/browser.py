@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to in the WebDriver protocol: enough for tests of one page."""
+"""Drives a headless Chromium by the WebDriver protocol, as far as tests of one page need it."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class Browser:
         self._ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
 
     def problems(self) -> list[str]:
-        """Errors and warnings on the page's console since the last call."""
+        """Returns errors and warnings on the page's console since the last call."""
         return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"})]
 
     def screenshot(self, path: Path) -> None:
-        """Saves what the window shows."""
+        """Saves a picture of the window."""
         path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
     def _ask(self, method: str, path: str, body: object = None) -> Any:

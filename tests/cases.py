@@ -20,21 +20,21 @@ from cfe_lightning.methods.mirror_cfe import MirrorCFE
 from cfe_lightning.methods.steerable_lens import SteerableLens
 from cfe_lightning.methods.stylex import StylEx
 
-#: Of all contract tests: classes, side of the images.
+#: Number of classes and side of the images in all contract tests.
 NUM_CLASSES = 3
 IMAGE_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One method.
+    """One method under the contract.
 
     Attributes:
-        kind: Its class.
+        kind: Class of the method.
         arguments: Constructor arguments that make it small.
-        num_epochs: Training epochs of 4 batches after which every trainable parameter must have moved; 0 where there
-            is nothing to train.
-        classifier: Makes the classifier to be explained.
+        num_epochs: Training epochs of 4 batches after which every trainable parameter must have moved; 0 if there is
+            nothing to train.
+        classifier: Function that builds the classifier to be explained.
         prepare: Changes the untrained explainer, for example because its networks begin as zero.
     """
 
@@ -45,7 +45,7 @@ class Case:
     prepare: Callable[[ExplainerModule], object] = field(default=lambda explainer: None)
 
     def build(self, classifier: FrozenClassifier | None = None) -> ExplainerModule:
-        """An untrained explainer of the toy classifier."""
+        """Builds an untrained explainer of the case's classifier, or of another one."""
         explainer = self.kind(classifier or self.classifier(), **self.arguments)
         self.prepare(explainer)
         return explainer
@@ -60,7 +60,7 @@ def with_noise(module: torch.nn.Module) -> None:
 
 
 def pooled_classifier(num_classes: int = NUM_CLASSES, channels: int = 3) -> FrozenClassifier:
-    """A small random network with a feature map of 4 x 4 cells."""
+    """Builds a small random network with a feature map of 4 x 4 cells."""
     arguments = {"num_classes": num_classes, "channels": channels, "width": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -118,117 +118,95 @@ DIFF_EXPLAINER: dict[str, Any] = {
     "agent_epochs": 2,
 }
 
-CASES = [
-    pytest.param(Case(kind=toy.ToyExplainer, arguments={"amplitude": 0.7}), id="ToyExplainer"),
-    pytest.param(Case(kind=toy.FixedToyExplainer, num_epochs=0), id="FixedToyExplainer"),
-    pytest.param(Case(kind=Dxai, arguments=DXAI), id="Dxai"),
-    pytest.param(
-        Case(
-            kind=Dxai,
-            arguments=DXAI
-            | {
-                "preset": "first",
-                "objective": "neutral",
-                "strength": "neutral",
-                "image_skip": True,
-                "neutral_weight": 1.0,
-                "sparsity_weight": 1.0,
-                "counterfactual_weight": 1.0,
-                "r1_interval": 2,
-            },
-        ),
-        id="Dxai-all-terms",
+_CASES = {
+    "ToyExplainer": Case(kind=toy.ToyExplainer, arguments={"amplitude": 0.7}),
+    "FixedToyExplainer": Case(kind=toy.FixedToyExplainer, num_epochs=0),
+    "Dxai": Case(kind=Dxai, arguments=DXAI),
+    "Dxai-all-terms": Case(
+        kind=Dxai,
+        arguments=DXAI
+        | {
+            "preset": "first",
+            "objective": "neutral",
+            "strength": "neutral",
+            "image_skip": True,
+            "neutral_weight": 1.0,
+            "sparsity_weight": 1.0,
+            "counterfactual_weight": 1.0,
+            "r1_interval": 2,
+        },
     ),
-    pytest.param(Case(kind=MirrorCFE, arguments=MIRROR, classifier=pooled_classifier), id="MirrorCFE"),
-    pytest.param(
-        Case(
-            kind=MirrorCFE,
-            arguments=MIRROR
-            | {
-                "bounds": [0.0],
-                "spread": "waterfill",
-                "soft_mask": True,
-                "class_critic": False,
-                "counterfactual": "reflection",
-                "pairs": [["stripe 0", "stripe 1"]],
-                "num_steps": 4,
-            },
-            classifier=pooled_classifier,
-        ),
-        id="MirrorCFE-other-options",
+    "MirrorCFE": Case(kind=MirrorCFE, arguments=MIRROR, classifier=pooled_classifier),
+    "MirrorCFE-other-options": Case(
+        kind=MirrorCFE,
+        arguments=MIRROR
+        | {
+            "bounds": [0.0],
+            "spread": "waterfill",
+            "soft_mask": True,
+            "class_critic": False,
+            "counterfactual": "reflection",
+            "pairs": [["stripe 0", "stripe 1"]],
+            "num_steps": 4,
+        },
+        classifier=pooled_classifier,
     ),
-    pytest.param(Case(kind=DiffExplainer, arguments=DIFF_EXPLAINER, prepare=with_noise), id="DiffExplainer"),
-    pytest.param(
-        Case(
-            kind=DiffExplainer,
-            arguments=DIFF_EXPLAINER
-            | {"alignment": "kl", "metric": "diagonal", "confidence": 0.6, "sampler": "dpm", "decoding_steps": 4},
-            classifier=pooled_classifier,
-            prepare=with_noise,
-        ),
-        id="DiffExplainer-other-options",
+    "DiffExplainer": Case(kind=DiffExplainer, arguments=DIFF_EXPLAINER, prepare=with_noise),
+    "DiffExplainer-other-options": Case(
+        kind=DiffExplainer,
+        arguments=DIFF_EXPLAINER
+        | {"alignment": "kl", "metric": "diagonal", "confidence": 0.6, "sampler": "dpm", "decoding_steps": 4},
+        classifier=pooled_classifier,
+        prepare=with_noise,
     ),
-    pytest.param(Case(kind=StylEx, arguments=toy.STYLEX), id="StylEx"),
-    pytest.param(
-        Case(
-            kind=StylEx,
-            arguments=toy.STYLEX
-            | {
-                "profile": "paper_code",
-                "scoring": "strict",
-                "conditioning": "w_concat",
-                "label_entry": "planes",
-                "encoder_space": "w+",
-                "search_space": "pca_s",
-                "smallest": False,
-            },
-            classifier=pooled_classifier,
-        ),
-        id="StylEx-other-options",
+    "StylEx": Case(kind=StylEx, arguments=toy.STYLEX),
+    "StylEx-other-options": Case(
+        kind=StylEx,
+        arguments=toy.STYLEX
+        | {
+            "profile": "paper_code",
+            "scoring": "strict",
+            "conditioning": "w_concat",
+            "label_entry": "planes",
+            "encoder_space": "w+",
+            "search_space": "pca_s",
+            "smallest": False,
+        },
+        classifier=pooled_classifier,
     ),
-    pytest.param(
-        Case(
-            kind=StylEx,
-            arguments=toy.STYLEX
-            | {
-                "conditioning": "const_concat",
-                "search_space": "sefa_w",
-                "degree": 3.0,
-                "degree_unit": "abs",
-                "reaverage": True,
-                "normalise_rows": True,
-                "edited_layers": [1, 2],
-            },
-        ),
-        id="StylEx-published-search",
+    "StylEx-published-search": Case(
+        kind=StylEx,
+        arguments=toy.STYLEX
+        | {
+            "conditioning": "const_concat",
+            "search_space": "sefa_w",
+            "degree": 3.0,
+            "degree_unit": "abs",
+            "reaverage": True,
+            "normalise_rows": True,
+            "edited_layers": [1, 2],
+        },
     ),
-    pytest.param(
-        Case(
-            kind=SteerableLens, arguments={"num_steps": 4, "bisections": 2}, num_epochs=0, classifier=pooled_classifier
-        ),
-        id="SteerableLens",
+    "SteerableLens": Case(
+        kind=SteerableLens, arguments={"num_steps": 4, "bisections": 2}, num_epochs=0, classifier=pooled_classifier
     ),
-    pytest.param(
-        Case(
-            kind=SteerableLens,
-            arguments={
-                "beta": 1.0,
-                "amplitude_mode": "log",
-                "phase_rule": "unit",
-                "residual_gain": 0.5,
-                "loss": "margin",
-                "colour": "y",
-                "padding": "circular",
-                "alpha_unit": "l2",
-                "largest_alpha": 3.0,
-                "live_steps": 3,
-                "eight_bit": False,
-            },
-            num_epochs=0,
-        ),
-        id="SteerableLens-other-options",
+    "SteerableLens-other-options": Case(
+        kind=SteerableLens,
+        arguments={
+            "beta": 1.0,
+            "amplitude_mode": "log",
+            "phase_rule": "unit",
+            "residual_gain": 0.5,
+            "loss": "margin",
+            "colour": "y",
+            "padding": "circular",
+            "alpha_unit": "l2",
+            "largest_alpha": 3.0,
+            "live_steps": 3,
+            "eight_bit": False,
+        },
+        num_epochs=0,
     ),
-    pytest.param(
-        Case(kind=Baseline, arguments={"name": "occlusion"}, num_epochs=0, classifier=pooled_classifier), id="Baseline"
-    ),
-]
+    "Baseline": Case(kind=Baseline, arguments={"name": "occlusion"}, num_epochs=0, classifier=pooled_classifier),
+}
+CASES = [pytest.param(case, id=name) for name, case in _CASES.items()]

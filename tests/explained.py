@@ -1,4 +1,4 @@
-"""One small folder, explained by the toy: what tests of explain.py start from."""
+"""A small folder, explained by the toy, and rows of a manifest, for tests of explain.py."""
 
 import csv
 import logging
@@ -14,6 +14,8 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.cli import explain
+from cfe_lightning.explaining.names import image_folder
+from cfe_lightning.explaining.row import Row
 from cfe_lightning.explanation import Explanation
 
 
@@ -66,7 +68,7 @@ def table(out: Path) -> dict[str, dict[str, str]]:
 
 
 def content(out: Path) -> dict[str, Any]:
-    """Everything a run leaves behind, apart from seconds and the page that repeats it."""
+    """Returns everything a run leaves behind, apart from seconds and the page that repeats it."""
     found: dict[str, Any] = {
         str(path.relative_to(out)): path.read_bytes()
         for path in [*sorted((out / "images").rglob("*")), *(out / "global").glob("*"), out / "global.json"]
@@ -77,6 +79,23 @@ def content(out: Path) -> dict[str, Any]:
         del row["seconds"]
     names = sorted(path.name for path in out.iterdir())
     return {**found, "names": names, "rows": list(rows.items())}
+
+
+def row(name: str, **changes: object) -> Row:
+    """Makes the row of an explained image by hand."""
+    done: dict[str, Any] = {
+        **{"name": name, "source": [1, 2], "status": "ok", "predicted": "cat", "target": "dog", "note": None},
+        **{"p_predicted_before": 0.9, "p_predicted_after": 0.2, "p_target_before": 0.1, "p_target_after": 0.8},
+        **{"flipped": True, "flipped_saved": True, "l1": 0.02, "seconds": 0.5, "folder": image_folder(name)},
+        **{"files": {"image": "image.png", "part_distinct": "part_distinct.png"}, "gains": {"distinct": 4.0}},
+        **{"scores": {"change": 0.25}, "difference_scale": 0.3},
+    }
+    return Row(done | changes)
+
+
+def failure(name: str) -> Row:
+    """Makes the row of an unreadable image by hand."""
+    return Row({"name": name, "source": [0, 0], "status": "failed", "error": "The file is empty."})
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

@@ -15,7 +15,8 @@ CHECKOUT = Path(__file__).parents[1]
 # What Lightning's launcher sets for the processes that it starts is set here.
 _SERVER = """
 import importlib, json, os, signal, socket, sys
-import torch, lpips, toy, cfe_lightning.training.run, cfe_lightning.methods.stylex.method, cfe_lightning.report.page
+import torch, lpips, toy, witness
+import cfe_lightning.training.run, cfe_lightning.methods.stylex.method, cfe_lightning.report.page
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 def start(command, run, rank, port):

@@ -50,8 +50,9 @@ def _evaluates(text: str | bytes, evil: bool = False) -> Prepare:
 
 def write_evil(place: Place) -> None:
     """A module beside the config that leaves a trace as soon as it is imported."""
-    body = f"import pathlib\npathlib.Path({str(place.canary)!r}).touch()\nfrom toy import *\nModel = ToyExplainer\n"
-    place.write("evil.py", f"{body}Data = ToyData\nNetwork = ToyNetwork\nCallback = Witness\ndef call(*_): pass\n")
+    body = f"import pathlib\npathlib.Path({str(place.canary)!r}).touch()\nfrom toy import *\nfrom witness import *\n"
+    names = "Model = ToyExplainer\nData = ToyData\nNetwork = ToyNetwork\nCallback = Witness\n"
+    place.write("evil.py", f"{body}{names}def call(*_): pass\n")
     classifier = torch.load(place.base / "classifier.pt", weights_only=True)
     place.tensors("evil.pt", changed(classifier, classifier__class_path="evil.Network"))
 

@@ -1,3 +1,5 @@
+"""Atlases are stored completely, refuse wrong fields, and replace only their own files."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,8 @@ import torch
 from atlases import STRENGTHS, atlas, direction, pair, pictures
 from PIL import Image
 
-from cfe_lightning import atlas as atlas_module
 from cfe_lightning import images
-from cfe_lightning.explaining.atlas import write_atlas
+from cfe_lightning.explaining.atlas import SMALLEST_CELL, write_atlas
 from cfe_lightning.explaining.folder import OutputFolder
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"]}
@@ -25,21 +26,21 @@ def test_everything_is_in_the_json_and_the_pictures_it_names(tmp_path: Path):
     names = ["atlas/0-0.png", "atlas/0-1.png", "atlas/1-0.png", "atlas/1-1.png"]
     assert files(tmp_path) == ["atlas.json", *names]
     written = json.loads((tmp_path / "atlas.json").read_text())
-    assert {key: written[key] for key in ("schema", "title", "note")} == {
-        **{"schema": 1, "title": "found by hand", "note": "Mind the step."}
-    }
+    about = {"schema": 1, "title": "found by hand", "note": "Mind the step."}
+    assert {key: written[key] for key in about} == about
+    # Pairs.
     first, second = written["pairs"]
     assert [first["source"], first["target"], second["source"], second["target"]] == ["cat", "dog", "dog", "cat"]
     assert (first["num_images"], first["num_kept"], first["covered"]) == (1200, 1000, 0.875)
     assert first["curve"] == [[0, 0], [2, 0.5], [4, 0.875]]
     assert [found["file"] for found in first["directions"] + second["directions"]] == names
+    # One direction.
     found = first["directions"][1]
     assert found.pop("probabilities") == [[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]] * 3
-    assert found == {
-        **{"name": "direction 1", "file": "atlas/0-1.png", "cell": [64, 64], "enlarged": 2},
-        **{"strengths": [-4, -3, -2, -1, 0, 1, 2, 3, 4], "step": -4, "degree": 9.3125, "mean_change": 3.25},
-        **{"flipped": 0.75, "newly": 0.125, "change": 0.0625, "inside": 0.8125},
-    }
+    expected = {"name": "direction 1", "file": "atlas/0-1.png", "cell": [64, 64], "enlarged": 2}
+    expected |= {"strengths": [-4, -3, -2, -1, 0, 1, 2, 3, 4], "step": -4, "degree": 9.3125, "mean_change": 3.25}
+    expected |= {"flipped": 0.75, "newly": 0.125, "change": 0.0625, "inside": 0.8125}
+    assert found == expected
 
 
 def test_what_is_not_known_is_null(tmp_path: Path):
@@ -58,7 +59,7 @@ def test_a_row_is_an_image_a_column_a_strength_and_no_pixel_is_lost(
     write_atlas(atlas(pair(directions=[direction(images=moved)])), tmp_path)
     with Image.open(tmp_path / "atlas" / "0-0.png") as picture:
         assert picture.size == (9 * width * factor, 2 * height * factor)
-        assert min(height, width) * factor >= atlas_module.SMALLEST_CELL
+        assert min(height, width) * factor >= SMALLEST_CELL
         for row in range(2):
             for column in range(9):
                 left, top = column * width * factor, row * height * factor

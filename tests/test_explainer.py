@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: one sentence each, and nothing in them is executed."""
+"""Untrusted checkpoints are refused in one sentence, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Payload:
 
 
 def changed(path: Path, **changes: Any) -> Path:
-    """A checkpoint with other entries."""
+    """Replaces entries of a checkpoint."""
     checkpoint = torch.load(path, weights_only=True)
     torch.save(checkpoint | changes, path)
     return path
@@ -166,7 +166,7 @@ def test_a_method_without_arguments(tmp_path: Path) -> None:
 
 
 class Bare(ToyExplainer):
-    """Takes the classifier only; the arguments of the class between must not enter its hyper-parameters."""
+    """A method with the classifier as its only argument; arguments of its base class must not be recorded."""
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__(classifier, amplitude=0.3)

@@ -1,15 +1,11 @@
-"""The smallest complete method, classifier and data: what tests of everything else are run with.
+"""The smallest complete method, classifier and data, with which everything else is tested.
 
-The classifier is exact by construction: class k is the image whose k-th vertical stripe (of K) is the brightest.
+The classifier is exact by construction: class k is the image with its k-th vertical stripe (of K) the brightest.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ from cfe_lightning.data.base import ImageData, Sample, Split
 from cfe_lightning.decisions import runner_up
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.methods.stylex import critic as style_critic
-from cfe_lightning.training import EMA
 
 #: A StylEx of a few thousand parameters.
 STYLEX: dict[str, Any] = {
@@ -94,10 +88,13 @@ class ToyExplainer(ExplainerModule):
         return torch.tanh(self.class_images[source]) * self.amplitude + image * 0
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
+        # Exchange the class images.
         logits = self.classifier(image)
         target = runner_up(logits) if target is None else target
         distinct = self.distinct(image, logits.argmax(dim=1))
         counterfactual = (image - distinct + self.distinct(image, target)).clamp(-1, 1)
+
+        # Remove the own one step by step.
         strengths = torch.linspace(0, 1, self.num_steps, device=image.device).expand(len(image), -1)
         return Explanation(
             image=image,
@@ -118,6 +115,7 @@ class ToyExplainer(ExplainerModule):
         )
 
     def training_step(self, batch: Sample, batch_idx: int) -> None:
+        # Generator step.
         generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr]
         image = batch["image"]
         self.seen += len(image)
@@ -127,6 +125,8 @@ class ToyExplainer(ExplainerModule):
         generator_optimizer.zero_grad()
         self.manual_backward(sum(terms.values()))
         generator_optimizer.step()
+
+        # Critic step.
         fake = self.explain(image, target).counterfactual
         assert fake is not None
         critic_loss = (
@@ -161,7 +161,7 @@ class ToyExplainer(ExplainerModule):
 
 
 class FixedToyExplainer(ToyExplainer):
-    """As ``ToyExplainer`` with nothing to train: the class images are the stripes themselves."""
+    """A ``ToyExplainer`` with nothing to train: the class images are the stripes themselves."""
 
     needs_training = False
 
@@ -231,7 +231,7 @@ def toy_class_names(num_classes: int) -> tuple[str, ...]:
 
 
 def toy_classifier(num_classes: int = 2, image_size: int = 16, channels: int = 3) -> FrozenClassifier:
-    """An exact classifier of ``ToyData``."""
+    """Builds an exact classifier of ``ToyData``."""
     spec = ClassifierSpec(
         class_path="toy.ToyNetwork",
         init_args={"channels": channels, "num_classes": num_classes},
@@ -246,155 +246,12 @@ def toy_classifier(num_classes: int = 2, image_size: int = 16, channels: int = 3
 
 
 def toy_images(num_images: int = 4, num_classes: int = 2, image_size: int = 16, channels: int = 3) -> Tensor:
-    """Validation images of ``ToyData``, [num_images, C, H, W] in [-1, 1]; image i is of class i % K."""
+    """Returns validation images of ``ToyData``, [num_images, C, H, W] in [-1, 1]; image i is of class i % K."""
     return ToyDataset("val", num_images, image_size, channels, num_classes).images
 
 
-class Witness(pl.Callback):
-    """Every process writes what it trained on and what came out, for tests that compare processes.
-
-    Besides ``<rank>.json`` at the end of the training, ``<rank>.pt`` after every epoch:
-
-    ``gradients``: of the first steps, which optimiser, what it saw (``seen``) and what this process had computed
-    (``local``), by parameter; ``state`` and ``averaged``: all weights after the last batch and those of ``EMA``;
-    ``measured``: the weights of the last validation; ``train`` and ``val``: what was logged, per batch and per
-    validation; ``written``: files that this process has opened for writing, by name and number.
-
-    Args:
-        folder: Where the files go.
-        steady: Nothing depends on how images are divided among processes: random numbers are the same for every image,
-            critics do not compare the images of a batch, and Adam forgives rounding.
-        num_steps: Optimiser steps whose gradients are kept.
-    """
-
-    def __init__(self, folder: str, *, steady: bool = False, num_steps: int = 24) -> None:
-        self.folder = Path(folder).absolute()
-        self.steady = steady
-        self.num_steps = num_steps
-        self.names: list[str] = []
-        self.draws: list[float] = []
-        self.local: dict[str, Tensor] = {}
-        self.record: dict[str, Any] = {"gradients": [], "train": [], "val": [], "written": {}}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sys.addaudithook(self._note_file)
-        for name, parameter in pl_module.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(functools.partial(self._note_gradient, name, parameter))
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.steady:
-            # The sign of a gradient that is nothing but rounding would move a weight by the whole learning rate.
-            for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
-                group["eps"] = 1e-3
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Sample, *_: Any) -> None:
-        self.names += batch["name"]
-        self.draws.append(torch.get_rng_state().sum().item())
-        self._hold(self.steady)
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        named = {name: value for name, value in pl_module.named_parameters() if id(value) in mine}
-        if len(self.record["gradients"]) < self.num_steps:
-            seen = {name: value.grad.clone() for name, value in named.items() if value.grad is not None}
-            local = {name: self.local[name] for name in seen if name in self.local}
-            self.record["gradients"].append({"parameters": sorted(named), "seen": seen, "local": local})
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._hold(False)
-        self.record["train"].append(_logged(trainer, "train/"))
-        self.record["state"] = {name: value.detach().clone() for name, value in _weights(pl_module)}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EMA) and callback._average_model is not None:
-                averaged = _weights(callback._average_model.module)
-                self.record["averaged"] = {name: value.detach().clone() for name, value in averaged}
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hold(self.steady)
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.record["measured"] = {name: value.detach().clone() for name, value in _weights(pl_module)}
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hold(False)
-        if not trainer.sanity_checking:
-            self.record["val"].append(_logged(trainer, "val/"))
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Of magnitudes: the images of two classes may be each other's negative.
-        weights = {name: value.double().abs().sum().item() for name, value in pl_module.named_parameters()}
-        seen = {"names": self.names, "draws": self.draws, "weights": weights}
-        if hasattr(pl_module, "classifier") and hasattr(pl_module.classifier, "fingerprint"):
-            seen["classifier"] = pl_module.classifier.fingerprint()  # type: ignore[operator]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(seen))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        written, self.record["written"] = dict(self.record["written"]), {}
-        torch.save(self.record | {"written": written}, self.folder / f"{trainer.global_rank}.pt")
-
-    def _note_gradient(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
-        before = self.local.get(name) if parameter.grad is not None else None
-        self.local[name] = gradient.detach().clone() if before is None else before + gradient.detach()
-
-    def _note_file(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open":
-            return
-        path, mode, flags = arguments
-        writes = set(mode or "") & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR)
-        if writes and isinstance(path, str | os.PathLike):
-            path = Path(path).absolute()
-            if path.is_relative_to(Path.cwd()) and not path.is_relative_to(self.folder):
-                name = str(path.relative_to(Path.cwd()))
-                self.record["written"][name] = self.record["written"].get(name, 0) + 1
-
-    def _hold(self, steady: bool) -> None:
-        for module, name, stand_in in _STEADY:
-            true = _TRUE.setdefault((module, name), getattr(module, name))
-            setattr(module, name, stand_in if steady else true)
-
-
-def _logged(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-
-
-def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _wave(size: Sequence[int], **options: Any) -> Tensor:
-    """Numbers between -1 and 1 that differ along the last dimension only; constant where there is no other."""
-    chosen = {name: value for name, value in options.items() if name in ("device", "dtype")}
-    along = torch.arange(size[-1] if len(size) > 1 else 1, **chosen) * 1.7 + 0.4
-    return along.sin().expand(*size).clone()
-
-
-def _sizes(size: tuple[Any, ...]) -> Sequence[int]:
-    return size if all(isinstance(one, int) for one in size) else size[0]
-
-
-def _steady_randint(*arguments: Any, **options: Any) -> Tensor:
-    *limits, size = arguments
-    low, high = (0, *limits)[-2:]
-    return torch.full(size, (low + high) // 2, device=options.get("device"))
-
-
-#: What draws numbers in a training step, and what takes its place where images must not meet numbers of their own.
-_STEADY: tuple[tuple[Any, str, Callable[..., Tensor]], ...] = (
-    (torch, "randn", lambda *size, **options: _wave(_sizes(size), **options)),
-    (torch, "rand", lambda *size, **options: _wave(_sizes(size), **options).abs()),
-    (torch, "randn_like", lambda x: _wave(x.shape, device=x.device, dtype=x.dtype)),
-    (torch, "randint", _steady_randint),
-    (torch, "randperm", lambda count, **options: torch.arange(count, device=options.get("device"))),
-    (style_critic, "stddev_map", lambda x, *_: F.pad(x, (0, 0, 0, 0, 0, 1))),
-)
-_TRUE: dict[tuple[Any, str], Any] = {}
-
-
 def toy_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **arguments: Any) -> pl.Trainer:
-    """A quiet trainer on the CPU that writes nothing by itself."""
+    """Builds a quiet trainer on the CPU that writes nothing by itself."""
     defaults: dict[str, Any] = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -410,7 +267,7 @@ def toy_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **arguments
 
 
 def save_checkpoint(explainer: ExplainerModule, path: Path) -> Path:
-    """Writes what ``train.py`` would write for an untrained explainer; read it with ``trusted=["toy"]``."""
+    """Writes an untrained explainer as ``train.py`` would; read it with ``trusted=["toy"]``."""
     trainer = toy_trainer(path.parent)
     trainer.strategy.connect(explainer)
     trainer.save_checkpoint(path)
@@ -418,5 +275,5 @@ def save_checkpoint(explainer: ExplainerModule, path: Path) -> Path:
 
 
 def toy_checkpoint(path: Path, num_classes: int = 2, image_size: int = 16, channels: int = 3) -> Path:
-    """A checkpoint of a working explainer (``FixedToyExplainer``: every counterfactual flips)."""
+    """Writes a checkpoint of a working explainer (``FixedToyExplainer``: every counterfactual flips)."""
     return save_checkpoint(FixedToyExplainer(toy_classifier(num_classes, image_size, channels)), path)

@@ -1,4 +1,4 @@
-"""The frozen classifier: its specification, its file, where it comes from, and how ours are trained."""
+"""The frozen classifier: its spec, its file, the sources it can come from, and the training of our own."""
 
 from cfe_lightning.classifier.file import load_classifier
 from cfe_lightning.classifier.frozen import Activations, FrozenClassifier

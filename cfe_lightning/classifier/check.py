@@ -1,7 +1,7 @@
 """Measures a classifier on labelled images before hours are spent on explaining it.
 
-A classifier that is fed at another scale, in another colour order or size, or whose outputs are named in another order
-than it was trained with still runs, and every explanation of it is then about nothing.
+A classifier still runs when the scale, the size or the colour order of its images, or the order of its class names,
+differs from its training. Every explanation of it is then meaningless.
 
 Accuracies are means over the classes' recalls: a constant answer reaches 1/K however unequal the classes are.
 """
@@ -24,17 +24,18 @@ from cfe_lightning.classifier.spec import ClassifierSpec
 
 _log = logging.getLogger(__name__)
 
-#: Images that judge the classifier, and images that judge each alternative once it is in doubt.
+#: Number of images that judge the classifier, and that judge each alternative once it is in doubt.
 _NUM_IMAGES = 500
 _NUM_TRIAL_IMAGES = 150
-#: One-sided 99.5 % of a normal distribution: the upper end of a 99 % interval.
+#: 99.5 % quantile of the normal distribution: the upper end of a two-sided 99 % interval.
 _NORMAL_QUANTILE = 2.576
+#: Usual sides of square input images in pixels.
 _SIZES = (32, 64, 128, 224, 256, 299)
 _IMAGENET = (0.485, 0.456, 0.406)
 
 
 class _Scale(NamedTuple):
-    """A usual normalisation; ``mean`` and ``std`` on the [0, 1] scale."""
+    """A usual normalisation with its mean and standard deviation per channel on the [0, 1] scale."""
 
     name: str
     mean: tuple[float, ...]
@@ -47,6 +48,7 @@ _RGB_SCALES = (
     _Scale("[0, 1]", (0.0,) * 3, (1.0,) * 3),
     _Scale("[0, 255]", (0.0,) * 3, (1 / 255,) * 3),
     _Scale("CIFAR-10's", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    # Caffe subtracts ImageNet's mean from images in [0, 255].
     _Scale("Caffe's", _IMAGENET, (1 / 255,) * 3),
 )
 _GREY_SCALES = (
@@ -59,7 +61,7 @@ _GREY_SCALES = (
 
 
 class _Trial(NamedTuple):
-    """Another way to feed the same network: in words, and as a spec."""
+    """Another way to feed the same network: in words, as the settings to change, and as a spec."""
 
     words: str
     remedy: str
@@ -69,44 +71,42 @@ class _Trial(NamedTuple):
 def check_classifier(
     classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], class_names: Sequence[str]
 ) -> float:
-    """Measures the accuracy on up to 500 labelled images, and looks for the reason where it is poor.
+    """Measures the accuracy on up to 500 labelled images, and looks for the reason if it is poor.
 
-    The check stops when names or order of the classes differ, when the accuracy is within the 99 % interval around
-    chance, or when another usual normalisation, colour order or size removes at least half of the errors; the latter
-    is looked for only where the accuracy is below the middle between chance and 1.
+    The check fails if the classes' names or their order differ, if the accuracy is within the 99 % interval around
+    chance, or if another usual normalisation, colour order or size removes at least half of the errors. It looks for
+    such a remedy only if the accuracy is below the middle between chance and 1.
 
     Args:
-        classifier: What is to be explained.
-        batches: Batches of the batch contract, to be read more than once: a loader, or a list. Of a loader over more
-            images a fixed random choice is read.
-        class_names: The data's classes in the order of its labels.
+        classifier: Classifier to check.
+        batches: Loader or list of batches with ``image`` and ``label``, which is read several times. From a loader with
+            more images a fixed random choice is read.
+        class_names: The data's class names in the order of the labels.
 
     Returns:
-        The share of images whose label the classifier says.
+        The share of images that the classifier gives their label.
 
     Raises:
-        ValueError: If the check stops; one sentence says why and what to do.
+        ValueError: If the check fails; the message gives the reason and the remedy.
     """
+    # Class names.
     check_class_names(class_names, classifier.class_names)
     counts = _confusion(classifier, _choose(batches, _NUM_IMAGES), len(class_names))
     accuracy, chance = _mean_recall(counts), 1 / len(class_names)
     order = _other_order(counts)
     if order is not None:
-        said = ", ".join(
-            f"{class_names[label]!r} is its output {class_names[output]!r}"
-            for label, output in enumerate(order)
-            if label != output
-        )
+        pairs = [(class_names[label], class_names[output]) for label, output in enumerate(order) if label != output]
+        moved = ", ".join(f"{label!r} is its output {output!r}" for label, output in pairs)
         raise ValueError(
-            f"The classifier's outputs seem to be in another order than its class_names say: {said} (accuracy "
+            f"The classifier's outputs seem to be in another order than its class_names say: {moved} (accuracy "
             f"{accuracy:.2f} as named, {_mean_recall(counts[:, list(order)]):.2f} in that order): correct class_names."
         )
+
+    # Input format.
     if accuracy < (1 + chance) / 2:
         _find_remedy(classifier, batches, counts)
         _log.warning(
-            "The classifier's accuracy on validation images is only %.2f (chance %.2f): explanations can be no better.",
-            accuracy,
-            chance,
+            "The classifier's accuracy is only %.2f (chance %.2f): explanations can be no better.", accuracy, chance
         )
     return float(counts.diagonal().sum() / counts.sum())
 
@@ -127,19 +127,16 @@ def check_class_names(of_data: Sequence[str], of_classifier: Sequence[str]) -> N
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
-    shown = [repr(name) for name in names[:most]]
-    return f"[{', '.join(shown)}{f', ... {len(names)} in all' if len(names) > most else ''}]"
+    more = [f"... {len(names)} in all"] if len(names) > most else []
+    return f"[{', '.join([*map(repr, names[:most]), *more])}]"
 
 
 def _choose(batches: Iterable[dict[str, Any]], limit: int) -> Iterator[dict[str, Any]]:
-    """Batches with ``limit`` images at most; a data set in the order of its classes must not show only the first."""
+    """Yields batches until ``limit`` images are reached, a random choice because data may be sorted by class."""
     if isinstance(batches, DataLoader) and isinstance(batches.dataset, Sized) and len(batches.dataset) > limit:
         chosen = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(0))[:limit].sort().values
-        batches = DataLoader(
-            dataset=Subset(batches.dataset, chosen.tolist()),
-            batch_size=batches.batch_size or 32,
-            collate_fn=batches.collate_fn,
-        )
+        subset = Subset(batches.dataset, chosen.tolist())
+        batches = DataLoader(subset, batches.batch_size or 32, collate_fn=batches.collate_fn)
     seen = 0
     for batch in batches:
         yield batch
@@ -149,7 +146,7 @@ def _choose(batches: Iterable[dict[str, Any]], limit: int) -> Iterator[dict[str,
 
 
 def _confusion(classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], num_classes: int) -> Tensor:
-    """How many images of each label (row) got each answer (column), [K, K]."""
+    """Counts the images of each label (row) that got each answer (column), [K, K]."""
     counts = torch.zeros(num_classes, num_classes)
     device = classifier.mean.device
     for batch in batches:
@@ -167,29 +164,31 @@ def _confusion(classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], 
 
 
 def _mean_recall(counts: Tensor) -> float:
-    """Accuracy averaged over the classes that occur."""
+    """Returns the accuracy averaged over the classes that occur."""
     totals = counts.sum(dim=1)
     occurs = totals > 0
     return float((counts.diagonal()[occurs] / totals[occurs]).mean())
 
 
 def _near_chance(counts: Tensor) -> bool:
-    """Whether the mean recall lies below the upper end of a 99 % interval around 1/K."""
+    """Tells whether the mean recall lies below the upper end of a 99 % interval around 1/K."""
     totals = counts.sum(dim=1)
     totals = totals[totals > 0]
     chance = 1 / len(counts)
+    # Standard deviation of the mean recall of random answers.
     deviation = math.sqrt(float((chance * (1 - chance) / totals).sum())) / len(totals)
     return _mean_recall(counts) <= chance + _NORMAL_QUANTILE * deviation
 
 
 def _other_order(counts: Tensor) -> tuple[int, ...] | None:
-    """The order of outputs that makes the classifier good, if it is not the one it claims.
+    """Returns the order of outputs that makes the classifier good, or None if that is the claimed order.
 
-    Believed only where accuracy in that order passes the middle between chance and 1, and where most images of every
-    class that moves are answered by its new output.
+    The order counts only if the accuracy in it passes the middle between chance and 1, and if most images of every
+    class that moves get its new output.
     """
     num_classes = len(counts)
     recalls = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    # All orders of six outputs are 720; of more outputs each class takes its most frequent answer.
     if num_classes <= 6:
         orders = itertools.permutations(range(num_classes))
         order = max(orders, key=lambda order: float(recalls[range(num_classes), order].sum()))
@@ -202,18 +201,22 @@ def _other_order(counts: Tensor) -> tuple[int, ...] | None:
 
 
 def _find_remedy(classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], counts: Tensor) -> None:
-    """Raises a ValueError that names a better way to feed the network, or says that there is none if it is hopeless."""
+    """Raises a ValueError if another way to feed the network is better, or if there is none and it is at chance."""
     num_classes = len(counts)
-    # Measured anew, because alternatives are judged by fewer images and only equal images compare.
+    # Measured anew, because alternatives are judged by fewer images and only the same images are comparable.
     accuracy = _mean_recall(_confusion(classifier, _choose(batches, _NUM_TRIAL_IMAGES), num_classes))
-    # Sizes come last: they cost the most.
+
+    # Alternatives; sizes come last, because they cost the most.
     for trials in (_scale_trials(classifier.spec), _size_trials(classifier.spec)):
-        best, best_accuracy = _best_trial(classifier, batches, trials, num_classes)
-        if best is not None and 1 - best_accuracy <= (1 - accuracy) / 2:
+        measured = [(_trial_accuracy(classifier, batches, trial), trial) for trial in trials]
+        best_accuracy, best = max(measured, key=lambda pair: pair[0])
+        if 1 - best_accuracy <= (1 - accuracy) / 2:
             raise ValueError(
                 f"The classifier's accuracy on validation images is {accuracy:.2f} with the given mean, std and size, "
                 f"but {best_accuracy:.2f} {best.words}: set {best.remedy}."
             )
+
+    # No alternative.
     if _near_chance(counts):
         raise ValueError(
             f"The classifier's accuracy on validation images is {_mean_recall(counts):.2f} (chance is "
@@ -222,24 +225,20 @@ def _find_remedy(classifier: FrozenClassifier, batches: Iterable[dict[str, Any]]
         )
 
 
-def _best_trial(
-    classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], trials: Sequence[_Trial], num_classes: int
-) -> tuple[_Trial | None, float]:
-    best: tuple[_Trial | None, float] = (None, 0.0)
-    for trial in trials:
-        fed = FrozenClassifier(classifier.network, trial.spec).to(classifier.mean.device)
-        try:
-            accuracy = _mean_recall(_confusion(fed, _choose(batches, _NUM_TRIAL_IMAGES), num_classes))
-        # A network for one size only refuses others, each in its own words.
-        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
-            continue
-        if accuracy > best[1]:
-            best = trial, accuracy
-    return best
+def _trial_accuracy(classifier: FrozenClassifier, batches: Iterable[dict[str, Any]], trial: _Trial) -> float:
+    """Returns the mean recall of the network as an alternative feeds it; 0 if it does not take such images."""
+    fed = FrozenClassifier(classifier.network, trial.spec).to(classifier.mean.device)
+    try:
+        return _mean_recall(_confusion(fed, _choose(batches, _NUM_TRIAL_IMAGES), fed.num_classes))
+    # A network for one size may raise any of these on others.
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+        return 0.0
 
 
 def _scale_trials(spec: ClassifierSpec) -> list[_Trial]:
+    """Lists the usual normalisations in both colour orders, without the spec's own combination."""
     scales = _RGB_SCALES if spec.channels == 3 else _GREY_SCALES
+    # The given scale is a trial, too, in the other colour order.
     given = _Scale("the given", spec.mean, spec.std)
     trials = []
     for bgr in (False, True) if spec.channels == 3 else (False,):
@@ -247,20 +246,24 @@ def _scale_trials(spec: ClassifierSpec) -> list[_Trial]:
             same_scale = (scale.mean, scale.std) == (spec.mean, spec.std)
             if same_scale and (scale is not given or bgr == spec.bgr):
                 continue
-            words = f"with {scale.name} mean and std" if scale is not given else ""
-            remedy = f"mean: {_rounded(scale.mean)} and std: {_rounded(scale.std)}" if scale is not given else ""
+            # The difference from the spec.
+            words, remedies = [], []
+            if scale is not given:
+                words.append(f"with {scale.name} mean and std")
+                remedies.append(f"mean: {_rounded(scale.mean)} and std: {_rounded(scale.std)}")
             if bgr != spec.bgr:
-                order = "blue, green, red" if bgr else "red, green, blue"
-                words = " and ".join(filter(None, (words, f"with colours in the order {order}")))
-                remedy = ", ".join(filter(None, (remedy, f"bgr: {str(bgr).lower()}")))
-            trials.append(_Trial(words, remedy, replace(spec, mean=scale.mean, std=scale.std, bgr=bgr)))
+                words.append(f"with colours in the order {'blue, green, red' if bgr else 'red, green, blue'}")
+                remedies.append(f"bgr: {str(bgr).lower()}")
+            fed = replace(spec, mean=scale.mean, std=scale.std, bgr=bgr)
+            trials.append(_Trial(" and ".join(words), ", ".join(remedies), fed))
     return trials
 
 
 def _size_trials(spec: ClassifierSpec) -> list[_Trial]:
-    sizes = [size for size in _SIZES if size != spec.image_size]
     return [
-        _Trial(f"at {size} x {size} pixels", f"image_size: {size}", replace(spec, image_size=size)) for size in sizes
+        _Trial(f"at {size} x {size} pixels", f"image_size: {size}", replace(spec, image_size=size))
+        for size in _SIZES
+        if size != spec.image_size
     ]
 
 

@@ -1,7 +1,4 @@
-"""How often a classifier is asked: every pass of every classifier in a block of code, counted in images.
-
-Copies count too, such as the one that a baseline hooks into.
-"""
+"""Counts the passes of every classifier in a block of code, in images; passes of copies count too."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Calls:
-    """Passes so far, in images.
+    """The passes so far, in images.
 
     Attributes:
-        forwards: Images that went in.
-        backwards: Images that a gradient came back to.
+        forwards: Number of images that went in.
+        backwards: Number of images that a gradient came back to.
     """
 
     forwards: int = 0
@@ -41,7 +38,7 @@ def counted() -> Iterator[Calls]:
 
 
 def count(prepared: Tensor) -> None:
-    """Notes that a batch [B, ...] goes in, and listens for its gradient."""
+    """Adds a network's input [B, ...] to the running count, and its gradient when that is computed."""
     calls = _counting.get()
     if calls is None:
         return

@@ -1,9 +1,9 @@
 """A TorchScript or ``torch.export`` program as a network whose state is the program's own file.
 
-Loading such a program is running code of whoever made it. ``torch.export.load`` evaluates strings of the file as Python
-and unpickles objects; ``torch.jit.load`` runs no Python, but the program may define what happens when it is loaded and
-can read and write files. So a checkpoint with a program is opened only where the user trusts its author; who names the
-program's file has said so.
+Loading such a program runs its author's code. ``torch.export.load`` evaluates strings of the file as Python and
+unpickles objects; ``torch.jit.load`` runs no Python, but the program may act when it is loaded and can read and write
+files. So a checkpoint with a program is opened only where the user trusts its author. A user who names the program's
+own file trusts it by that.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 class ExportedNetwork(nn.Module):
     """Runs an exported program; its weights are not among the parameters, because nothing may change them.
 
-    Built without a program (as a checkpoint does), it is filled by ``load_state_dict``.
+    Loading a checkpoint builds it without a program and fills it by ``load_state_dict``.
 
     Args:
-        program: The bytes of the file that ``torch.jit.save`` or ``torch.export.save`` wrote.
+        program: Bytes of a file that ``torch.jit.save`` or ``torch.export.save`` wrote; None leaves it empty.
 
     Raises:
         ValueError: If the bytes are neither kind of program.
     """
 
-    #: Asks ``resolve_class_path`` to refuse files with this class unless the user trusts their author.
+    #: Makes ``resolve_class_path`` refuse this class, under any name, and its subclasses without the user's trust.
     runs_foreign_code: ClassVar[bool] = True
 
     def __init__(self, program: bytes | None = None) -> None:
@@ -40,17 +40,17 @@ class ExportedNetwork(nn.Module):
             self._fill(program)
 
     def forward(self, image: Tensor) -> Any:
-        """What the program returns for images [B, C, S, S]."""
+        """Returns the program's output for images [B, C, S, S]."""
         if not self._program:
             raise RuntimeError("This network has no program yet: load a state dictionary first.")
         return self._program[0](image)
 
     def get_extra_state(self) -> Tensor:
-        """The program's file as bytes, [N] uint8: plain data in a state dictionary."""
+        """Returns the bytes of the program's file, [N] uint8: plain data for a state dictionary."""
         return torch.frombuffer(bytearray(self._bytes), dtype=torch.uint8) if self._bytes else torch.empty(0)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Builds the program from ``get_extra_state``'s bytes, unless it is there already."""
+        """Loads the program from the bytes of ``get_extra_state``; refuses to exchange a loaded program."""
         program = state.to(device="cpu", dtype=torch.uint8).numpy().tobytes()
         if self._bytes and program != self._bytes:
             raise RuntimeError("The exported program in this state dictionary is another one than the one given.")
@@ -58,13 +58,14 @@ class ExportedNetwork(nn.Module):
             self._fill(program)
 
     def train(self, mode: bool = True) -> ExportedNetwork:
-        """A program stays as it was exported."""
+        """Stays in eval mode, because a program cannot change its mode."""
         del mode
         self.training = False
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        device = next((weight.device for weight in self._weights()), torch.device("cpu"))
+        weights = (tensor for program in self._program for tensor in (*program.parameters(), *program.buffers()))
+        device = next((weight.device for weight in weights), torch.device("cpu"))
         return {"program": self._bytes, "device": device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,12 +74,10 @@ class ExportedNetwork(nn.Module):
         self.to(state["device"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExportedNetwork:
+        # The program is no submodule, so a change of device or precision would miss it.
         for program in self._program:
             program._apply(fn)
         return super()._apply(fn, recurse)
-
-    def _weights(self) -> list[Tensor]:
-        return [tensor for program in self._program for tensor in (*program.parameters(), *program.buffers())]
 
     def _fill(self, program: bytes) -> None:
         loaded = _load(program)
@@ -90,6 +89,7 @@ class ExportedNetwork(nn.Module):
 
 
 def _load(program: bytes) -> nn.Module:
+    # The names in the archive tell the kinds of programs apart.
     try:
         names = zipfile.ZipFile(io.BytesIO(program)).namelist()
     except zipfile.BadZipFile as error:

@@ -1,4 +1,4 @@
-"""The frozen classifier: a network that carries its own world (normalisation, class names, size, layer names)."""
+"""The frozen classifier: a network with its normalisation, its class names, its image size and its layer names."""
 
 from __future__ import annotations
 
@@ -13,29 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning import images
-from cfe_lightning.classifier import counting as classifier_calls
+from cfe_lightning.classifier import counting
 from cfe_lightning.classifier.spec import ClassifierSpec
-from cfe_lightning.classifier.tracing import (
-    Level,
-    as_feature_map,
-    probe_image,
-    trace_levels,
-    why_no_feature_map,
-)
+from cfe_lightning.classifier.tracing import Level, as_feature_map, probe_image, trace_levels, why_no_feature_map
 from cfe_lightning.compute.precision import to_float32
 from cfe_lightning.files.tensors import save_plain
-
-_GRADIENT_METHODS = "DXAI, StylEx and Steerable Lens"
-_LOGITS_METHODS = "DiffExplainer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """What a classifier sees in a batch of images.
+    """A classifier's activations and logits for one batch of images.
 
     Attributes:
         feature_map: Activations before pooling, [B, D, h, w].
-        levels: Outputs of the layers asked for, each [B, C_i, H_i, W_i].
+        levels: Outputs of the requested layers, each [B, C_i, H_i, W_i].
         logits: Logits of K exclusive classes, [B, K].
     """
 
@@ -45,15 +36,16 @@ class Activations:
 
 
 class FrozenClassifier(nn.Module):
-    """A network that never changes a bit and gets no gradient on a weight, but lets gradients reach the image.
+    """A network whose weights never change and get no gradient, while gradients do reach the image.
 
-    It always presents K exclusive classes: a one-logit sigmoid output z is shown as logits (0, z), whose softmax is the
-    sigmoid, and a multi-label network as one label against its absence.
+    It always presents K exclusive classes. A one-logit sigmoid output z becomes the logits (0, z), whose softmax is
+    the sigmoid. A multi-label network becomes one label against its absence.
 
     Args:
-        network: Maps normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. A network that ``torch.compile``
-            returned is taken back to the original, whose layers can be watched and whose weights keep their names.
-        spec: What the network expects and what its outputs mean.
+        network: Network from normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. A network that
+            ``torch.compile`` returned is replaced by the original, whose layers can be watched and whose weights keep
+            their names.
+        spec: The network's input format, layer names and class names.
 
     Raises:
         ValueError: If the spec names a layer that the network does not have.
@@ -69,6 +61,7 @@ class FrozenClassifier(nn.Module):
         shape = (1, spec.channels, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.mean, dtype=torch.float32).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std, dtype=torch.float32).view(shape), persistent=False)
+        # Refuses unknown layers now and not in the middle of a training.
         for field, name in (("head", spec.head), ("feature_map", spec.feature_map)):
             if name is not None:
                 self._layer(field, name)
@@ -76,38 +69,38 @@ class FrozenClassifier(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The K presented classes in the order of the presented logits."""
+        """Returns the names of the K presented classes in the order of the presented logits."""
         if self.spec.label is not None:
             return (f"not {self.spec.label}", self.spec.label)
         return self.spec.class_names
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Returns the number K of presented classes."""
         return len(self.class_names)
 
     def train(self, mode: bool = True) -> FrozenClassifier:
-        """Stays frozen and in eval mode whatever is asked: Lightning calls this at every start of training."""
+        """Stays frozen and in eval mode whatever ``mode`` says: Lightning calls this at every start of training."""
         del mode
         self.requires_grad_(False)
         return super().train(False)
 
     def prepare(self, image: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] to what the network takes: its channels, its size, its normalisation."""
+        """Turns images [B, C, H, W] in [-1, 1] into the network's input [B, C, S, S], and counts them."""
         prepared = prepare(image, self.spec, self.mean, self.std)
-        classifier_calls.count(prepared)
+        counting.count(prepared)
         return prepared
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
+        """Returns logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
         return self._exclusive(self.network(self.prepare(image)))
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The L labels of a multi-label network, in the order of ``label_probabilities``.
+        """Returns the L labels of a multi-label network, in the order of ``label_probabilities``.
 
         Raises:
-            ValueError: If its classes exclude each other.
+            ValueError: If the network's classes exclude each other.
         """
         if self.spec.label is None:
             raise ValueError(
@@ -117,48 +110,59 @@ class FrozenClassifier(nn.Module):
         return self.spec.class_names
 
     def label_probabilities(self, image: Tensor) -> Tensor:
-        """The sigmoid of every logit of a multi-label network, [B, C, H, W] in [-1, 1] -> [B, L] in [0, 1].
+        """Returns the sigmoid of every logit of a multi-label network, [B, C, H, W] in [-1, 1] -> [B, L] in [0, 1].
 
         Raises:
-            ValueError: If its classes exclude each other.
+            ValueError: If the network's classes exclude each other.
         """
         num_labels = len(self.label_names)
         return self.network(self.prepare(image)).sigmoid().view(len(image), num_labels)
 
     def along(self, path: Tensor, at_once: int | None = None) -> Tensor:
-        """Logits of every picture of paths, [B, T, C, H, W] -> [B, T, K]; so many at a time, to bound the memory."""
+        """Returns the logits of B paths of images, [B, T, C, H, W] -> [B, T, K], ``at_once`` images per pass."""
+        # Small passes bound the memory.
         at_once = at_once or images.pictures_at_once(path.shape[-2] * path.shape[-1], path.device)
         return torch.cat([self(part) for part in path.flatten(0, 1).split(at_once)]).unflatten(0, path.shape[:2])
 
     def features(self, image: Tensor) -> Tensor:
-        """The head's input, [B, C, H, W] -> [B, D].
+        """Returns the head's input, [B, C, H, W] -> [B, D].
 
         Raises:
-            ValueError: If the network has no linear layer to stop before.
+            ValueError: If the spec names no head.
         """
         ((inputs, _),), _ = self._watch([self._layer("head", self.spec.head)], image)
         inputs = to_float32(inputs)
+        # A block with a norm reads cells [B, D, 1, 1], or pools the map itself.
         return inputs if inputs.ndim == 2 else inputs.mean(dim=(2, 3))
 
+    @property
+    def num_features(self) -> int:
+        """Returns the length D of the head's input."""
+        with torch.no_grad():
+            return self.features(self._blank(2)).shape[1]
+
     def head(self, features: Tensor) -> Tensor:
-        """Features [B, D] to logits of K exclusive classes, [B, K]."""
+        """Turns features [B, D] into logits of K exclusive classes, [B, K]."""
         return self._exclusive(self._layer("head", self.spec.head)(self._as_input(features)))
 
     def exact_head(self) -> Callable[[Tensor], Tensor]:
-        """A copy of the head in float64, features [B, D] to logits of K exclusive classes [B, K]."""
+        """Returns a copy of the head in float64, from features [B, D] to logits of K exclusive classes [B, K]."""
         layer = copy.deepcopy(self._layer("head", self.spec.head)).double()
         return lambda features: self._exclusive(layer(self._as_input(features)))
 
     def linear_head(self) -> tuple[Tensor, Tensor] | None:
-        """Weight [K, D] and bias [K] of the head in float64, or None if the head is not linear.
+        """Returns the head's weight [K, D] and bias [K] in float64, or None if the head is not linear.
 
-        They are read off its answers, so a parametrised or otherwise wrapped layer is no special case.
+        Both are computed from the head's outputs, so a parametrised or otherwise wrapped layer is no special case.
         """
+        # The outputs for zero and for the unit vectors are the bias, and the bias plus a column of the weight.
         head, num_features = self.exact_head(), self.num_features
         points = torch.cat([torch.zeros(1, num_features), torch.eye(num_features)]).to(self.mean.device).double()
         with torch.no_grad():
             bias, *_ = answers = head(points)
             weight = (answers[1:] - bias).T
+
+            # Test of linearity at random points.
             probe = torch.randn(8, num_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             probe = probe.to(bias.device)
             expected = head(probe)
@@ -167,7 +171,7 @@ class FrozenClassifier(nn.Module):
         return weight.contiguous(), bias
 
     def feature_map(self, image: Tensor) -> Tensor:
-        """Activations before pooling, [B, C, H, W] -> [B, D, h, w].
+        """Returns the activations before pooling, [B, C, H, W] -> [B, D, h, w].
 
         Raises:
             ValueError: If the spec names no feature map.
@@ -175,81 +179,72 @@ class FrozenClassifier(nn.Module):
         return self.activations(image).feature_map
 
     def activations(self, image: Tensor, levels: Mapping[str, Level] | None = None) -> Activations:
-        """Everything a decoder needs of images [B, C, H, W], in one pass.
+        """Returns all activations that a decoder needs, in one pass.
 
         Args:
-            image: The images.
-            levels: Layers whose outputs are wanted too, as ``find_levels`` returns them.
+            image: Images in [-1, 1], [B, C, H, W].
+            levels: Further layers to return the outputs of, in the form of ``find_levels``.
 
         Raises:
-            ValueError: If the spec names no feature map, or the network has no such layer.
+            ValueError: If the spec names no feature map, or the network lacks one of the layers.
         """
         levels = levels or {}
-        layers = [self._layer("feature_map", self.spec.feature_map), *(self._layer("levels", name) for name in levels)]
-        seen, logits = self._watch(layers, image)
-        (_, output), *others = seen
+        names = [("feature_map", self.spec.feature_map), *(("levels", name) for name in levels)]
+        ((_, feature_map), *others), logits = self._watch([self._layer(*name) for name in names], image)
         return Activations(
-            feature_map=as_feature_map(output, self.spec.feature_map_transform),
+            feature_map=as_feature_map(feature_map, self.spec.feature_map_transform),
             levels=[
-                as_feature_map(value, "channels_last" if level.channels_last else "none")
-                for (_, value), level in zip(others, levels.values(), strict=True)
+                as_feature_map(output, "channels_last" if level.channels_last else "none")
+                for (_, output), level in zip(others, levels.values(), strict=True)
             ],
             logits=self._exclusive(logits),
         )
 
     @torch.no_grad()
     def find_levels(self, names: Sequence[str] | None = None) -> dict[str, Level]:
-        """The network's maps at higher resolution than the feature map, nearest first; see ``trace_levels``.
+        """Finds maps of higher resolution than the feature map, nearest in resolution first (``trace_levels``).
 
         Args:
-            names: Takes these layers instead of looking for up to three.
+            names: Layers to take instead of looking for up to three.
 
         Raises:
-            ValueError: If there is no feature map, or a name is no layer that returns a map.
+            ValueError: If there is no feature map, or a named layer returns no map.
         """
-        side = self.spec.image_size
-        feature_map = self.feature_map(torch.zeros(2, self.spec.channels, side, side, device=self.mean.device))
-        return trace_levels(self.network, self.spec.channels, side, feature_map, names=names)
+        feature_map = self.feature_map(self._blank(2))
+        return trace_levels(self.network, self.spec.channels, self.spec.image_size, feature_map, names=names)
 
     def maps(self, image: Tensor, names: Sequence[str]) -> tuple[list[Tensor], Tensor]:
-        """Outputs of the named layers and logits [B, K] of images [B, C, H, W], in one pass."""
+        """Returns the outputs of the named layers and the logits [B, K] of images [B, C, H, W], in one pass."""
         seen, logits = self._watch([self._layer("levels", name) for name in names], image)
         return [output for _, output in seen], self._exclusive(logits)
 
     @torch.no_grad()
     def shallow_maps(self, count: int = 2) -> list[str]:
-        """The layers with the largest maps below the image's own resolution, which see edges and textures."""
-        coarsest = torch.zeros(1, 1, 1, 1)
-        side = self.spec.image_size
-        levels = trace_levels(self.network, self.spec.channels, side, coarsest, count=side)
-        return list(levels)[-count:]
-
-    @property
-    def num_features(self) -> int:
-        """D, the length of the head's input."""
-        side = self.spec.image_size
-        with torch.no_grad():
-            return self.features(torch.zeros(2, self.spec.channels, side, side, device=self.mean.device)).shape[1]
+        """Returns the layers with the largest maps below the image's own resolution, which see edges and textures."""
+        coarsest, side = torch.zeros(1, 1, 1, 1), self.spec.image_size
+        return list(trace_levels(self.network, self.spec.channels, side, coarsest, count=side))[-count:]
 
     def require_gradient(self) -> None:
-        """Raises a ValueError if no gradient reaches the image, as with a program exported without one."""
-        shape = (1, self.spec.channels, self.spec.image_size, self.spec.image_size)
+        """Checks that a gradient reaches the image.
+
+        Raises:
+            ValueError: If none does, as through a program that was exported without gradients.
+        """
         with torch.inference_mode(False), torch.enable_grad():
-            image = torch.zeros(shape, device=self.mean.device, requires_grad=True)
-            reached = self(image).requires_grad
+            reached = self(self._blank(1).requires_grad_()).requires_grad
         if not reached:
             raise ValueError(
                 f"No gradient reaches the image through this classifier ({type(self.network).__name__}), and this "
-                f"method needs one: export the network so that it can be differentiated, or choose {_LOGITS_METHODS}, "
+                "method needs one: export the network so that it can be differentiated, or choose DiffExplainer, "
                 "which needs only logits."
             )
 
     @torch.no_grad()
     def pooled_feature_map(self) -> Tensor:
-        """A feature map, [2, D, h, w], whose average over all places is known to be what the head reads.
+        """Returns a feature map [2, D, h, w] after checking that its spatial average is the head's input.
 
         Raises:
-            ValueError: If there is no such map; the sentence names the closest layer.
+            ValueError: If there is no such map; the message names the closest layer.
         """
         spec = self.spec
         if spec.head is None or spec.feature_map is None:
@@ -261,7 +256,7 @@ class FrozenClassifier(nn.Module):
             # Only names given by hand can be wrong here.
             if average.shape == features.shape and torch.allclose(average, features, rtol=1e-3, atol=1e-4):
                 return feature_map
-            reason = f"the average of {spec.feature_map} is not what {spec.head} reads"
+            reason = f"the average of {spec.feature_map} is not the input of {spec.head}"
         raise ValueError(
             f"This method needs a classifier that averages its feature map over all places: {reason}. Name head and "
             "feature_map if there are such layers, or choose a ResNet, DenseNet, EfficientNet, RegNet, MobileNet, Swin "
@@ -275,35 +270,44 @@ class FrozenClassifier(nn.Module):
         save_plain(path, {"classifier": self.spec.to_dict(), "state_dict": self.network.state_dict()})
 
     def fingerprint(self) -> str:
-        """A SHA-256 over spec and weights: equal exactly when the decisions are."""
+        """Returns a SHA-256 over spec and weights: equal exactly when the decisions are."""
         digest = hashlib.sha256(repr(sorted(self.spec.to_dict().items())).encode())
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
+            # Bytes, because a rounded number would hide small changes.
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def with_label(self, label: str) -> FrozenClassifier:
-        """The same multi-label network, explained for another of its labels."""
+        """Returns a classifier that presents another label of the same multi-label network."""
         return FrozenClassifier(self.network, replace(self.spec, label=label))
 
+    def _blank(self, batch_size: int) -> Tensor:
+        """Returns grey images of the network's own size, [B, C, S, S]."""
+        spec = self.spec
+        return torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size, device=self.mean.device)
+
     def _exclusive(self, logits: Tensor) -> Tensor:
+        """Turns the network's logits [B, K], [B, 1] or [B] into float32 logits of K exclusive classes, [B, K]."""
         logits = to_float32(logits)
         if logits.ndim == 1:
             logits = logits[:, None]
         if self.spec.label is not None:
             index = self.spec.class_names.index(self.spec.label)
             logits = logits[:, index : index + 1]
+        # softmax(0, z) is the sigmoid of z.
         if logits.shape[1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
         return logits
 
     def _layer(self, field: str, name: str | None) -> nn.Module:
+        """Returns the layer that a field of the spec names; refuses None and unknown names with a ValueError."""
         kind = type(self.network).__name__
         if name is None:
             raise ValueError(
                 f"This classifier ({kind}) has no {field.replace('_', ' ')} that this method could read, because none "
                 f"was found by tracing: name the layer with {field}=..., or choose a method that needs only logits "
-                f"({_GRADIENT_METHODS}, {_LOGITS_METHODS})."
+                "(DXAI, StylEx, Steerable Lens or DiffExplainer)."
             )
         try:
             return self.network.get_submodule(name)
@@ -315,42 +319,41 @@ class FrozenClassifier(nn.Module):
 
     @torch.compiler.disable
     def _watch(self, layers: Sequence[nn.Module], image: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Inputs and outputs of layers and the network's output in one pass; no hook stays even after an exception."""
+        """Returns inputs and outputs of layers and the network's output; removes its hooks even after an exception."""
         seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
         with ExitStack() as hooks:
             for calls, layer in zip(seen, layers, strict=True):
-                # A copy, because a network may go on to change its activations in place.
+                # A copy, because a later layer may change the activations in place.
                 handle = layer.register_forward_hook(
                     lambda _module, inputs, output, calls=calls: calls.append((inputs[0], output.clone()))
                 )
                 hooks.callback(handle.remove)
-            # Code that was compiled before the hook was there would not call it.
+            # Code that was compiled before the hook was registered would not call it.
             with torch.compiler.set_stance("force_eager"):
                 logits = self.network(self.prepare(image))
         return [calls[-1] for calls in seen], logits
 
 
 def prepare(image: Tensor, spec: ClassifierSpec, mean: Tensor, std: Tensor) -> Tensor:
-    """Images [B, C, H, W] in [-1, 1] to the channels, the size and the normalisation that a spec asks for.
+    """Turns images [B, C, H, W] in [-1, 1] into the input that a spec describes.
 
     Args:
         image: Grey or RGB images of any size.
-        spec: What the network expects.
-        mean: ``spec.mean`` as [1, C, 1, 1] on the image's device.
-        std: ``spec.std``, as ``mean``.
+        spec: Channels, size, normalisation and colour order of the network's input.
+        mean: The spec's mean as [1, C, 1, 1] on the image's device.
+        std: The spec's standard deviation as [1, C, 1, 1] on the image's device.
+
+    Raises:
+        ValueError: If the images have neither one nor three channels.
     """
-    if image.shape[1] != spec.channels:
-        image = _match_channels(image, spec.channels)
+    channels = image.shape[1]
+    if channels not in (1, 3):
+        raise ValueError(f"Images must be grey (1 channel) or RGB (3 channels), got {channels} channels.")
+    if channels < spec.channels:
+        image = image.expand(-1, spec.channels, -1, -1)
+    elif channels > spec.channels:
+        # Luminance weights of ITU-R 601, as in Pillow.
+        image = (image * image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     image = images.resize(image, spec.image_size)
     image = (images.to_unit(image) - mean) / std
     return image.flip(1) if spec.bgr else image
-
-
-def _match_channels(image: Tensor, channels: int) -> Tensor:
-    """Grey to RGB by repeating; RGB to grey by the luminance weights of ITU-R 601, as Pillow does."""
-    if image.shape[1] not in (1, 3):
-        raise ValueError(f"Images must be grey (1 channel) or RGB (3 channels), got {image.shape[1]} channels.")
-    if image.shape[1] == 1:
-        return image.expand(-1, channels, -1, -1)
-    weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (image * weights).sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
-"""The classifiers that can be trained here: two small CNNs, torchvision's ResNet-18 and DenseNet-121, and a montage's.
+"""The networks that can be trained here: two small CNNs, ResNet-18 and DenseNet-121, and a network for montages.
 
-They are classes, not functions, because a checkpoint names the class it is rebuilt from; layers keep torchvision's
-names. None starts from downloaded weights.
+They are classes, not functions, because a checkpoint names the class that rebuilds it. Layers keep torchvision's
+names. No network starts from downloaded weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfe_lightning.images import cut_montage, montage_side, tile_montage
 
 
 class SimpleCnn(nn.Module):
-    """Two convolutions and two linear layers ("Simple", DXAI appendix B, table 7).
+    """Two convolutions and two linear layers: "Simple" of DXAI (arXiv 2401.00320, appendix B, table 7).
 
     The pooling window is 2 at 32 and 64 pixels and 3 at 256: 2,048, 8,192 and 25,088 inputs to the first linear layer.
 
@@ -29,10 +29,13 @@ class SimpleCnn(nn.Module):
 
     def __init__(self, num_classes: int, channels: int = 3, image_size: int = 32) -> None:
         super().__init__()
+        # Size of the last map.
         window = max(2, round(math.sqrt(image_size / 32)))
         side = image_size // window // window
         if side < 1:
             raise ValueError(f"SimpleCnn needs images of at least {window * window} pixels, got {image_size}.")
+
+        # Layers.
         self.convolutions = nn.Sequential(
             nn.Conv2d(channels, 16, kernel_size=3, padding=1),
             nn.MaxPool2d(window),
@@ -50,14 +53,14 @@ class SimpleCnn(nn.Module):
 
 
 class PooledCnn(nn.Module):
-    """Five convolutions with batch norm, a global average and one linear layer: small, and with a feature map.
+    """Five convolutions with batch norm, a global average and one linear layer: a small network with a feature map.
 
     The map of a 32-pixel image is 8 x 8 cells; the levels before it are 16 x 16 and 32 x 32.
 
     Args:
         num_classes: Number of logits.
         channels: 1 for grey, 3 for RGB.
-        width: Channels of the first convolution; the feature map has four times as many.
+        width: Number of channels of the first convolution; the feature map has four times as many.
     """
 
     def __init__(self, num_classes: int, channels: int = 3, width: int = 16) -> None:
@@ -75,13 +78,13 @@ class PooledCnn(nn.Module):
 
 
 class ResNet18(ResNet):
-    """torchvision's ResNet-18 for any number of channels, with a stem for small images on request.
+    """ResNet-18 of torchvision for any number of channels, with an optional stem for small images.
 
     Args:
         num_classes: Number of logits.
         channels: 1 for grey, 3 for RGB.
-        small_image: A 3x3 first convolution of stride 1 and no first max-pooling, for images below about 100 pixels:
-            the last map of a 32-pixel image is 4 x 4 instead of 1 x 1.
+        small_image: Replaces the first convolution by one of 3 x 3 and stride 1 without pooling, for images below about
+            100 pixels: the last map of a 32-pixel image is 4 x 4 instead of 1 x 1.
     """
 
     def __init__(self, num_classes: int, channels: int = 3, small_image: bool = False) -> None:
@@ -92,12 +95,13 @@ class ResNet18(ResNet):
 
 
 class DenseNet121(DenseNet):
-    """torchvision's DenseNet-121 for any number of channels, with a stem for small images on request.
+    """DenseNet-121 of torchvision for any number of channels, with an optional stem for small images.
 
     Args:
         num_classes: Number of logits.
         channels: 1 for grey, 3 for RGB.
-        small_image: As in ``ResNet18``.
+        small_image: Replaces the first convolution by one of 3 x 3 and stride 1 without pooling, for images below about
+            100 pixels: the last map of a 32-pixel image is 4 x 4 instead of 1 x 1.
     """
 
     def __init__(self, num_classes: int, channels: int = 3, small_image: bool = False) -> None:
@@ -108,20 +112,21 @@ class DenseNet121(DenseNet):
 
 
 class SliceStack(DenseNet121):
-    """One DenseNet-121 for all slices of a montage: the slices' pooled features are averaged, then one linear layer.
+    """One DenseNet-121 for all slices of a montage: a linear layer on the average of the slices' pooled features.
 
-    Whatever looks beyond one cell looks within one slice, and every map is tiled as the slices are. So an explainer
-    finds maps that lie on the montage, whose average over all cells is the average over the slices. Without the
-    montage the weights are those of ``DenseNet121``.
+    Every convolution and pooling window stays within one slice, and every map is tiled like the slices. So an explainer
+    finds maps that lie on the montage, and their average over all cells is the average over the slices. The weights
+    have the names and shapes of ``DenseNet121``.
 
-    Paper: DiffExplainer (section 7.1) does not say how the slices enter; here: averaged features, because then neither
-    their order nor their number changes the weights.
+    Paper: the experiments of DiffExplainer (MICCAI 2024) do not say how the slices enter the classifier; here: averaged
+    features, because then neither the order nor the number of slices changes the weights.
 
     Args:
         num_classes: Number of logits.
         channels: 1 for grey, 3 for RGB.
-        num_slices: Slices in the montage, a square number.
-        small_image: As in ``ResNet18``, for slices below about 100 pixels.
+        num_slices: Number of slices in the montage, a square number.
+        small_image: Replaces the first convolution by one of 3 x 3 and stride 1 without pooling, for slices below about
+            100 pixels.
 
     Raises:
         ValueError: If ``num_slices`` is no square number; in ``forward``, if its root does not divide the image's side.
@@ -130,13 +135,14 @@ class SliceStack(DenseNet121):
     def __init__(self, num_classes: int, channels: int = 3, num_slices: int = 4, small_image: bool = False) -> None:
         super().__init__(num_classes, channels, small_image)
         montage_side(num_slices)
-        # Slices as a longer batch would do for the logits, but who watches the layers expects one map per image.
+        # A longer batch of slices would give the same logits, but an explainer expects one map per image in each layer.
         for layer in self.features.modules():
             if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and layer.kernel_size not in (1, (1, 1)):
                 layer.register_forward_pre_hook(partial(_cut, num_slices))
                 layer.register_forward_hook(partial(_tile, num_slices))
 
 
+# The hooks are functions of the module, because a network with closures could not be pickled.
 def _cut(num_slices: int, layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return cut_montage(inputs[0], num_slices).flatten(0, 1)
 
@@ -151,6 +157,7 @@ def _normed(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 def _stem(channels: int, small_image: bool) -> nn.Conv2d:
+    """Returns the first convolution with torchvision's initial weights."""
     kernel, stride = (3, 1) if small_image else (7, 2)
     stem = nn.Conv2d(channels, 64, kernel_size=kernel, stride=stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")

@@ -1,6 +1,7 @@
 """Finds a network's head and feature map by watching forward passes, so that no layer name has to be known.
 
-Source: Mirror-CFE, section 9.1, rules 1 to 3. Letters: D features, L tokens, h, w cells of the feature map.
+The head is the last linear layer that returns the logits. The feature map is the last output of a layer whose average
+over all cells is the head's input. Letters: D features, L tokens, h, w cells of the feature map.
 """
 
 from __future__ import annotations
@@ -9,29 +10,33 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-#: How a layer's output becomes the map [B, D, h, w] whose spatial mean the head sees.
+#: Conversion of a layer's output into the map [B, D, h, w] whose spatial mean is the head's input.
 FeatureMapTransform = Literal["none", "relu", "channels_last", "tokens", "tokens_without_first"]
 
+#: Largest relative error of equal tensors.
 _TOLERANCE = 1e-5
+#: Largest image side in pixels at which a network is watched.
 _LARGEST_PROBE = 512
+#: Autograd operations that change no value.
 _VIEWS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "Reshape", "Select", "Slice", "Alias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedLayers:
-    """What watching reveals.
+    """The layers that an explainer reads, as far as tracing finds them.
 
     Attributes:
-        head: Dotted name of the layer that turns features [B, D] into logits; or None. The last linear layer, unless
-            only a block around it (norm, hidden layers) starts from pooled features.
-        head_on_cells: Whether that block takes maps, so that features have to come as [B, D, 1, 1].
-        feature_map: Dotted name of the layer whose (transformed) output averages to the head's input; or None.
-        feature_map_transform: What is to be done with that layer's output.
+        head: Dotted name of the layer that turns features [B, D] into logits: the last linear layer, or the block
+            around it (norm, hidden layers) where only the block starts from pooled features; None if not found.
+        head_on_cells: The head takes features as maps of one cell, [B, D, 1, 1].
+        feature_map: Dotted name of the layer whose transformed output averages to the head's input; None if not found.
+        feature_map_transform: Conversion of that layer's output into the map.
     """
 
     head: str | None
@@ -40,8 +45,23 @@ class TracedLayers:
     head_on_cells: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """One of a network's maps at higher resolution than its feature map.
+
+    Attributes:
+        size: Channels, height and width of the map.
+        channels_last: The layer returns [B, h, w, D].
+        non_negative: The map has no negative value, as after a ReLU.
+    """
+
+    size: tuple[int, int, int]
+    channels_last: bool
+    non_negative: bool
+
+
 def probe_image(network: nn.Module, channels: int, image_size: int, batch_size: int = 2) -> Tensor:
-    """Noise that is the same every time, on the network's device and in its precision, [B, C, S, S]."""
+    """Returns the same noise every time, on the network's device and in its precision, [B, C, S, S]."""
     noise = torch.randn(batch_size, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     floating = (parameter for parameter in network.parameters() if parameter.is_floating_point())
     return noise.to(next(floating, noise))
@@ -50,18 +70,18 @@ def probe_image(network: nn.Module, channels: int, image_size: int, batch_size: 
 def trace_layers(
     network: nn.Module, channels: int, image_size: int, *, head: str | None = None, feature_map: str | None = None
 ) -> TracedLayers:
-    """Watches forward passes in eval mode; neither hooks nor a changed mode stay behind, even after an exception.
+    """Finds head and feature map in eval mode; restores hooks and mode even after an exception.
 
     Args:
-        network: Maps [B, C, S, S] to logits [B, K], [B, 1] or [B].
-        channels: C.
-        image_size: S. Where the map has a single cell (and so cannot be told from its average) the network is watched
-            at larger sizes too.
-        head: Takes this layer for the head instead of looking for one.
-        feature_map: Takes this layer for the feature map and finds only what is to be done with its output.
+        network: Network from [B, C, S, S] to logits [B, K], [B, 1] or [B].
+        channels: Number of image channels, C.
+        image_size: Image side S in pixels. Where the map has a single cell, and so cannot be told from its average,
+            the network is watched at larger sizes too.
+        head: Layer to take for the head; None looks for it.
+        feature_map: Layer to take for the feature map, of which only the transform is found; None looks for it.
 
     Raises:
-        ValueError: If the ``head`` given does not produce the logits.
+        ValueError: If the given ``head`` does not produce the logits.
     """
     with _evaluating(network), torch.no_grad():
         image = probe_image(network, channels, image_size)
@@ -69,37 +89,26 @@ def trace_layers(
         if features is None:
             return TracedLayers(head=found_head, feature_map=feature_map)
         name, transform, single_cell = _find_map(network, image, features, feature_map)
+
+        # Larger images, until the map has several cells.
         size = 2 * image_size
         while name is None and single_cell and size <= _LARGEST_PROBE:
-            image = probe_image(network, channels, size)
+            larger = probe_image(network, channels, size)
             try:
-                _, features = _find_head(network, image, found_head)
+                _, features = _find_head(network, larger, found_head)
                 assert features is not None, "the head was found at the smaller size"
-                name, transform, single_cell = _find_map(network, image, features, feature_map)
-            # A network for one size only refuses others, each in its own words; then there is no map to be found.
+                name, transform, single_cell = _find_map(network, larger, features, feature_map)
+            # A network for one size may raise any of these on others; then there is no map to be found.
             except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
                 break
             size *= 2
+
+        # A head of several layers.
         if name is None and head is None:
-            block = _find_block(network, probe_image(network, channels, image_size), feature_map)
+            block = _find_block(network, image, feature_map)
             if block is not None:
                 return block
     return TracedLayers(head=found_head, feature_map=name or feature_map, feature_map_transform=transform)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Level:
-    """One of a network's maps at higher resolution than its feature map.
-
-    Attributes:
-        size: Channels, height and width.
-        channels_last: Whether the layer returns [B, h, w, D].
-        non_negative: Whether it comes from a ReLU.
-    """
-
-    size: tuple[int, int, int]
-    channels_last: bool
-    non_negative: bool
 
 
 def trace_levels(
@@ -111,37 +120,35 @@ def trace_levels(
     names: Sequence[str] | None = None,
     count: int = 3,
 ) -> dict[str, Level]:
-    """The maps between a network's input and its feature map, nearest to the feature map first.
+    """Finds the maps between a network's input and its feature map, nearest to the feature map first.
 
-    For every resolution in between: the layer nested least deeply, and of those the last one called (Mirror-CFE,
-    section 9.1, rule 4).
+    Of every resolution in between it takes the least deeply nested layer, and of several the last one called.
 
     Args:
-        network: Maps [B, C, S, S] to logits.
-        channels: C.
-        image_size: S.
-        feature_map: Any feature map of it, [B, D, h, w].
-        names: Takes these layers in this order instead of looking for some.
-        count: At most so many.
+        network: Network from [B, C, S, S] to logits.
+        channels: Number of image channels, C.
+        image_size: Image side S in pixels.
+        feature_map: Any feature map of the network, [B, D, h, w].
+        names: Layers to take, in this order; None looks for them.
+        count: Largest number of maps to look for.
 
     Raises:
-        ValueError: If a name given is no layer that returns a map, or the maps given shrink.
+        ValueError: If a named layer returns no map, or the maps of the named layers shrink.
     """
-    image = probe_image(network, channels, image_size)
     calls: dict[str, Level] = {}
 
-    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            return
-        last = output.shape[1] == output.shape[2] != output.shape[3]
-        shape = output.permute(0, 3, 1, 2).shape if last else output.shape
-        calls.pop(name, None)  # a layer called twice counts where it was called last
-        calls[name] = Level(
-            size=(shape[1], shape[2], shape[3]), channels_last=last, non_negative=bool((output >= 0).all())
-        )
+    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.ndim == 4:
+            last = output.shape[1] == output.shape[2] != output.shape[3]
+            shape = output.permute(0, 3, 1, 2).shape if last else output.shape
+            calls.pop(name, None)  # a layer called twice counts where it was called last
+            size = (shape[1], shape[2], shape[3])
+            calls[name] = Level(size=size, channels_last=last, non_negative=bool((output >= 0).all()))
 
     with _evaluating(network), torch.no_grad():
-        _watch(network, image, look)
+        _watch(network, probe_image(network, channels, image_size), look)
+
+    # Named layers.
     if names is not None:
         for name in names:
             if name not in calls:
@@ -150,66 +157,56 @@ def trace_levels(
         if sides != sorted(sides):
             raise ValueError(f"levels must begin nearest to the feature map and not shrink, but have sides {sides}.")
         return {name: calls[name] for name in names}
+
+    # One layer per resolution.
     best: dict[int, str] = {}
     for name, level in calls.items():
-        side = level.size[1]
-        if not feature_map.shape[2] < side < image_size or level.size[2] != side:
-            continue
-        if side not in best or name.count(".") <= best[side].count("."):
-            best[side] = name
+        _, height, width = level.size
+        between = feature_map.shape[2] < height == width < image_size
+        if between and (height not in best or name.count(".") <= best[height].count(".")):
+            best[height] = name
     return {best[side]: calls[best[side]] for side in sorted(best)[:count]}
 
 
 def why_no_feature_map(network: nn.Module, channels: int, image_size: int) -> str:
-    """Why no feature map of a network averages to what its head reads: one clause, with the closest layer.
-
-    Args:
-        network: Maps [B, C, S, S] to logits.
-        channels: C.
-        image_size: S.
-    """
-    kind = type(network).__name__
-    linear: list[tuple[str, Tensor, Tensor]] = []
-    outputs: list[tuple[str, Tensor]] = []
-
-    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append((name, output.clone()))
-            if isinstance(module, nn.Linear):
-                linear.append((name, inputs[0].clone(), output.clone()))
-
+    """Explains in one clause why no map averages to the head's input, and names the closest layer."""
+    kind, image = type(network).__name__, probe_image(network, channels, image_size)
     with _evaluating(network), torch.no_grad():
-        logits = _watch(network, probe_image(network, channels, image_size), look)
-    if not linear:
-        return f"{kind} has no linear layer that could be watched"
-    name, features, output = linear[-1]
-    if not _returns(output, logits):
-        return f"in {kind} the last linear layer, {name}, does not return the logits"
-    head = f"in {kind} the last linear layer is {name} ({features.shape[-1]} inputs)"
-    if features.ndim != 2:
-        return f"{head}, but it reads {list(features.shape)} instead of one row per image"
-    closest: tuple[float, str] | None = None
-    for layer, value in outputs:
-        for transform in get_args(FeatureMapTransform):
-            if _fits(value, transform, features.shape[1]):
-                candidate = as_feature_map(value, transform)
-                if candidate.shape[2] * candidate.shape[3] == 1:
-                    continue
-                average = candidate.mean(dim=(2, 3))
-                error = float((average - features).norm() / features.norm().clamp_min(1e-12))
-                closest = min(closest or (error, layer), (error, layer))
-    if closest is None:
-        return f"{head}, but no layer returns a map of so many channels"
-    return f"{head}, but no layer's output averages to them (closest: {closest[1]}, relative error {closest[0]:.2g})"
+        # Head.
+        linear, logits = _record(network, image, lambda _name, module, _inputs: isinstance(module, nn.Linear))
+        if not linear:
+            return f"{kind} has no linear layer that could be watched"
+        name, _, features, output = linear[-1]
+        if not _returns(output, logits):
+            return f"in {kind} the last linear layer, {name}, does not return the logits"
+        head = f"in {kind} the last linear layer is {name} ({features.shape[-1]} inputs)"
+        if features.ndim != 2:
+            return f"{head}, but it reads {list(features.shape)} instead of one row per image"
+
+        # Maps of as many channels.
+        errors: list[tuple[float, str]] = []
+
+        def look(layer: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+            for _, candidate in _candidates(output, features.shape[1]):
+                if candidate.shape[2:].numel() > 1:
+                    difference = candidate.mean(dim=(2, 3)) - features
+                    errors.append((float(difference.norm() / features.norm().clamp_min(1e-12)), layer))
+
+        _watch(network, image, look)
+    if not errors:
+        return f"{head}, but no layer returns a map with that number of channels"
+    error, layer = min(errors)
+    return f"{head}, but no layer's output averages to them (closest: {layer}, relative error {error:.2g})"
 
 
 def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
-    """A layer's output [B, D, h, w], [B, h, w, D] or [B, L, D] (h = w = sqrt(L)) to the feature map [B, D, h, w]."""
+    """Turns a layer's output [B, D, h, w], [B, h, w, D] or [B, L, D] (h = w = sqrt(L)) into the map [B, D, h, w]."""
     if transform == "relu":
         return output.relu()
     if transform == "channels_last":
         return output.permute(0, 3, 1, 2)
     if transform in ("tokens", "tokens_without_first"):
+        # The first may be a class token; the others are in reading order.
         tokens = output[:, 1:] if transform == "tokens_without_first" else output
         side = math.isqrt(tokens.shape[1])
         return tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -217,19 +214,22 @@ def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
 
 
 def returns_probabilities(network: nn.Module, image: Tensor) -> bool:
-    """Whether the network ends in a softmax or sigmoid, so that its output is no logits.
+    """Tells whether the network ends in a softmax or sigmoid, so that its outputs are not logits.
 
-    Args:
-        network: The network.
-        image: Any input of it; a one-output network is judged by its last operation, others also by their sums.
+    A network of one output is judged by its last operation only, others also by the sums of their outputs. Any input
+    will do as ``image``.
     """
     with _evaluating(network), torch.enable_grad():
         output = network(image.clone().requires_grad_())
+
+    # Last operation.
     last = output.grad_fn
     while last is not None and last.name().startswith(_VIEWS):
         last = last.next_functions[0][0]
     if last is not None and last.name().startswith(("Softmax", "Sigmoid")):
         return True
+
+    # Sums of one.
     if output.ndim != 2 or output.shape[1] < 2:
         return False
     sums = output.detach().sum(dim=1)
@@ -237,16 +237,11 @@ def returns_probabilities(network: nn.Module, image: Tensor) -> bool:
 
 
 def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str | None, Tensor | None]:
-    """Rule 2: the last linear layer whose output is the logits, and its input [B, D]."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
-
-    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        wanted = name == only if only is not None else isinstance(module, nn.Linear)
-        if wanted and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            calls.append((name, inputs[0].clone(), output.clone()))
-
-    logits = _watch(network, image, look)
-    for name, features, output in reversed(calls):
+    """Returns the last linear layer, or the layer ``only``, that returns the logits, and its input [B, D]."""
+    calls, logits = _record(
+        network, image, lambda name, module, _inputs: isinstance(module, nn.Linear) if only is None else name == only
+    )
+    for name, _, features, output in reversed(calls):
         if features.ndim == 2 and _returns(output, logits):
             return name, features
     if only is not None and only in dict(network.named_modules()):
@@ -258,19 +253,13 @@ def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str
 
 
 def _find_block(network: nn.Module, image: Tensor, only: str | None) -> TracedLayers | None:
-    """A head of several layers (ConvNeXt, MobileNetV3): the innermost block from pooled features to the logits."""
-    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-
-    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            calls.append((name, module, inputs[0].clone(), output.clone()))
-
-    logits = _watch(network, image, look)
+    """Finds a head of several layers (ConvNeXt, MobileNetV3): the innermost block from pooled features to logits."""
+    calls, logits = _record(network, image, lambda _name, _module, inputs: len(inputs) == 1)
     for name, module, given, output in calls:
         if given.ndim not in (2, 4) or output.shape != logits.shape or not _equal(output, logits):
             continue
+        # A block that pools by itself must return the same for the pooled map.
         features = given if given.ndim == 2 else given.mean(dim=(2, 3))
-        # A block that pools for itself has to say the same of the pooled map.
         if given.ndim == 4 and not _equal(module(features[:, :, None, None]), logits):
             continue
         feature_map, transform, _ = _find_map(network, image, features, only)
@@ -284,73 +273,88 @@ def _find_block(network: nn.Module, image: Tensor, only: str | None) -> TracedLa
 def _find_map(
     network: nn.Module, image: Tensor, features: Tensor, only: str | None
 ) -> tuple[str | None, FeatureMapTransform, bool]:
-    """Rule 3: the last output that averages to the features; and whether one with a single cell does."""
+    """Returns the last output that averages to the features, and whether an output of a single cell equals them."""
     found: list[tuple[str | None, FeatureMapTransform]] = [(None, "none")]
     single_cell: list[str] = []
 
-    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor) or (only is not None and name != only):
+    def look(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        if only is not None and name != only:
             return
-        for transform in get_args(FeatureMapTransform):
-            if not _fits(output, transform, features.shape[1]):
-                continue
-            candidate = as_feature_map(output, transform)
+        # The first transform that fits.
+        for transform, candidate in _candidates(output, features.shape[1]):
             if _equal(candidate.mean(dim=(2, 3)), features):
-                if candidate.shape[2] * candidate.shape[3] == 1:
+                if candidate.shape[2:].numel() == 1:
                     single_cell.append(name)
                 else:
                     found.append((name, transform))
                 return
 
     _watch(network, image, look)
-    name, transform = found[-1]
-    return name, transform, bool(single_cell)
+    return *found[-1], bool(single_cell)
 
 
-def _fits(output: Tensor, transform: FeatureMapTransform, num_features: int) -> bool:
-    """Whether an output has the rank, the features and the cells that a transform needs."""
-    if transform in ("none", "relu"):
-        return output.ndim == 4 and output.shape[1] == num_features
-    if transform == "channels_last":
-        return output.ndim == 4 and output.shape[3] == num_features
-    if output.ndim != 3 or output.shape[2] != num_features:
-        return False
-    cells = output.shape[1] - (transform == "tokens_without_first")
-    return cells > 0 and math.isqrt(cells) ** 2 == cells
+def _candidates(output: Tensor, num_features: int) -> Iterator[tuple[FeatureMapTransform, Tensor]]:
+    """Yields the maps [B, D, h, w] of ``num_features`` features that the transforms make of a layer's output."""
+    transforms: list[FeatureMapTransform] = []
+    if output.ndim == 4 and output.shape[1] == num_features:
+        transforms += ["none", "relu"]
+    if output.ndim == 4 and output.shape[3] == num_features:
+        transforms += ["channels_last"]
+    if output.ndim == 3 and output.shape[2] == num_features:
+        cells: dict[FeatureMapTransform, int] = {"tokens": output.shape[1], "tokens_without_first": output.shape[1] - 1}
+        transforms += [name for name, number in cells.items() if number > 0 and math.isqrt(number) ** 2 == number]
+    for transform in transforms:
+        yield transform, as_feature_map(output, transform)
 
 
 def _equal(value: Tensor, reference: Tensor) -> bool:
-    """Relative error below 1e-5; all zeros equal nothing, or a dead network would match everywhere."""
+    """Tells whether the relative error is below 1e-5; a reference of zeros (a dead network) equals nothing."""
     scale = reference.norm()
     return bool(scale > 0 and (value - reference).norm() <= _TOLERANCE * scale)
 
 
 def _returns(output: Tensor, logits: Tensor) -> bool:
-    """Whether a layer's output is the network's, whatever their shapes."""
+    """Tells whether a layer's output holds the logits, whatever the two shapes are."""
     if output.numel() != logits.numel():
         return False
     output, logits = output.flatten(), logits.flatten()
-    # A head that starts at zero (torchvision's ViT) has logits 0, which no relative error can compare.
+    # A head that starts at zero (torchvision's ViT) has logits 0, for which there is no relative error.
     return torch.equal(output, logits) or _equal(output, logits)
 
 
-def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Any], None]) -> Tensor:
-    """Runs the network and shows every layer's input and output to ``look`` at the moment they exist."""
+def _record(
+    network: nn.Module, image: Tensor, wanted: Callable[[str, nn.Module, Any], bool]
+) -> tuple[list[tuple[str, nn.Module, Tensor, Tensor]], Tensor]:
+    """Returns each call of a wanted layer (its name, the layer, its first input, its output), and the logits."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and wanted(name, module, inputs):
+            # Copies, because later layers may change both in place.
+            calls.append((name, module, inputs[0].clone(), output.clone()))
+
+    return calls, _watch(network, image, look)
+
+
+def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Tensor], None]) -> Tensor:
+    """Returns the logits, and shows every layer that returns a tensor to ``look`` when it has been called."""
+
+    def show(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str) -> None:
+        if isinstance(output, Tensor):
+            look(name, module, inputs, output)
+
     with ExitStack() as hooks:
         for name, module in network.named_modules():
             if name:
-                handle = module.register_forward_hook(
-                    lambda module, inputs, output, name=name: look(name, module, inputs, output)
-                )
-                hooks.callback(handle.remove)
-        # Code that was compiled before the hooks were there would not call them.
+                hooks.callback(module.register_forward_hook(partial(show, name=name)).remove)
+        # Code that was compiled before the hooks were registered would not call them.
         with torch.compiler.set_stance("force_eager"):
             return network(image)
 
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a moment."""
+    """Puts the network into eval mode and afterwards every module back into its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

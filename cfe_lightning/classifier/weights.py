@@ -1,4 +1,4 @@
-"""Reads the state dictionary of a user's network out of the wrappings that training scripts put around it."""
+"""Reads the state dictionary of a user's network out of the dictionaries that training scripts put around it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from cfe_lightning.files.tensors import load_plain
 
 #: Keys below which training scripts put the weights.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights")
-#: What DataParallel, Lightning modules and torch.compile put before every name.
+#: Prefixes that DataParallel, Lightning modules and torch.compile put before every name.
 _PREFIXES = ("module.", "model.", "net.", "network.", "_orig_mod.")
+#: Batch norm has this counter only since PyTorch 0.4.1, so a file may lack it.
+_COUNTER = "num_batches_tracked"
 
 
 def load_weights(network: nn.Module, path: str | Path, without: Sequence[str] = ()) -> None:
-    """Fills a network from a file, all of it or not at all.
+    """Fills a network from a file, completely or not at all.
 
     Args:
-        network: The network.
-        path: A file of ``torch.save``: a state dictionary, or one inside a dictionary; nothing in it is executed.
-        without: Names that start so are left out of the file, as those of heads that only training uses.
+        network: Network to fill.
+        path: File of ``torch.save``: a state dictionary, or one inside a dictionary; nothing in it is executed.
+        without: Prefixes of names in the file to leave out, such as those of heads that only training uses.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -32,19 +34,21 @@ def load_weights(network: nn.Module, path: str | Path, without: Sequence[str] = 
     file = Path(path)
     weights = {name: value for name, value in read_weights(file).items() if not name.startswith(tuple(without))}
     expected = network.state_dict()
-    candidates = [weights, *_without_prefixes(weights)]
-    best = min(candidates, key=lambda candidate: len(_differences(candidate, expected)))
-    differences = _differences(best, expected)
-    if differences:
-        raise ValueError(
-            f"The weights in {file} do not fit {type(network).__name__}: {'; '.join(_explain(best, expected))}."
-        )
-    # Not strict, because batch norm counts its batches only since PyTorch 0.4.1; all else has been compared.
+    candidates = [(_mismatches(inner, expected), inner) for inner in (weights, *_without_prefixes(weights))]
+    mismatches, best = min(candidates, key=lambda candidate: sum(map(len, candidate[0].values())))
+    if any(mismatches.values()):
+        reasons = [
+            f"{len(names)} {kind} ({', '.join(names[:4] + ['...'] * (len(names) > 4))})"
+            for kind, names in mismatches.items()
+            if names
+        ]
+        raise ValueError(f"The weights in {file} do not fit {type(network).__name__}: {'; '.join(reasons)}.")
+    # Not strict, because of the counters; everything else has been compared.
     network.load_state_dict(best, strict=False)
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-    """The dictionary of tensors in a file, out of the dictionaries around it; prefixes stay.
+    """Returns the dictionary of tensors in a file, out of the dictionaries around it; prefixes stay.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -65,6 +69,8 @@ def read_weights(file: Path) -> dict[str, Any]:
         ) from error
     if isinstance(content, dict) and "classifier" in content and "state_dict" in content:
         raise ValueError(f"{file} is a classifier file of cfe_lightning: read it with load_classifier.")
+
+    # Dictionaries around the weights.
     while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -76,9 +82,10 @@ def read_weights(file: Path) -> dict[str, Any]:
 
 
 def _without_prefixes(weights: dict[str, Any], depth: int = 3) -> list[dict[str, Any]]:
-    """The weights below each prefix, and below prefixes inside it; what is beside a prefix is no weight of ours."""
+    """Returns the weights below each prefix, and below prefixes inside it, without the names beside the prefix."""
     if depth == 0:
         return []
+    # What is beside a prefix, such as the weights of a loss, is no weight of the network.
     found = []
     for prefix in _PREFIXES:
         inner = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -87,28 +94,19 @@ def _without_prefixes(weights: dict[str, Any], depth: int = 3) -> list[dict[str,
     return found
 
 
-def _differences(weights: dict[str, Any], expected: dict[str, Any]) -> set[str]:
-    names = {name for name in weights.keys() ^ expected.keys() if not name.endswith("num_batches_tracked")}
-    return names | {name for name in weights.keys() & expected.keys() if not _same_shape(weights[name], expected[name])}
+def _mismatches(weights: dict[str, Any], expected: dict[str, Any]) -> dict[str, list[str]]:
+    """Lists the names by which weights do not fit, per kind of mismatch."""
+    shapes = [(name, _shape(weights[name]), _shape(value)) for name, value in expected.items() if name in weights]
+    return {
+        "missing": [name for name in expected if name not in weights and not name.endswith(_COUNTER)],
+        "unexpected": [name for name in weights if name not in expected and not name.endswith(_COUNTER)],
+        "of another shape": [
+            f"{name} {given} instead of {wanted}" for name, given, wanted in shapes if given != wanted
+        ],
+    }
 
 
-def _same_shape(value: Any, expected: Any) -> bool:
-    return getattr(value, "shape", None) == getattr(expected, "shape", None)
-
-
-def _explain(weights: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """In words: which names are missing, which are unexpected, which have another shape."""
-    differing = _differences(weights, expected)
-    missing = [name for name in expected if name in differing and name not in weights]
-    unexpected = [name for name in weights if name in differing and name not in expected]
-    shapes = [
-        f"{name} {list(weights[name].shape)} instead of {list(expected[name].shape)}"
-        for name in expected
-        if name in differing and name in weights
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names]
-
-
-def _first(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+def _shape(value: Any) -> list[int] | None:
+    """Returns a tensor's shape; None for a value without one, which a user's file may hold."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None else list(shape)

@@ -103,8 +103,8 @@ def _finish(run: ExplainRun) -> int:
     if summary["n_done"] == 0:
         first = next(run.output.rows())
         raise ValueError(
-            f"None of the {len(run.names)} images below {run.options.input} could be explained; {first['name']!r} "
-            f"failed with: {first['error']}"
+            f"None of the {len(run.names)} images below {run.options.input} could be explained; {first.name!r} "
+            f"failed with: {first.error}"
         )
     return FAILED_ROWS if summary["n_failed"] else 0
 

@@ -1,1 +1,1 @@
-"""Numerics and processes: precision, memory, signals, losses and searches that know neither images nor classifiers."""
+"""Numerics and processes without images or classifiers: precision, memory, signals, losses, searches."""

@@ -1,4 +1,4 @@
-"""What batch norms remember of the images that they have seen, and passes that they should not remember."""
+"""Passes through batch norms that leave no trace in their running statistics."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def uncounted(network: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode normalise as ever, but their running statistics stay as they are."""
+    """Keeps the running statistics of all batch norms unchanged; in training mode they still normalise by the batch."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # Without running statistics at all a pass would keep other tensors for its gradient; without a counter, a norm
-        # that is synchronised over processes refuses to work. What counts here is thrown away.
+        # Without running statistics a pass would keep other tensors for its gradient, and a norm that is synchronised
+        # over processes needs a counter: so momentum is 0, and a copy of the counter counts in vain.
         norm.momentum = 0.0
         norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
     try:

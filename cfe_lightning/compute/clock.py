@@ -1,4 +1,4 @@
-"""Reads the time when a device has finished what it was given."""
+"""Measures time on devices that compute asynchronously."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Waits for the device and returns seconds since some fixed point."""
+    """Waits until the device has finished its work and returns the seconds since an arbitrary fixed point."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,10 +1,10 @@
-"""A batch computed in parts, one after the other: the gradient of the whole in about the memory of one part.
+"""Gradient accumulation over parts of a batch: the gradient of the whole in about the memory of one part.
 
-Lightning's ``accumulate_grad_batches`` is for one optimiser that it steps itself. A method with a critic steps several
-by hand, in an order that must stay: the generator answers to the critic that this batch has already taught.
+Lightning's ``accumulate_grad_batches`` serves one optimiser that Lightning itself steps. A method with a critic steps
+several optimisers by hand, in a fixed order: the generator learns from the critic that has just seen this batch.
 
-What looks at several images of a batch at once (a batch norm, the critic's comparison of images, a mean over selected
-pixels) sees one part instead of the batch; each method says which of its terms do.
+Terms over several images of a batch (a batch norm, the critic's comparison of images, a mean over selected pixels) see
+one part instead of the batch; each method documents its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cfe_lightning.compute.precision import full_precision
 from cfe_lightning.compute.processes import average_gradients
 
-#: Types of devices where one kernel takes an optimiser's step (``fused``), several times as fast as an operation each.
+#: Device types on which an optimiser's step is one kernel (``fused``), several times as fast as separate operations.
 FUSED = ("cpu", "cuda")
 
 Slice = TypeVar("Slice", bound=Sized)
@@ -30,10 +30,10 @@ Result = TypeVar("Result")
 
 
 def check_micro_batches(count: int) -> int:
-    """The number of parts that a batch is computed in.
+    """Returns the number of parts of a batch.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If the number is below 1.
     """
     if count < 1:
         raise ValueError(f"micro_batches is the number of parts of a batch, at least 1, got {count}.")
@@ -41,7 +41,7 @@ def check_micro_batches(count: int) -> int:
 
 
 def parts_of(batch_size: int, count: int) -> list[slice]:
-    """The rows of at most ``count`` parts of a batch, whose sizes differ by one at most."""
+    """Returns the rows of at most ``count`` parts of a batch; their sizes differ by at most one."""
     count = min(count, batch_size)
     edges = [batch_size * index // count for index in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
@@ -50,18 +50,18 @@ def parts_of(batch_size: int, count: int) -> list[slice]:
 def render_twice(
     render: Callable[[Slice], Result], parts: Sequence[Slice]
 ) -> tuple[Callable[[Slice], Result], Callable[[Slice], Result]]:
-    """A pass that two steps need: first without a gradient of its own, then with it.
+    """Returns a pass for two steps: the first version computes no gradient, the second one does.
 
-    Where the batch is one part, one pass serves both. Where it is several, holding all of their graphs would take the
-    memory that parts are to save, so each is made again; random numbers must not be drawn inside.
+    For a batch of one part, a single pass serves both steps. For several parts, keeping all graphs would take the
+    memory that the parts save, so each part is rendered again; ``render`` must not draw random numbers.
     """
     if len(parts) == 1:
-        made: list[Result] = []
+        rendered: list[Result] = []
 
         def once(part: Slice) -> Result:
-            if not made:
-                made.append(render(part))
-            return made[0]
+            if not rendered:
+                rendered.append(render(part))
+            return rendered[0]
 
         return once, once
     return torch.no_grad()(render), render
@@ -74,33 +74,35 @@ def accumulate_and_step(
     name: str,
     *optimizers: Any,
 ) -> dict[str, Tensor]:
-    """One step of some optimisers with the gradient of all parts together; processes exchange it once.
+    """Takes one step of the optimisers with the gradient of all parts; processes exchange the gradient once.
 
     Args:
-        module: With manual optimisation.
-        parts: Of the batch; the length of each is its share in all means.
-        loss: A part to its terms, each a mean over images, [].
-        name: The term whose gradient is followed.
-        optimizers: Which take the step.
+        module: A module with manual optimisation.
+        parts: Parts of the batch; each counts by its length.
+        loss: Computes the terms of a part by name, each a mean over its images, [].
+        name: Name of the term to be minimised.
+        optimizers: Optimisers that take the step.
 
     Returns:
-        The terms' means over the batch, without gradient.
+        The terms averaged over the batch, without gradient, [] each.
     """
+    # Gradients of all parts.
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     strategy, total = module.trainer.strategy, sum(map(len, parts))
-    # DDP would send the weights of all networks after every backward pass, whichever of them take a step.
+    # DDP would exchange the gradients of all networks after every backward pass, whichever of them take a step.
     by_hand = isinstance(strategy, DDPStrategy)
     means: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
-        apart = isinstance(strategy, ParallelStrategy) and (by_hand or index < len(parts) - 1)
-        with strategy.block_backward_sync() if apart else nullcontext():  # type: ignore[attr-defined]
+        unsynchronised = isinstance(strategy, ParallelStrategy) and (by_hand or index < len(parts) - 1)
+        with strategy.block_backward_sync() if unsynchronised else nullcontext():  # type: ignore[attr-defined]
             share = len(part) / total
             terms = loss(part)
-            # Under autocast the gradient of what was computed in single precision would be rounded.
+            # Under autocast, gradients of single-precision operations would be rounded.
             with full_precision(terms[name]):
                 module.manual_backward(terms[name] * share)
             means = {key: means.get(key, 0) + share * value.detach() for key, value in terms.items()}
+    # One exchange, then the step.
     if by_hand:
         groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
         average_gradients(weight for group in groups for weight in group["params"])
@@ -111,7 +113,7 @@ def accumulate_and_step(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No weight of the module gets a gradient inside; a gradient still passes through it."""
+    """Excludes the weights of a module from gradients, which still flow through it to its input."""
     module.requires_grad_(False)
     try:
         yield

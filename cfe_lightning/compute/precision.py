@@ -1,8 +1,8 @@
-"""Where half precision ends: what stays in single precision when everything around it runs in bfloat16.
+"""Boundaries of half precision: computations that stay in float32 while the rest runs in bfloat16.
 
-A training or an explanation under ``bf16-mixed`` computes convolutions and matrix products in bfloat16. What the
-specifications of the methods name (losses, statistics of norms, penalties on gradients, what is added up over many
-layers or steps) goes through the functions here; without mixed precision they change nothing, not even a bit.
+Under ``bf16-mixed``, convolutions and matrix products run in bfloat16. Losses, statistics of norms, penalties on
+gradients and sums over many layers or steps go through the functions here. Without mixed precision these functions
+change no bit.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """Half-precision tensors as float32; all others as they are."""
+    """Converts half-precision tensors to float32 and returns all others unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context without autocast on a tensor's device; inputs of layers have to be ``to_float32`` inside."""
+    """Returns a context without autocast on a tensor's device; inputs of layers must be ``to_float32`` inside."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager
 def double_backward(like: Tensor) -> Iterator[None]:
-    """The context of a pass whose gradient is differentiated again (R1, path length): single precision, not compiled.
+    """Enters single precision without compilation, for passes with second derivatives (R1, path length).
 
-    Squared gradients are too small and too large for bfloat16, and compiled graphs have no second derivative.
+    Squared gradients leave the range of bfloat16, and compiled graphs have no second derivative.
     """
     with full_precision(like), torch.compiler.set_stance("force_eager"):
         yield
@@ -36,14 +36,10 @@ def double_backward(like: Tensor) -> Iterator[None]:
 
 @contextmanager
 def cast_once(blocks: Iterable[nn.Module], like: Tensor) -> Iterator[None]:
-    """Rounds the weights of convolutions and linear layers once for many passes under autocast.
+    """Rounds the weights of convolutions and linear layers once, for many passes under autocast.
 
-    Autocast rounds them anew in every pass, which is one more kernel for each; the numbers are the same. Without
-    autocast, or where gradients are wanted, nothing happens.
-
-    Args:
-        blocks: Of a network, without layers that compute in ``full_precision``.
-        like: On their device.
+    Autocast rounds them again in every pass, which costs one kernel per weight; the numbers are the same. Without
+    autocast, or with gradients enabled, nothing changes. No layer of the blocks may compute in ``full_precision``.
     """
     device = like.device.type
     weights: list[tuple[nn.Parameter, Tensor]] = []

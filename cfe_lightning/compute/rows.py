@@ -1,4 +1,4 @@
-"""Selects and joins the rows of a batch, whatever structure holds its tensors."""
+"""Selection and concatenation of rows in nested batches of tensors."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Batch = TypeVar("Batch")
 
 
 def rows_of(batch: Batch, rows: Tensor | slice) -> Batch:
-    """Selects rows of every tensor in a batch by the first dimension.
+    """Selects rows of every tensor in a batch by their numbers, [R], or by a slice, which makes views.
 
-    Args:
-        batch: A tensor, or dataclasses, named tuples, lists and dictionaries of tensors; anything else stays as it is.
-        rows: Row numbers [R], or a slice, which copies nothing.
+    A batch is a tensor, or nested dataclasses, named tuples, lists and dictionaries of tensors; other values stay.
     """
     return _each(lambda parts: parts[0][rows], [batch])
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
-    """Concatenates batches of the same structure; a single one is returned as it is."""
+    """Concatenates batches of the same structure along the first dimension; a single one is returned unchanged."""
     return parts[0] if len(parts) == 1 else _each(torch.cat, parts)
 
 
 def _each(change: Callable[[Any], Tensor], batches: Sequence[Any]) -> Any:
-    """Replaces every tensor of the first batch by ``change`` of the tensors in its place in all batches."""
+    """Applies ``change`` to the corresponding tensors of all batches and returns the results in the same structure."""
     first = batches[0]
+    # Leaves.
     if isinstance(first, Tensor):
         return change(batches)
+    # Containers.
     if isinstance(first, dict):
         return {name: _each(change, [batch[name] for batch in batches]) for name in first}
     if isinstance(first, list | tuple):

@@ -1,9 +1,8 @@
-"""The smallest step at which something expensive to judge comes true, searched in batches.
+"""Search for the smallest step that meets a goal, where each test is expensive and runs in batches.
 
-Source: DiffExplainer's specification, section 5.4. Nothing is assumed about what lies between the points that are
-looked at: of several crossings the first that the grid sees counts.
+Nothing is assumed between the tested points: of several crossings, the first one that the grid sees counts.
 
-Shapes: B images, T steps per image, K classes.
+Shapes: B images, R searched images, T steps per image.
 """
 
 from __future__ import annotations
@@ -17,32 +16,31 @@ from torch import Tensor
 def smallest_step(
     reached: Callable[[Tensor, Tensor], Tensor], limit: Tensor, *, points: int = 8, rounds: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Looks along [0, limit] on a grid and then again inside the first interval whose end meets the goal.
+    """Searches [0, limit] on a grid, then refines the first interval with an upper end that meets the goal.
 
     Args:
-        reached: Steps [R, T] of the images ``rows`` [R] to whether the goal is met there, [R, T] bool.
+        reached: Tests the goal at steps [R, T] of the images with the numbers ``rows`` [R], returning [R, T] bool.
         limit: Largest step of each image, [B], positive.
-        points: Steps looked at per round, the zero of the first round apart.
-        rounds: Rounds after the first; each divides the uncertainty by ``points + 1``.
+        points: Number of steps tested per round; the first round adds the step 0.
+        rounds: Number of rounds after the first; each divides the uncertainty by ``points + 1``.
 
     Returns:
-        The smallest step seen to meet the goal [B], the limit where none does; and whether one does, [B] bool.
+        The smallest tested step that meets the goal, [B], or the limit where none does; whether one does, [B] bool.
     """
+    # First round.
     rows = torch.arange(len(limit), device=limit.device)
     share = torch.linspace(0, 1, points + 1, device=limit.device, dtype=limit.dtype)
     grid = limit[:, None] * share
     low, high, found = first_interval(grid, reached(grid, rows))
-    # At zero already: nothing is left to be searched.
+    # Further rounds, except where the step 0 already meets the goal.
     refine(reached, low, high, rows[found & (high > 0)], points=points, rounds=rounds)
     return high, found
 
 
 def first_interval(grid: Tensor, met: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first point of ascending grids [B, T] that meets the goal [B, T] bool, and the one before it.
+    """Finds the first point of ascending grids [B, T] where ``met``, [B, T] bool, holds, and the point before it.
 
-    Returns:
-        Lower and upper end of the interval, [B] twice, the last point where none meets the goal; and whether one does,
-        [B] bool.
+    Returns the two points, or the last two where it never holds, and whether it ever holds, [B] each.
     """
     found = met.any(dim=1)
     first = torch.where(found, met.to(torch.int8).argmax(dim=1), grid.shape[1] - 1)[:, None]
@@ -52,23 +50,19 @@ def first_interval(grid: Tensor, met: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def refine(
     reached: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor, rows: Tensor, *, points: int, rounds: int
 ) -> None:
-    """Narrows intervals whose upper end meets the goal, in place, to the first crossing that is seen inside.
+    """Narrows intervals from ``low`` to ``high``, [B] each, to the first crossing inside, in place, for ``rows`` [R].
 
-    Args:
-        reached: As for ``smallest_step``.
-        low: Lower ends, [B].
-        high: Upper ends, [B].
-        rows: The images to be searched, [R].
-        points: Steps looked at per round; one is bisection.
-        rounds: Each divides the interval by ``points + 1``.
+    The upper ends meet the goal. The other arguments are those of ``smallest_step``; one point is bisection.
     """
     inside = torch.arange(1, points + 1, device=low.device, dtype=low.dtype) / (points + 1)
     for _ in range(rounds):
         if len(rows) == 0:
             break
+        # Points inside.
         below, above = low[rows], high[rows]
         grid = below[:, None] + (above - below)[:, None] * inside
         met = reached(grid, rows)
+        # First interval whose end meets the goal.
         first = torch.where(met.any(dim=1), met.to(torch.int8).argmax(dim=1), points)
         ends = torch.cat([below[:, None], grid, above[:, None]], dim=1)
         low[rows] = ends.gather(1, first[:, None]).squeeze(1)

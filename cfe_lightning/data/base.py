@@ -1,9 +1,9 @@
 """The base of every data source: the batch contract, loaders and splits by group.
 
-Batch contract: a dictionary with ``image`` [B, C, H, W] in [-1, 1], ``label`` [B] int64, ``name`` (list of unique,
-stable strings) and, where the truth is known, ``mask`` [B, 1, H, W] in {0, 1} and ``counterfactual`` [B, C, H, W],
-the same scene as class (label + 1) % K. Where a mark is planted that tells the class besides its cause, ``mark``
-[B, 1, H, W] in {0, 1} are the places where it sits or could sit.
+A batch is a dictionary with ``image`` [B, C, H, W] in [-1, 1], ``label`` [B] int64 and ``name``, a list of unique and
+stable strings. Where the truth is known, it also has ``mask`` [B, 1, H, W] in {0, 1} and ``counterfactual``
+[B, C, H, W], the same scene as class (label + 1) % K. Where the source plants a mark beside the cause, ``mark``
+[B, 1, H, W] in {0, 1} covers all places where marks can sit.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ class ImageData(pl.LightningDataModule):
     """Loaders over one data source; a source implements ``dataset`` and sets ``class_names``.
 
     Args:
-        image_size: Side of the square images, in pixels.
+        image_size: Side of the square images in pixels.
         channels: 1 for grey, 3 for RGB.
         batch_size: Images per batch and process.
-        num_workers: Loader processes.
-        balanced: Draw training images with replacement so that every class is equally frequent.
-        horizontal_flip: Flip training images at random; only where a mirrored image keeps its class.
-        vertical_flip: As ``horizontal_flip``, upside down.
-        quarter_turns: Rotate training images by 0, 90, 180 or 270 degrees at random.
+        num_workers: Loader processes per training process; 0 reads images in the training process itself.
+        balanced: Draws training images with replacement so that every class is equally frequent.
+        horizontal_flip: Mirrors training images left to right half of the time. Only where a mirrored image keeps its
+            class: radiographs would show the heart on the wrong side.
+        vertical_flip: Mirrors training images top to bottom half of the time. Only where this keeps the class.
+        quarter_turns: Rotates training images by 0, 90, 180 or 270 degrees at random. Only where this keeps the class.
     """
 
     class_names: tuple[str, ...]
 
+    # Sources pass these on as ``**loading: Any``. jsonargparse follows ``super().__init__(**loading)``, so help, YAML
+    # and --print_config know each argument with its default. ``Unpack[TypedDict]`` would hide the defaults in the help.
     def __init__(
         self,
         *,
@@ -69,26 +72,32 @@ class ImageData(pl.LightningDataModule):
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[Sample]:
-        """The samples of one split as dictionaries of the batch contract, without the batch dimension.
+        """Returns the samples of one split: dictionaries of the batch contract, without the batch dimension.
 
         A data set with ``labels: Tensor`` ([N] int64) can be drawn class-balanced. One with ``draw(index, generator,
         augmentation)`` makes its training samples itself, with random numbers of the generator only.
+
+        Raises:
+            ValueError: If the split is empty.
         """
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled (or class-balanced) and augmented; the last incomplete batch is dropped.
+        """Loads training images shuffled (or class-balanced) and augmented; an incomplete last batch is dropped.
 
         Order and augmentation depend on the global seed, the epoch and the process only, so a resumed run sees the
-        same images as one that was never interrupted.
+        same images as an uninterrupted one.
 
         Raises:
             ValueError: If the split holds fewer images than one batch per process.
         """
+        # Class weights.
         dataset = self.dataset("train")
         weights = None
         if self.balanced:
             labels = torch.as_tensor(dataset.labels)  # type: ignore[attr-defined]
             weights = 1.0 / labels.bincount(minlength=len(self.class_names)).clamp_min(1)[labels]
+
+        # Order of this process.
         num_processes, process = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = _EpochSampler(dataset, num_processes, process, weights)
         if len(sampler) < self.batch_size:
@@ -96,6 +105,8 @@ class ImageData(pl.LightningDataModule):
                 f"The training split has {len(dataset)} images for {num_processes} process(es), fewer than one batch "  # type: ignore[arg-type]
                 f"of {self.batch_size} each: lower batch_size or add images."
             )
+
+        # Loader.
         augmentation = Augmentation(self.horizontal_flip, self.vertical_flip, self.quarter_turns)
         return _ResumableLoader(
             dataset=_Drawn(dataset, augmentation if any(augmentation) else None),
@@ -109,7 +120,7 @@ class ImageData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The validation split in its own order, never augmented; several processes take turns, no image twice.
+        """Loads the validation split in its own order, not augmented; each image goes to exactly one process.
 
         Raises:
             ValueError: If there are fewer images than processes.
@@ -117,7 +128,7 @@ class ImageData(pl.LightningDataModule):
         return self._ordered("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """The test split; as ``val_dataloader``."""
+        """Loads the test split in its own order, not augmented; each image goes to exactly one process."""
         return self._ordered("test")
 
     def _ordered(self, split: Split) -> DataLoader[Sample]:
@@ -133,20 +144,20 @@ class ImageData(pl.LightningDataModule):
             shuffle=False,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            # Every validation anew, they would have to start and to forget what they keep in memory.
+            # New processes for every validation would start slowly and lose the images they keep in memory.
             persistent_workers=self.num_workers > 0,
-            # Its own generator: a loader without one draws from the global state whenever it is iterated.
+            # A loader without its own generator draws from the global random state in every pass.
             generator=torch.Generator(),
         )
 
 
 class Augmentation(NamedTuple):
-    """Label-preserving changes, each at random: no method of the data module, so loader processes can pickle it.
+    """Label-preserving random changes; apart from the data module, so that loader processes can pickle them.
 
     Attributes:
-        horizontal_flip: See ``ImageData``.
-        vertical_flip: See ``ImageData``.
-        quarter_turns: See ``ImageData``.
+        horizontal_flip: Mirrors left to right half of the time.
+        vertical_flip: Mirrors top to bottom half of the time.
+        quarter_turns: Rotates by 0, 90, 180 or 270 degrees.
     """
 
     horizontal_flip: bool
@@ -155,6 +166,7 @@ class Augmentation(NamedTuple):
 
     def apply(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Changes one image [C, H, W], or all slices of a stack [S, C, H, W] alike."""
+        # All three numbers are always drawn, so switching one change on or off leaves the others as they are.
         turns, horizontal, vertical = torch.randint(4, (3,), generator=generator).tolist()
         if self.quarter_turns:
             image = torch.rot90(image, turns, dims=(-2, -1))
@@ -166,7 +178,7 @@ class Augmentation(NamedTuple):
 
 
 class _Drawn(Dataset[Sample]):
-    """Training samples by (index, random number); truth fields are dropped where augmentation would not match them."""
+    """Training samples by (index, random number); augmented samples lose the truth fields, which are not augmented."""
 
     def __init__(self, dataset: Dataset[Sample], augmentation: Augmentation | None) -> None:
         self.dataset = dataset
@@ -176,7 +188,7 @@ class _Drawn(Dataset[Sample]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, draw: tuple[int, int] | int) -> Sample:
-        # Trainer(overfit_batches=...) exchanges our sampler for one that yields plain indices.
+        # Trainer(overfit_batches=...) replaces our sampler by one that yields plain indices.
         index, seed = draw if isinstance(draw, tuple) else (draw, 0)
         generator = torch.Generator().manual_seed(seed)
         if hasattr(self.dataset, "draw"):
@@ -189,45 +201,35 @@ class _Drawn(Dataset[Sample]):
 
 
 class _EpochSampler(DistributedSampler[tuple[int, int]]):
-    """Draws (index, random number) pairs; Lightning announces each epoch by ``set_epoch`` and leaves this sampler be.
+    """Draws (index, random number) pairs, a part of the epoch per process; Lightning calls its ``set_epoch``.
 
-    Args:
-        dataset: What is drawn from.
-        num_processes: Processes that share an epoch; each draws its own part.
-        process: This one.
-        weights: Draw with replacement and these weights, [N]; None shuffles.
+    With ``weights`` [N] it draws with replacement, with None it shuffles.
     """
 
     def __init__(self, dataset: Dataset[Sample], num_processes: int, process: int, weights: Tensor | None) -> None:
-        # Lightning hands the seed of ``seed_everything`` to all processes in this variable.
+        # Lightning passes the seed of ``seed_everything`` to all processes in this variable.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         super().__init__(dataset, num_replicas=num_processes, rank=process, seed=seed, drop_last=True)
         self.weights = weights
         self.skip = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        # All processes draw the whole epoch alike.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.weights is None:
             order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
         else:
             order = self.weights.multinomial(len(self.weights), replacement=True, generator=generator)
         seeds = torch.randint(2**62, (len(order),), generator=generator)
+
+        # Each keeps its own part, without the images that a resumed epoch has already seen.
         mine = slice(self.rank, self.total_size, self.num_replicas)
         skip, self.skip = self.skip, 0
         return zip(order[mine][skip:].tolist(), seeds[mine][skip:].tolist(), strict=True)
 
 
 class _ShareSampler(DistributedSampler[int]):
-    """Every W-th image of a split, none twice: Lightning's own sampler repeats some, which would count twice.
-
-    Args:
-        dataset: The split.
-        num_processes: W.
-        process: This one.
-
-    Raises:
-        ValueError: If a process would be left without an image.
-    """
+    """Every W-th image of a split for W processes: Lightning's own sampler repeats some, which would count twice."""
 
     def __init__(self, dataset: Dataset[Sample], num_processes: int, process: int) -> None:
         super().__init__(dataset, num_replicas=num_processes, rank=process, shuffle=False)
@@ -245,15 +247,18 @@ class _ShareSampler(DistributedSampler[int]):
         return len(range(self.rank, self.count, self.num_replicas))
 
     def batch_size(self, wanted: int) -> int:
-        """The next size that gives every process as many batches, though some have an image more: all have to meet."""
+        """Returns the smallest batch size from ``wanted`` on that gives all processes equally many batches.
+
+        Some processes have one image more than others. With one batch more they would wait for the others for ever.
+        """
         fewest, extra = divmod(self.count, self.num_replicas)
         return wanted if not extra else next(size for size in itertools.count(wanted) if fewest % size)
 
 
 class _ResumableLoader(DataLoader[Sample]):
-    """Counts the batches it has delivered, so that a checkpoint in mid-epoch continues with the next one.
+    """Counts its delivered batches, so that a checkpoint in mid-epoch continues with the next one.
 
-    Lightning stores and loads the state of any loader that has one.
+    Lightning stores and restores the state of any loader with a ``state_dict``.
     """
 
     delivered = 0
@@ -265,26 +270,32 @@ class _ResumableLoader(DataLoader[Sample]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches of the current epoch that were delivered; a finished epoch counts as none of the next.
+        """Returns the number of delivered batches of the current epoch; after a finished epoch it is 0.
 
-        One that ``limit_train_batches`` has ended is known to ``LastCheckpoint``, not here.
+        An epoch that ``limit_train_batches`` has ended is handled by ``LastCheckpoint``, not here.
         """
         return {"delivered": self.delivered % len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass starts after the delivered batches; a checkpoint that is written before it says so, too."""
+        """Starts the next pass after the delivered batches; until then ``state_dict`` returns the same number."""
         self.delivered = state["delivered"]
         self.sampler.skip = state["delivered"] * self.batch_size  # type: ignore[attr-defined, operator]
 
 
 def nearest_names(word: str, known: Iterable[str], count: int) -> list[str]:
-    """The known names that a misspelt word may mean, best first, capitals aside."""
+    """Returns up to ``count`` known names that a misspelt word may mean, best first, ignoring case."""
     lower = {name.lower(): name for name in known}
     return [lower[name] for name in difflib.get_close_matches(word.lower(), list(lower), n=count, cutoff=0.5)]
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns the end of an error message about an unknown name: up to three similar ones, or else ``otherwise``."""
+    near = nearest_names(word, known, 3)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Raises a ValueError unless both are shares that leave something for training."""
+    """Raises a ValueError unless both are shares from 0 on that leave something for training."""
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise ValueError(
             f"val_fraction and test_fraction must be shares that leave something for training, got {val_fraction} "
@@ -293,21 +304,27 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 
 
 def split_by_group(groups: Sequence[str], fractions: dict[Split, float], seed: int = 0) -> list[Split]:
-    """Assigns every group (patient, identity, file) to one split by a hash, so adding files moves no other file.
+    """Assigns every group (patient, identity, file) to one split by a hash, so that added files move no other file.
 
     Args:
-        groups: The group of each image.
-        fractions: Share of the groups per split; must sum to 1.
-        seed: Another seed gives another split.
+        groups: Group of each image.
+        fractions: Share of the groups per split; the shares must sum to 1.
+        seed: Seed of the hash; another seed gives another split.
 
     Returns:
-        The split of each image.
+        Split of each image.
+
+    Raises:
+        ValueError: If the shares do not sum to 1.
     """
     if abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"The split fractions must sum to 1, got {fractions}.")
     chosen: dict[str, Split] = {}
     for group in set(groups):
+        # A number in [0, 1) that depends on the seed and the group alone.
         draw = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big") / 2**64
+
+        # The split whose interval holds it.
         edge = 0.0
         for split in get_args(Split):
             edge += fractions.get(split, 0.0)
@@ -320,7 +337,7 @@ def split_by_group(groups: Sequence[str], fractions: dict[Split, float], seed: i
 
 
 def check_groups(groups: dict[Split, Sequence[str]]) -> None:
-    """Raises a ValueError if a group (patient, identity) occurs in two splits."""
+    """Raises a ValueError that names the first group (patient, identity) that occurs in two splits."""
     seen: dict[str, Split] = {}
     for split, names in groups.items():
         for name in set(names):

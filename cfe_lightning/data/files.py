@@ -1,13 +1,15 @@
-"""Labelled image files as a data set: what every source that reads files ends in."""
+"""Labelled image files as a data set, and the base of the sources that read them."""
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,17 +19,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop
 
 from cfe_lightning import images
-from cfe_lightning.data.base import Sample
+from cfe_lightning.data.base import ImageData, Sample
 from cfe_lightning.data.cache import ImageCache
+
+Crop = int | Literal["largest"] | None
 
 _log = logging.getLogger(__name__)
 
-#: A split is kept in memory when all its images, in all loader processes together, need at most these bytes.
+#: A split is kept in memory if its images in all loader processes together need at most this number of bytes.
 CACHE_BYTES = 1 << 30
 
 
 class LabelledFile(NamedTuple):
-    """One image file: where it is, its unique name, its class, and whom it shows."""
+    """One image file: its path, its unique name, its class, and its group, such as the patient it shows."""
 
     path: Path
     name: str
@@ -36,18 +40,15 @@ class LabelledFile(NamedTuple):
 
 
 class LabelledImages(Dataset[Sample]):
-    """Images with labels and names; what was loaded once comes from memory where the whole split fits.
+    """Images with labels and names, kept in memory after the first loading if the whole split fits.
 
     Args:
-        names: Unique and stable, [N].
-        labels: The class of each image, [N] int64.
-        image_size: Side of the square images.
+        names: Unique and stable names, [N].
+        labels: Class of each image, [N] int64; ``ImageData`` needs them for class-balanced drawing.
+        image_size: Side of the square images in pixels.
         channels: 1 for grey, 3 for RGB.
-        num_copies: How many processes will each keep a memory of their own; 0 keeps none.
-        image_cache: Where images of earlier runs come from and new ones go to; None reads files only.
-
-    Attributes:
-        labels: As given; ``ImageData`` needs it for class-balanced drawing.
+        num_copies: Number of processes that each keep the images in a memory of their own; 0 keeps none.
+        image_cache: Folder of resized images that is read and filled; None reads the files only.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class LabelledImages(Dataset[Sample]):
         self.channels = channels
         self.image_cache = image_cache
         bytes_needed = 4 * channels * image_size**2 * len(names) * num_copies
-        # float32, so that memory gives back the very values that loading gave.
+        # float32, so that memory returns exactly the loaded values.
         self._memory: dict[int, Tensor] | None = {} if 0 < bytes_needed <= CACHE_BYTES else None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Image [C, H, W], label and name."""
+        """Returns image [C, H, W], label and name."""
         image = self._memory.get(index) if self._memory is not None else None
         if image is None:
             image = self.load(index)
@@ -82,7 +83,7 @@ class LabelledImages(Dataset[Sample]):
         return {"image": image, "label": int(self.labels[index]), "name": self.names[index]}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memory: a loader process that gets its own copy fills its own."""
+        """Leaves the memory out: a loader process with its own copy fills its own."""
         return self.__dict__ | {"_memory": None if self._memory is None else {}}
 
     @abstractmethod
@@ -90,7 +91,7 @@ class LabelledImages(Dataset[Sample]):
         """Reads or decodes one image, [C, image_size, image_size] in [-1, 1]."""
 
     def _cached(self, path: Path, settings: str, read: Callable[[], Tensor]) -> Tensor:
-        """What ``read`` makes of a file, or what it made of it before; see ``ImageCache.load``."""
+        """Reads a file, or takes its image from the cache; the arguments are those of ``ImageCache.load``."""
         if self.image_cache is None:
             return read()
         return self.image_cache.load(path, settings, (self.channels, self.image_size, self.image_size), read)
@@ -100,44 +101,23 @@ class ImageFiles(LabelledImages):
     """Labelled files, read at one size.
 
     Args:
-        files: In the order of the data set.
-        image_size: Side of the square images.
-        channels: 1 for grey, 3 for RGB.
-        crop: Side of the square that is cut from the middle before resizing, or "largest" for the largest that there
-            is; None resizes the whole picture.
-        num_copies: See ``LabelledImages``.
-        image_cache: See ``LabelledImages``.
-
-    Attributes:
-        files: As given.
+        files: Files in the order of the data set.
+        crop: Side in pixels of the square cut from the middle before resizing, or "largest" for the largest possible
+            one; None resizes the whole picture.
+        options: Options of ``LabelledImages``.
     """
 
-    def __init__(
-        self,
-        files: Sequence[LabelledFile],
-        *,
-        image_size: int,
-        channels: int,
-        crop: int | Literal["largest"] | None = None,
-        num_copies: int = 0,
-        image_cache: ImageCache | None = None,
-    ) -> None:
-        super().__init__(
-            [file.name for file in files],
-            torch.tensor([file.label for file in files], dtype=torch.int64),
-            image_size=image_size,
-            channels=channels,
-            num_copies=num_copies,
-            image_cache=image_cache,
-        )
+    def __init__(self, files: Sequence[LabelledFile], *, crop: Crop = None, **options: Any) -> None:
+        labels = torch.tensor([file.label for file in files], dtype=torch.int64)
+        super().__init__([file.name for file in files], labels, **options)
         self.files = files
         self.crop = crop
 
     def load(self, index: int) -> Tensor:
-        """Reads one file, or takes it from the cache.
+        """Reads one file, or takes its image from the cache.
 
         Raises:
-            UnreadableImageError: Naming the file.
+            UnreadableImageError: If the file cannot be read; the message names it.
         """
         path = self.files[index].path
         return self._cached(path, f"crop {self.crop}", lambda: self._read(path))
@@ -146,9 +126,10 @@ class ImageFiles(LabelledImages):
         try:
             if self.crop is None:
                 return images.read_image(path, self.channels, size=self.image_size)
+            # Crop, then resize.
             picture = images.read_image(path, self.channels)
             side = min(picture.shape[-2:]) if self.crop == "largest" else self.crop
-            # Rounding of the filter's weights may leave the range by one unit in the last place.
+            # Rounded weights of the resizing filter may exceed the range by one unit in the last place.
             return images.resize(center_crop(picture, [side]), self.image_size).clamp(-1.0, 1.0)
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(
@@ -157,8 +138,48 @@ class ImageFiles(LabelledImages):
             ) from error
 
 
+class FileData(ImageData):
+    """A data source that reads image files and keeps the resized images in memory or in a folder.
+
+    Args:
+        skip_unreadable: Reads every file at the start and leaves unreadable ones out, with their number in the log.
+            False stops at the first unreadable file with its name.
+        cache: Keeps images in memory after their first reading, if all images of a split take less than 1 GiB.
+        cache_folder: Folder in which resized images are kept for later epochs, runs and processes, with exactly the
+            values that reading gives. An image takes 4 bytes per value: 786 kB in RGB at 256 x 256 pixels. Worth it for
+            large pictures, compressed volumes and slow disks. None keeps no images on disk.
+        loading: Options of ``ImageData``.
+
+    Raises:
+        ValueError: If ``cache_folder`` is a file.
+    """
+
+    def __init__(
+        self, *, skip_unreadable: bool = False, cache: bool = True, cache_folder: str | None = None, **loading: Any
+    ) -> None:
+        super().__init__(**loading)
+        self.skip_unreadable = skip_unreadable
+        self.num_copies = max(self.num_workers, 1) if cache else 0
+        self.image_cache = None if cache_folder is None else ImageCache(Path(cache_folder))
+
+    def image_files(self, files: list[LabelledFile], *, crop: Crop = None, alternate: bool = True) -> ImageFiles:
+        """Returns files as a data set; the classes take turns if ``alternate``, else the files keep their order."""
+        if self.skip_unreadable:
+            files = drop_unreadable(files, self.channels)
+        if alternate:
+            files = [files[index] for index in take_turns([file.label for file in files])]
+        return ImageFiles(
+            files,
+            image_size=self.image_size,
+            channels=self.channels,
+            crop=crop,
+            num_copies=self.num_copies,
+            image_cache=self.image_cache,
+        )
+
+
 def drop_unreadable(files: Sequence[LabelledFile], channels: int) -> list[LabelledFile]:
-    """Reads every file once, leaves out what is no readable image, and logs how many and the first of them."""
+    """Reads every file once, leaves out unreadable images, and logs their number and the first of them."""
 
     def problem(file: LabelledFile) -> str | None:
         try:
@@ -167,9 +188,12 @@ def drop_unreadable(files: Sequence[LabelledFile], channels: int) -> list[Labell
             return str(error)
         return None
 
+    # Trial reading; decoding lets other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         problems = list(executor.map(problem, files))
     broken = [(file, text) for file, text in zip(files, problems, strict=True) if text is not None]
+
+    # One warning for all.
     if broken:
         first, text = broken[0]
         _log.warning(
@@ -179,9 +203,9 @@ def drop_unreadable(files: Sequence[LabelledFile], channels: int) -> list[Labell
 
 
 def take_turns(labels: Sequence[int]) -> list[int]:
-    """An order of indices in which the classes alternate, so that the first batch shows every class.
+    """Returns an order of indices in which the classes alternate, so that the first batch shows every class.
 
-    Within a class the order stays, so the result depends on the given order alone.
+    Within a class the given order is kept, so the result depends on that order alone.
     """
     seen: Counter[int] = Counter()
     keys = []
@@ -189,3 +213,30 @@ def take_turns(labels: Sequence[int]) -> list[int]:
         keys.append((seen[label], label, index))
         seen[label] += 1
     return [index for _, _, index in sorted(keys)]
+
+
+@contextmanager
+def open_csv(file: Path, filling: str | None = None) -> Iterator[csv.DictReader[str]]:
+    """Opens a table in UTF-8, or raises a ValueError; ``filling`` is the value of fields that a short row lacks."""
+    try:
+        # utf-8-sig: spreadsheets put a mark before the first column's name.
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            yield csv.DictReader(stream, restval=filling)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no CSV file in UTF-8: {error}.") from error
+
+
+def check_unique(file: Path, names: Sequence[str]) -> None:
+    """Raises a ValueError if a table names an image in several rows; ``names`` holds at least one."""
+    name, number = Counter(names).most_common(1)[0]
+    if number > 1:
+        raise ValueError(f"{file} names {name!r} {number} times: one row for each image is needed.")
+
+
+def check_columns(file: Path, reader: csv.DictReader[str], needed: Sequence[str], remedy: str) -> None:
+    """Raises a ValueError that names the missing columns of a table and says what to do, unless all are there."""
+    header = list(reader.fieldnames or [])
+    missing = [column for column in needed if column not in header]
+    if missing:
+        names = " and no column ".join(map(repr, missing))
+        raise ValueError(f"{file} has no column {names} but {header}: {remedy} (the separator must be a comma).")

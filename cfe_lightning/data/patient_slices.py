@@ -1,6 +1,6 @@
 """Several slices per patient and one label: a patient's slices are tiled into one square image.
 
-The rest of the package sees images as usual. Source: DiffExplainer, sections 4.4, 7.1 and 7.2.
+The rest of the package sees images as usual. See docs/methods/diff_explainer.md, "Several slices of a patient".
 """
 
 from __future__ import annotations
@@ -8,63 +8,57 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cfe_lightning import images
-from cfe_lightning.data.base import Augmentation, ImageData, Sample, Split, check_fractions
-from cfe_lightning.data.cache import ImageCache
-from cfe_lightning.data.files import LabelledImages, take_turns
+from cfe_lightning.data.base import Augmentation, Sample, Split, check_fractions
+from cfe_lightning.data.files import FileData, LabelledImages, take_turns
 from cfe_lightning.data.folder import Entry, assign_splits, choose_classes
-from cfe_lightning.data.patient_table import CsvColumns, Patient, Slice, find_stack, read_patients
-from cfe_lightning.images import medical as medical_files
+from cfe_lightning.data.patient_table import Patient, Slice, SliceColumns, find_stack, read_patients
+from cfe_lightning.images import medical
 
 _log = logging.getLogger(__name__)
 
 
-class PatientSlices(ImageData):
+class PatientSlices(FileData):
     """Patients from a CSV with one row for each slice; a patient is one image, a montage of ``num_slices`` slices.
 
-    The slices of a patient are ordered by the slice column; without one DICOM files by their place in the patient, and
-    others by their paths as a person would (``2`` before ``10``). They are tiled row by row. Validation and test take
-    the slices at the quantiles (2k - 1) / (2S) of the stack. Training takes a random slice from every S-th part of it,
-    others in every epoch; they depend on seed and epoch only. Whoever has fewer than S slices shows the nearest ones
-    repeatedly.
+    The slices of a patient are ordered by the slice column. Without one, DICOM files are ordered by their position in
+    the patient, and others by their paths with numbers as numbers (``2`` before ``10``). They are tiled row by row.
+    Validation and test show the slices at the quantiles (2k - 1) / (2S) of the stack. Training shows a random slice
+    from each of S equal parts of it, which changes with the epoch and depends on seed and epoch only. For a patient
+    with fewer than S slices the nearest ones are repeated. Flips and quarter turns change every slice in its place, all
+    of a patient alike.
 
-    A patient is in one split only, by the CSV or by a hash of the name, so adding patients moves no other. The classes
+    A patient is in one split only, by the CSV or by a hash of the name, so added patients move no other. The classes
     take turns in every split. The name of an image is the patient's.
 
     Pictures are read like those of a folder. DICOM files (``.dcm``) need pydicom, NIfTI volumes (``.nii``, ``.nii.gz``)
     nibabel. An axial slice of a volume is written ``volume.nii.gz#17`` (from 0 at the feet), or its index stands in the
-    slice column.
+    slice column. Without a ``cache_folder`` each slice of a compressed volume is read with all of it.
 
     Args:
-        root: The folder that relative paths start from.
-        labels: The CSV file, as given or below ``root``.
-        slice_size: Side of one slice in the montage, in pixels; the images' side is sqrt(S) times as much.
+        root: Folder that relative paths start from.
+        labels: CSV file, as given or below ``root``.
+        slice_size: Side of one slice in the montage in pixels; the side of the image is sqrt(S) times as large.
         num_slices: Slices per patient, S: 1, 4, 9, 16 or another square number.
         channels: 1 for grey, 3 for RGB.
-        batch_size: Patients per batch and process.
-        num_workers: Loader processes.
-        patient_column: The CSV's column of patients.
-        path_column: The CSV's column of files.
-        label_column: The CSV's column of class names.
-        slice_column: The CSV's column of places in the stack, numbers; used if there is one.
-        split_column: The CSV's column of splits (train, val, test); used if there is one.
-        class_names: The classes to read, in the order of the classifier's logits; None takes all, sorted as text.
-        window: Level and width of the values shown of DICOM and NIfTI files, in the file's units: [-600, 1500] are
-            lungs in Hounsfield units. None takes the smallest and the largest value of each slice.
-        val_fraction: Share of the patients for validation where there is no such split.
-        test_fraction: Share of the patients for testing where there is no such split.
-        split_seed: Another seed splits otherwise.
-        cache: Keep slices in memory after their first reading, where all of a split take less than 1 GiB.
-        cache_folder: As in ``ImageFolder``, for slices: one of a compressed volume is otherwise read with all of it.
-        balanced: See ``ImageData``.
-        horizontal_flip: See ``ImageData``; every slice is flipped in its place, all of a patient alike.
-        vertical_flip: As ``horizontal_flip``, upside down.
-        quarter_turns: As ``horizontal_flip``, rotated.
+        patient_column: CSV column of patients.
+        path_column: CSV column of files.
+        label_column: CSV column of class names.
+        slice_column: CSV column of numbers that order the slices; used if the file has it.
+        split_column: CSV column of splits (train, val, test); used if the file has it.
+        class_names: Classes to read, in the order of the classifier's logits; None takes all, sorted as text.
+        window: Level and width of the shown values of DICOM and NIfTI files, in the file's units: [-600, 1500] shows
+            lungs in Hounsfield units. None shows the range from the smallest to the largest value of each slice.
+        val_fraction: Share of the patients for validation if the CSV has no such split.
+        test_fraction: Share of the patients for testing if the CSV has no such split.
+        split_seed: Seed of the random split; another seed gives another split.
+        loading: Options of ``FileData`` and ``ImageData``, except ``skip_unreadable`` and ``image_size``.
 
     Raises:
         FileNotFoundError: If the folder, the CSV or a file that it names does not exist.
@@ -80,8 +74,6 @@ class PatientSlices(ImageData):
         slice_size: int,
         num_slices: int = 4,
         channels: int = 1,
-        batch_size: int = 32,
-        num_workers: int = 0,
         patient_column: str = "patient",
         path_column: str = "path",
         label_column: str = "label",
@@ -92,43 +84,32 @@ class PatientSlices(ImageData):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
-        cache: bool = True,
-        cache_folder: str | None = None,
-        balanced: bool = False,
-        horizontal_flip: bool = False,
-        vertical_flip: bool = False,
-        quarter_turns: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(
-            image_size=images.montage_side(num_slices) * slice_size,
-            channels=channels,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            balanced=balanced,
-            horizontal_flip=horizontal_flip,
-            vertical_flip=vertical_flip,
-            quarter_turns=quarter_turns,
-        )
+        image_size = images.montage_side(num_slices) * slice_size
+        # skip_unreadable is no option here: leaving a slice out would change the patient's image.
+        super().__init__(image_size=image_size, channels=channels, skip_unreadable=False, **loading)
         self.root = Path(root)
         self.slice_size = slice_size
         self.num_slices = num_slices
-        self.cache = cache
-        self.image_cache = None if cache_folder is None else ImageCache(Path(cache_folder))
-        self.window = medical_files.check_window(window)
+        self.window = medical.check_window(window)
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"There is no folder {self.root}: set root to the folder that the paths start from."
             )
         check_fractions(val_fraction, test_fraction)
-        columns = CsvColumns(patient_column, path_column, label_column, slice_column, split_column)
+
+        # Patients.
+        columns = SliceColumns(patient_column, path_column, label_column, slice_column, split_column)
         patients = read_patients(self.root, Path(labels), columns)
-        if window is not None and not any(
-            medical_files.is_medical(one.path) for p in patients.values() for one in p.slices
-        ):
+        paths = [one.path for patient in patients.values() for one in patient.slices]
+        if window is not None and not any(map(medical.is_medical, paths)):
             raise ValueError(
                 f"window is for DICOM and NIfTI files, but {labels} names none: leave window out, other pictures are "
                 "read with the grey levels they have."
             )
+
+        # Classes and splits.
         entries = [Entry(patient.name, patient.label, patient.split, None) for patient in patients.values()]
         self.class_names = choose_classes(entries, class_names, Path(labels))
         splits = assign_splits(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
@@ -140,31 +121,29 @@ class PatientSlices(ImageData):
         self._datasets = {split: self._montages(split, chosen) for split, chosen in members.items()}
 
     def dataset(self, split: Split) -> PatientMontages:
-        """The patients of one split.
-
-        Raises:
-            ValueError: If the split holds no patient.
-        """
+        """Returns the patients of one split."""
         if not len(self._datasets[split]):
             remedy = "there is nothing to train on" if split == "train" else f"add patients, or raise {split}_fraction"
             raise ValueError(f"The {split} split of {self.root} is empty: {remedy}.")
         return self._datasets[split]
 
     def _montages(self, split: Split, patients: list[Patient]) -> PatientMontages:
+        """Returns patients as montages; the classes take turns."""
         label_indices = [self.class_names.index(patient.label) for patient in patients]
         order = take_turns(label_indices)
         stacks = [patients[i].slices for i in order]
-        if split != "train":  # the other slices are never shown: they need no place in memory
+        if split != "train":
+            # The other slices are never shown, so they take no place in memory.
             stacks = [[stack[i] for i in middle_slices(len(stack), self.num_slices)] for stack in stacks]
         return PatientMontages(
             names=[patients[i].name for i in order],
             labels=torch.tensor([label_indices[i] for i in order], dtype=torch.int64),
             stacks=stacks,
             num_slices=self.num_slices,
-            slice_size=self.slice_size,
+            image_size=self.slice_size,
             channels=self.channels,
             window=self.window,
-            num_copies=max(self.num_workers, 1) if self.cache else 0,
+            num_copies=self.num_copies,
             image_cache=self.image_cache,
         )
 
@@ -181,20 +160,12 @@ class PatientMontages(Dataset[Sample]):
     """One montage per patient: ``[index]`` shows the middle of every part of the stack, ``draw`` any slice of it.
 
     Args:
-        names: The patients, [N].
-        labels: Their classes, [N] int64.
-        stacks: Their slices in order, [N] lists of any length above 0.
+        names: Names of the patients, [N].
+        labels: Class of each patient, [N] int64; ``ImageData`` needs them for class-balanced drawing.
+        stacks: Slices of each patient in order, [N] lists of any length above 0.
         num_slices: Slices in a montage, S.
-        slice_size: Side of one slice, s.
-        channels: 1 for grey, 3 for RGB.
-        window: See ``medical_files.apply_window``.
-        num_copies: See ``LabelledImages``.
-        image_cache: See ``LabelledImages``.
-
-    Attributes:
-        names: As given.
-        labels: As given; ``ImageData`` needs it for class-balanced drawing.
-        stacks: As given.
+        options: Options of ``LabelledImages`` for the slices, of side s, and ``window``: level and width of the shown
+            values of DICOM and NIfTI files, or None.
     """
 
     def __init__(
@@ -204,42 +175,33 @@ class PatientMontages(Dataset[Sample]):
         labels: Tensor,
         stacks: Sequence[Sequence[Slice]],
         num_slices: int,
-        slice_size: int,
-        channels: int,
-        window: tuple[float, float] | None = None,
-        num_copies: int = 0,
-        image_cache: ImageCache | None = None,
+        **options: Any,
     ) -> None:
         self.names = names
         self.labels = labels
         self.stacks = stacks
         self.num_slices = num_slices
+
+        # All slices in one data set, and the index of each patient's first one.
         lengths = torch.tensor([len(stack) for stack in stacks], dtype=torch.int64)
         self._first = (lengths.cumsum(0) - lengths).tolist()
-        self._slices = _SliceFiles(
-            [one for stack in stacks for one in stack],
-            labels.repeat_interleave(lengths),
-            size=slice_size,
-            channels=channels,
-            window=window,
-            num_copies=num_copies,
-            image_cache=image_cache,
-        )
+        slices = [one for stack in stacks for one in stack]
+        self._slices = _SliceFiles(slices, labels.repeat_interleave(lengths), **options)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Image [C, sqrt(S) s, sqrt(S) s], label and name."""
+        """Returns image [C, sqrt(S) s, sqrt(S) s], label and name."""
         return self._sample(index, self._read(index, middle_slices(len(self.stacks[index]), self.num_slices)))
 
     def draw(self, index: int, generator: torch.Generator, augmentation: Augmentation | None) -> Sample:
-        """As ``[index]``, with random slices and with the same augmentation for all of them."""
+        """Returns a sample with random slices, all augmented alike."""
         slices = self._read(index, draw_slices(len(self.stacks[index]), self.num_slices, generator))
         return self._sample(index, slices if augmentation is None else augmentation.apply(slices, generator))
 
     def _read(self, index: int, chosen: Sequence[int]) -> Tensor:
-        """[S, C, s, s]."""
+        """Returns the slices with these places in the patient's stack, [S, C, s, s]."""
         return torch.stack([self._slices[self._first[index] + number]["image"] for number in chosen])
 
     def _sample(self, index: int, slices: Tensor) -> Sample:
@@ -248,23 +210,12 @@ class PatientMontages(Dataset[Sample]):
 
 
 class _SliceFiles(LabelledImages):
-    """The slices of all patients, one after the other."""
+    """Slices of all patients, one after the other; ``window`` is None, or level and width of the shown values."""
 
     def __init__(
-        self,
-        files: Sequence[Slice],
-        labels: Tensor,
-        *,
-        size: int,
-        channels: int,
-        window: tuple[float, float] | None,
-        num_copies: int,
-        image_cache: ImageCache | None,
+        self, files: Sequence[Slice], labels: Tensor, *, window: tuple[float, float] | None, **options: Any
     ) -> None:
-        names = [file.name for file in files]
-        super().__init__(
-            names, labels, image_size=size, channels=channels, num_copies=num_copies, image_cache=image_cache
-        )
+        super().__init__([file.name for file in files], labels, **options)
         self.files = files
         self.window = window
 
@@ -274,7 +225,7 @@ class _SliceFiles(LabelledImages):
 
     def _read(self, file: Slice) -> Tensor:
         try:
-            return medical_files.read_slice(
+            return medical.read_slice(
                 file.path, self.channels, size=self.image_size, window=self.window, axial=file.axial
             )
         except images.UnreadableImageError as error:
@@ -287,20 +238,20 @@ class _SliceFiles(LabelledImages):
 def read_montage(
     place: Path, *, num_slices: int, image_size: int, channels: int, window: tuple[float, float] | None = None
 ) -> Tensor:
-    """The montage of one patient who stands in no CSV: a folder of slices, or a NIfTI volume.
+    """Reads one patient without a CSV: a folder of slices, or a NIfTI volume.
 
     Args:
-        place: The folder or the volume.
-        num_slices: S; the slices are those that validation and test show of a patient.
-        image_size: Side of the montage.
+        place: Folder of slices, or volume.
+        num_slices: Slices in the montage, S; they are those that validation and test show of a patient.
+        image_size: Side of the montage in pixels.
         channels: 1 for grey, 3 for RGB.
-        window: See ``medical_files.apply_window``.
+        window: Level and width of the shown values of DICOM and NIfTI files; None shows the whole range of each slice.
 
     Returns:
-        [C, image_size, image_size] in [-1, 1].
+        Montage, [C, image_size, image_size] in [-1, 1].
 
     Raises:
-        UnreadableImageError: If there is no slice, or one that is shown cannot be read.
+        UnreadableImageError: If there is no slice, or a shown one cannot be read.
     """
     stack = find_stack(place)
     slices = []
@@ -308,21 +259,21 @@ def read_montage(
         one = stack[index]
         try:
             size = image_size // images.montage_side(num_slices)
-            slices.append(medical_files.read_slice(one.path, channels, size=size, window=window, axial=one.axial))
+            slices.append(medical.read_slice(one.path, channels, size=size, window=window, axial=one.axial))
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(f"{one.name}: {error}") from error
     return images.tile_montage(torch.stack(slices)[None])[0]
 
 
 def middle_slices(num_found: int, num_slices: int) -> list[int]:
-    """Which of the slices found lie at the quantiles (2k - 1) / (2S) of the stack, k = 1 ... S."""
+    """Returns the indices of the slices at the quantiles (2k - 1) / (2S) of the stack, k = 1 ... S."""
     return [(2 * part + 1) * num_found // (2 * num_slices) for part in range(num_slices)]
 
 
 def draw_slices(num_found: int, num_slices: int, generator: torch.Generator) -> list[int]:
-    """One random slice from each of S equal parts of the stack; a part without any takes the nearest one.
+    """Draws the index of one slice from each of S equal parts of the stack; an empty part takes the nearest slice.
 
-    A slice belongs to the part that its middle lies in, so nobody with S slices or more shows one twice.
+    A slice belongs to the part that contains its middle, so a stack of S slices or more shows none twice.
     """
     edges = [(2 * part * num_found + num_slices - 1) // (2 * num_slices) for part in range(num_slices + 1)]
     draws = torch.rand(num_slices, generator=generator).tolist()

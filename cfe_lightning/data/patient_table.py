@@ -1,11 +1,7 @@
-"""Which slices a patient has: read from a CSV with one row for each slice, or from one folder for each patient.
-
-Source: DiffExplainer's specification, section 7.2.
-"""
+"""Slices of patients, from a CSV with one row for each slice, or from one folder for each patient."""
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
@@ -16,15 +12,16 @@ from typing import NamedTuple
 
 from cfe_lightning import images
 from cfe_lightning.data.base import Split
+from cfe_lightning.data.files import check_columns, open_csv
 from cfe_lightning.data.folder import read_split
-from cfe_lightning.images import medical as medical_files
+from cfe_lightning.images import medical
 
-#: A volume, and the axial slice behind its name.
+#: Name of a volume, and the index of the axial slice behind it.
 _ADDRESSED_VOLUME = re.compile(r"(.+\.nii(?:\.gz)?)#(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class Slice(NamedTuple):
-    """One slice: its file, how the CSV calls it, its place in the patient's stack, and which one of a volume it is."""
+    """One slice: its file, its name in the CSV, the number that orders it, and its index in a volume."""
 
     path: Path
     name: str
@@ -33,7 +30,7 @@ class Slice(NamedTuple):
 
 
 class Patient(NamedTuple):
-    """One patient: name, class, split (None means that we choose) and the slices."""
+    """One patient: name, class, split (None leaves it to a hash) and the slices."""
 
     name: str
     label: str
@@ -41,8 +38,8 @@ class Patient(NamedTuple):
     slices: list[Slice]
 
 
-class CsvColumns(NamedTuple):
-    """What the CSV's columns are called."""
+class SliceColumns(NamedTuple):
+    """Names of the columns in a CSV of slices; ``position`` orders the slices of a patient."""
 
     patient: str
     path: str
@@ -51,36 +48,35 @@ class CsvColumns(NamedTuple):
     split: str
 
 
-def read_patients(root: Path, labels: Path, columns: CsvColumns) -> dict[str, Patient]:
-    """The patients of the CSV by name, in its order, each with the slices in theirs."""
+def read_patients(root: Path, labels: Path, columns: SliceColumns) -> dict[str, Patient]:
+    """Returns the patients of a CSV by name, in the order of the file, each with its slices in order."""
+    # File.
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no CSV {labels}, neither as given nor below {root}: set labels to the table of the slices."
         )
+
+    # Rows.
     patients: dict[str, Patient] = {}
     places: dict[tuple[str, int | None], str] = {}
-    try:
-        # utf-8-sig: spreadsheets put a mark before the first column's name.
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            _check_header(file, reader.fieldnames or [], columns)
-            for row in reader:
-                place = f"{file}, line {reader.line_num}"
-                patient = _row_patient(row, place, columns, root)
-                (added,) = patient.slices
-                # Also a slice of two patients is refused: it would be in two splits.
-                first = places.setdefault((os.path.normpath(added.path), added.axial), place)
-                if first != place:
-                    raise ValueError(
-                        f"{place}: {added.name!r} stands in {first} too: one row for each slice is needed."
-                    )
-                known = patients.setdefault(patient.name, patient)
-                if known is not patient:
-                    _check_same(known, patient, place, columns)
-                    known.slices.append(added)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no CSV file in UTF-8: {error}.") from error
+    with open_csv(file) as reader:
+        remedy = "set patient_column, path_column and label_column to the columns of patients, files and classes"
+        check_columns(file, reader, (columns.patient, columns.path, columns.label), remedy)
+        for row in reader:
+            place = f"{file}, line {reader.line_num}"
+            patient = _row_patient(row, place, columns, root)
+            (added,) = patient.slices
+            # A slice of two patients is refused too: it would be in two splits.
+            first = places.setdefault((os.path.normpath(added.path), added.axial), place)
+            if first != place:
+                raise ValueError(f"{place}: {added.name!r} stands in {first} too: one row for each slice is needed.")
+            known = patients.setdefault(patient.name, patient)
+            if known is not patient:
+                _check_same(known, patient, place, columns)
+                known.slices.append(added)
+
+    # Order.
     if not patients:
         raise ValueError(f"{file} has no rows: one row for each slice is needed.")
     for patient in patients.values():
@@ -88,24 +84,17 @@ def read_patients(root: Path, labels: Path, columns: CsvColumns) -> dict[str, Pa
     return patients
 
 
-def _check_header(file: Path, header: Sequence[str], columns: CsvColumns) -> None:
-    missing = [column for column in (columns.patient, columns.path, columns.label) if column not in header]
-    if missing:
-        raise ValueError(
-            f"{file} has no column {' and no column '.join(map(repr, missing))} but {list(header)}: set "
-            "patient_column, path_column and label_column to the columns of patients, files and classes (the separator "
-            "must be a comma)."
-        )
-
-
-def _row_patient(row: dict[str, str], place: str, columns: CsvColumns, root: Path) -> Patient:
-    """One row as a patient with one slice."""
+def _row_patient(row: dict[str, str], place: str, columns: SliceColumns, root: Path) -> Patient:
+    """Returns one row as a patient with one slice; ``place`` is named in errors."""
+    # Fields.
     fields = {column: (row[column] or "").strip() for column in columns if column in row}
     for column, field in fields.items():
         if not field:
             raise ValueError(f"{place}: the field in the column {column!r} is empty: fill it, or remove the row.")
     split = read_split(fields[columns.split], place, columns.split) if columns.split in fields else None
     position = _number(fields[columns.position], place, columns) if columns.position in fields else None
+
+    # File.
     name = fields[columns.path]
     addressed = _ADDRESSED_VOLUME.fullmatch(name)
     path = root / (addressed[1] if addressed else name)
@@ -114,23 +103,21 @@ def _row_patient(row: dict[str, str], place: str, columns: CsvColumns, root: Pat
             f"{place}: there is no file {path}: correct the column {columns.path!r}, or set root to the folder that "
             "its paths start from."
         )
+
+    # Index in a volume.
     axial = None
-    if medical_files.is_nifti(path):
+    if medical.is_nifti(path):
         axial = _volume_index(addressed[2] if addressed else None, position)
         if axial is None:
             raise ValueError(
                 f"{place}: {name!r} is a volume and needs the index of one axial slice: write {path.name}#17, or give "
                 f"whole numbers in the column {columns.position!r}."
             )
-    return Patient(
-        fields[columns.patient],
-        fields[columns.label],
-        split,
-        [Slice(path, name, position, axial)],
-    )
+    return Patient(fields[columns.patient], fields[columns.label], split, [Slice(path, name, position, axial)])
 
 
-def _number(text: str, place: str, columns: CsvColumns) -> float:
+def _number(text: str, place: str, columns: SliceColumns) -> float:
+    """Returns the finite number of a field that orders slices."""
     try:
         number = float(text)
     except ValueError:
@@ -143,17 +130,16 @@ def _number(text: str, place: str, columns: CsvColumns) -> float:
 
 
 def _volume_index(address: str | None, position: float | None) -> int | None:
-    """The index behind the volume's name, else the slice column's; None if there is no whole number from 0 on."""
+    """Returns the index behind the volume's name, else the slice column's; None unless a whole number from 0 on."""
     if address is not None:
         return int(address) if address.isdecimal() else None
     return int(position) if position is not None and position >= 0 and position == int(position) else None
 
 
-def _check_same(known: Patient, patient: Patient, place: str, columns: CsvColumns) -> None:
-    for column, before, now in (
-        (columns.label, known.label, patient.label),
-        (columns.split, known.split, patient.split),
-    ):
+def _check_same(known: Patient, patient: Patient, place: str, columns: SliceColumns) -> None:
+    """Raises a ValueError if a row gives a known patient another label or split."""
+    labels, splits = (columns.label, known.label, patient.label), (columns.split, known.split, patient.split)
+    for column, before, now in (labels, splits):
         if before != now:
             raise ValueError(
                 f"{place}: patient {patient.name!r} has {now!r} in the column {column!r}, but {before!r} in an earlier "
@@ -161,7 +147,8 @@ def _check_same(known: Patient, patient: Patient, place: str, columns: CsvColumn
             )
 
 
-def _sort(patient: Patient, file: Path, columns: CsvColumns) -> None:
+def _sort(patient: Patient, file: Path, columns: SliceColumns) -> None:
+    """Sorts a patient's slices by the slice column, which must not give two of them the same number."""
     if all(one.position is None for one in patient.slices):
         patient.slices[:] = in_order(patient.slices)
         return
@@ -175,54 +162,55 @@ def _sort(patient: Patient, file: Path, columns: CsvColumns) -> None:
 
 
 def in_order(slices: Sequence[Slice]) -> list[Slice]:
-    """By their place in the patient where all are DICOM files that tell it, else by name as a person would."""
+    """Sorts slices by their position in the patient if all are DICOM files that hold it, else by name.
+
+    Numbers in names count as numbers: ``2`` comes before ``10``.
+    """
     named = sorted(slices, key=lambda one: _natural(one.name))
-    if not all(medical_files.is_dicom(one.path) for one in named):
+    if not all(medical.is_dicom(one.path) for one in named):
         return named
-    places = [medical_files.slice_place(one.path) for one in named]
+    places = [medical.slice_place(one.path) for one in named]
     known = [place for place in places if place is not None]
     if len(known) < len(named):
         return named
-    # The sort is stable: slices at the same place stay ordered by name.
+    # The sort is stable: slices at the same position stay ordered by name.
     return [named[index] for index in sorted(range(len(named)), key=lambda index: known[index])]
 
 
 def find_patients(folder: Path) -> Iterator[str]:
-    """Every folder below one that holds slices itself, and every NIfTI volume: each is one patient.
+    """Yields every folder of slices below ``folder`` and every NIfTI volume: each is one patient.
 
     Names are relative to ``folder``, in the order of ``images.find_images``.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        NotADirectoryError: If it is a file.
-        ValueError: If the folder holds slices itself.
+        NotADirectoryError: If ``folder`` is a file.
+        ValueError: If ``folder`` itself holds slices.
     """
     met = set[str]()
     for name in images.find_images(folder, _is_slice_or_volume):
         parent = name.rpartition("/")[0]
-        if not parent and not medical_files.is_nifti(name):
+        if not parent and not medical.is_nifti(name):
             raise ValueError(
                 f"{folder} holds slices itself ({name!r}): give the folder that holds one folder for each patient."
             )
-        patient = name if medical_files.is_nifti(name) else parent
+        patient = name if medical.is_nifti(name) else parent
         if patient not in met:
             met.add(patient)
             yield patient
 
 
 def find_stack(place: Path) -> list[Slice]:
-    """The slices of a patient of ``find_patients`` in their order.
+    """Returns the slices of a patient of ``find_patients`` in their order.
 
     Raises:
-        UnreadableImageError: If there are none, or the volume is broken.
+        UnreadableImageError: If there are none, or the folder or volume cannot be read.
     """
     try:
-        if medical_files.is_nifti(place):
-            number = medical_files.count_slices(place)
+        if medical.is_nifti(place):
+            number = medical.count_slices(place)
             return [Slice(place, f"{place.name}#{index}", None, index) for index in range(number)]
-        names = [
-            path.name for path in place.iterdir() if medical_files.is_slice(path.name) and not path.name.startswith(".")
-        ]
+        names = [path.name for path in place.iterdir() if medical.is_slice(path.name) and not path.name.startswith(".")]
     except OSError as error:
         raise images.UnreadableImageError(f"The patient cannot be read: {error.strerror}.") from error
     if not names:
@@ -231,10 +219,10 @@ def find_stack(place: Path) -> list[Slice]:
 
 
 def _is_slice_or_volume(name: str) -> bool:
-    return medical_files.is_slice(name) or medical_files.is_nifti(name)
+    return medical.is_slice(name) or medical.is_nifti(name)
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Orders names by the numbers in them; what differs only in leading zeros by the text."""
+    """Returns a sorting key by the numbers in a name; names that differ only in leading zeros are sorted as text."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

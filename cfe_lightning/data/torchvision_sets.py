@@ -1,8 +1,7 @@
-"""Any classification set of torchvision by its name: MNIST, FashionMNIST, CIFAR10, STL10, EuroSAT, ..."""
+"""Classification sets of torchvision by name: MNIST, FashionMNIST, CIFAR10, STL10, EuroSAT, ..."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -17,42 +16,35 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from cfe_lightning import images
-from cfe_lightning.data.base import ImageData, Split, check_fractions, split_by_group
+from cfe_lightning.data.base import ImageData, Split, check_fractions, did_you_mean, split_by_group
 from cfe_lightning.data.files import LabelledImages, take_turns
 from cfe_lightning.files.text import one_line
 
-#: What torchvision's sets call their splits, best first.
+#: Names of the splits in torchvision's sets, best first.
 _SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "trainval"),
     "val": ("val", "valid"),
     "test": ("test",),
 }
-#: Where torchvision's sets keep their labels.
+#: Attributes in which torchvision's sets keep their labels.
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 
 
 class TorchvisionData(ImageData):
-    """A classification set of torchvision; splits that it lacks are taken out of its training images by a hash.
+    """A classification set of torchvision; missing splits are taken out of its training images by a hash.
 
     Args:
-        name: The class in ``torchvision.datasets``, for example ``MNIST``.
-        root: Where torchvision keeps the set.
-        image_size: Side of the square images, in pixels.
-        channels: 1 for grey, 3 for RGB.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
-        class_names: The classes to read, in the order of the classifier's logits; None takes all in the set's own
-            order. Digits are called "0" to "9"; classes without names are called by their numbers.
+        name: Name of the class in ``torchvision.datasets``, for example ``MNIST``.
+        root: Folder in which torchvision keeps the set.
+        class_names: Classes to read, in the order of the classifier's logits; None takes all in the set's own order.
+            Digits are called "0" to "9"; classes without names are called by their numbers.
         options: Further arguments of the torchvision class, for example ``{split: letters}`` for EMNIST.
-        val_fraction: Share of the training images for validation where the set has no such split.
-        test_fraction: Share of the training images for testing where the set has no such split.
-        split_seed: Another seed splits otherwise.
-        download: Let torchvision fetch what is missing.
-        cache: See ``ImageFolder``.
-        balanced: See ``ImageData``.
-        horizontal_flip: See ``ImageData``.
-        vertical_flip: See ``ImageData``.
-        quarter_turns: See ``ImageData``.
+        val_fraction: Share of the training images for validation if the set has no such split.
+        test_fraction: Share of the training images for testing if the set has no such split.
+        split_seed: Seed of the random split; another seed gives another split.
+        download: Lets torchvision download missing files.
+        cache: Keeps images in memory after their first reading, if all images of a split take less than 1 GiB.
+        loading: Options of ``ImageData``.
 
     Raises:
         ValueError: If torchvision has no such set, it is not there and not to be downloaded, it is no classification
@@ -64,10 +56,6 @@ class TorchvisionData(ImageData):
         *,
         name: str,
         root: str,
-        image_size: int,
-        channels: int = 3,
-        batch_size: int = 32,
-        num_workers: int = 0,
         class_names: list[str] | None = None,
         options: dict[str, Any] | None = None,
         val_fraction: float = 0.1,
@@ -75,25 +63,15 @@ class TorchvisionData(ImageData):
         split_seed: int = 0,
         download: bool = False,
         cache: bool = True,
-        balanced: bool = False,
-        horizontal_flip: bool = False,
-        vertical_flip: bool = False,
-        quarter_turns: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(
-            image_size=image_size,
-            channels=channels,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            balanced=balanced,
-            horizontal_flip=horizontal_flip,
-            vertical_flip=vertical_flip,
-            quarter_turns=quarter_turns,
-        )
+        super().__init__(**loading)
         check_fractions(val_fraction, test_fraction)
         self.set_name = name
         self.cache = cache
         sources = _open(_find_class(name), Path(root), download, options or {})
+
+        # Classes.
         every_class = _class_names(sources["train"])
         self.class_names = tuple(class_names if class_names is not None else every_class)
         for wanted in self.class_names:
@@ -102,16 +80,14 @@ class TorchvisionData(ImageData):
         if len(set(self.class_names)) < max(len(self.class_names), 2):
             raise ValueError(f"At least two different classes are needed, got {list(self.class_names)}.")
         numbers = [every_class.index(wanted) for wanted in self.class_names]
+
+        # Splits.
         shares: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
         carved = {split: share for split, share in shares.items() if split not in sources}
         self._datasets = self._divide(sources, numbers, carved, split_seed)
 
     def dataset(self, split: Split) -> LabelledImages:
-        """The images of one split.
-
-        Raises:
-            ValueError: If the split holds no image.
-        """
+        """Returns the images of one split."""
         if len(self._datasets[split]) == 0:
             raise ValueError(f"The {split} split of {self.set_name} is empty: raise {split}_fraction.")
         return self._datasets[split]
@@ -119,20 +95,28 @@ class TorchvisionData(ImageData):
     def _divide(
         self, sources: dict[Split, VisionDataset], numbers: list[int], carved: dict[Split, float], seed: int
     ) -> dict[Split, LabelledImages]:
+        """Divides images into splits and numbers their classes.
+
+        ``numbers`` are the set's numbers of the wanted classes, in the order of the logits; ``carved`` are the shares
+        of the splits that are taken out of the training images.
+        """
+        # Indices of the wanted images.
         indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
         labels = {split: _labels(source, self.set_name) for split, source in sources.items()}
         shares: dict[Split, float] = {"train": 1.0 - sum(carved.values()), **carved}
         for split, values in labels.items():
             wanted = torch.isin(values, torch.tensor(numbers)).nonzero()[:, 0].tolist()
-            chosen = (
-                split_by_group([f"{i:06d}" for i in wanted], shares, seed)
-                if split == "train"
-                else [split] * len(wanted)
-            )
+            chosen = [split] * len(wanted)
+            if split == "train":
+                chosen = split_by_group([f"{i:06d}" for i in wanted], shares, seed)
             for index, choice in zip(wanted, chosen, strict=True):
                 indices[choice].append(index)
+
+        # Class numbers in the order of the logits; -1 marks the others.
         renumber = torch.full((max(numbers) + 1,), -1)
         renumber[torch.tensor(numbers)] = torch.arange(len(numbers))
+
+        # The classes take turns.
         datasets: dict[Split, LabelledImages] = {}
         for split, found in indices.items():
             origin: Split = "train" if split in carved else split
@@ -151,20 +135,12 @@ class TorchvisionData(ImageData):
 
 
 class _Members(LabelledImages):
-    """Some images of a torchvision set."""
+    """The images of a torchvision set with the indices ``members``."""
 
     def __init__(
-        self,
-        source: VisionDataset,
-        members: Sequence[int],
-        names: Sequence[str],
-        labels: Tensor,
-        *,
-        image_size: int,
-        channels: int,
-        num_copies: int,
+        self, source: VisionDataset, members: Sequence[int], names: Sequence[str], labels: Tensor, **options: Any
     ) -> None:
-        super().__init__(names, labels, image_size=image_size, channels=channels, num_copies=num_copies)
+        super().__init__(names, labels, **options)
         self.source = source
         self.members = members
 
@@ -174,26 +150,30 @@ class _Members(LabelledImages):
 
 
 def _find_class(name: str) -> type[VisionDataset]:
+    """Returns torchvision's class of this name."""
     found = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
     if not (isinstance(found, type) and issubclass(found, VisionDataset)):
-        lower = {known.lower(): known for known in torchvision.datasets.__all__}
-        near = [lower[known] for known in difflib.get_close_matches(name.lower(), list(lower), n=3)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "its documentation lists the names."
+        hint = did_you_mean(name, torchvision.datasets.__all__, "its documentation lists the names.")
         raise ValueError(f"torchvision has no data set {name!r}: {hint}")
     return found
 
 
 def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[str, Any]) -> dict[Split, VisionDataset]:
-    """The splits that the set has; one without splits is all training."""
+    """Returns the splits that the set has; a set without splits is all training."""
+    # Arguments.
     parameters = _parameters(kind)
     unknown = [option for option in options if option not in parameters]
     if unknown:
         raise ValueError(f"torchvision's {kind.__name__} takes no option {unknown[0]!r} but {', '.join(parameters)}.")
     common = {"root": str(root), **({"download": download} if "download" in parameters else {}), **options}
+
+    # Sets with an argument ``train``, and sets without splits.
     if "train" in parameters:
         return {"train": _build(kind, common | {"train": True}), "test": _build(kind, common | {"train": False})}
     if "split" not in parameters or "split" in options:
         return {"train": _build(kind, common)}
+
+    # Sets with an argument ``split``, whose words are tried.
     sources: dict[Split, VisionDataset] = {}
     for split, words in _SPLIT_WORDS.items():
         for word in words:
@@ -208,7 +188,7 @@ def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[s
 
 
 def _parameters(kind: type[VisionDataset]) -> list[str]:
-    """The names a class can be called with, those that it hands on to its base class included (EMNIST to MNIST)."""
+    """Returns the names of a class's arguments, with those it passes on to its base class (EMNIST to MNIST)."""
     names: list[str] = []
     for base in kind.__mro__:
         own = list(inspect.signature(base).parameters.values())
@@ -219,10 +199,11 @@ def _parameters(kind: type[VisionDataset]) -> list[str]:
 
 
 class _NoSuchSplitError(ValueError):
-    pass
+    """A set does not know the word for a split."""
 
 
 def _build(kind: type[VisionDataset], arguments: dict[str, Any]) -> VisionDataset:
+    """Builds a set; its errors become a ValueError that says what to do."""
     try:
         return kind(**arguments)
     except (ValueError, TypeError) as error:
@@ -238,6 +219,7 @@ def _build(kind: type[VisionDataset], arguments: dict[str, Any]) -> VisionDatase
 
 
 def _class_names(source: VisionDataset) -> list[str]:
+    """Returns the names of all classes, short where torchvision gives several words."""
     names = getattr(source, "classes", None)
     if not names:
         return [str(number) for number in range(int(_labels(source, type(source).__name__).max()) + 1)]
@@ -248,7 +230,8 @@ def _class_names(source: VisionDataset) -> list[str]:
 
 
 def _labels(source: VisionDataset, name: str) -> Tensor:
-    """The class number of every image, [N] int64, without decoding images where the set keeps them."""
+    """Returns the class number of every image, [N] int64, without decoding images if the set stores the numbers."""
+    # Is it a classification set?
     if len(source) == 0:
         raise ValueError(f"torchvision's {name} is empty.")
     picture, first = source[0]
@@ -256,6 +239,8 @@ def _labels(source: VisionDataset, name: str) -> Tensor:
         raise ValueError(
             f"torchvision's {name} is no classification set: it does not yield an image and a class number."
         )
+
+    # Stored labels that agree with the first image's.
     for attribute in _LABEL_ATTRIBUTES:
         values = getattr(source, attribute, None)
         if values is not None and len(values) == len(source) and int(values[0]) == first:

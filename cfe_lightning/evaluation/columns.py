@@ -1,4 +1,4 @@
-"""Rows of numbers that arrive batch by batch: kept in one piece each, and handed over batch by batch again."""
+"""Columns of numbers that grow batch by batch and can be read back batch by batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FIRST_ROWS = 1024
 class Columns:
     """Named columns of rows [N, ...] that grow batch by batch.
 
-    Thousands of small tensors between large ones that come and go would keep the memory of those from being used again,
-    so every column is one tensor with room at its end.
+    Every column is one tensor with room at its end: thousands of small tensors would fragment the memory that large
+    temporary tensors need.
     """
 
     def __init__(self) -> None:
@@ -28,6 +28,7 @@ class Columns:
             start = self._length.get(name, 0)
             end = start + len(new)
             kept = self._rows.get(name)
+            # The room doubles, so that a column is copied rarely.
             if kept is None or end > len(kept):
                 grown = torch.empty((max(_FIRST_ROWS, 2 * end), *new.shape[1:]), dtype=new.dtype)
                 if kept is not None:
@@ -37,11 +38,11 @@ class Columns:
             self._length[name] = end
 
     def joined(self) -> dict[str, Tensor]:
-        """All rows so far, [N, ...] by column name."""
+        """Returns all rows so far, [N, ...] by column name."""
         return {name: rows[: self._length[name]] for name, rows in self._rows.items()}
 
     def take_new(self) -> dict[str, Tensor]:
-        """Copies of the rows that came since this was last asked for: ``add`` of these makes the same columns again."""
+        """Copies the rows added since the last call; passing all copies to ``add`` rebuilds the columns."""
         found = {
             name: rows[self._handed_over.get(name, 0) : self._length[name]].clone()
             for name, rows in self._rows.items()

@@ -1,7 +1,4 @@
-"""What lies behind a table of means: paired differences between explainers, and every pair of classes by itself.
-
-Source: evaluation, section 12.
-"""
+"""Comparisons behind the table of means: paired differences between explainers, and means per pair of classes."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from torch import Tensor
 from cfe_lightning.evaluation.evaluate import Evaluation
 from cfe_lightning.evaluation.summary import ResultRow
 from cfe_lightning.metrics import realism
-from cfe_lightning.metrics.catalogue import ISO_CLOSENESS, ISO_REALISM, METRICS, iso_key
+from cfe_lightning.metrics.catalogue import METRICS
+from cfe_lightning.metrics.equal_strength import ISO_CLOSENESS, ISO_REALISM, iso_key
 from cfe_lightning.metrics.statistics import Measurement, summarise, undefined
 
-#: Images that a distance of sets needs at least.
+#: Smallest number of images for a distance between two sets.
 _FEWEST = 4
 
 
@@ -27,10 +25,10 @@ class Difference:
     """One metric of two explainers on the same images.
 
     Attributes:
-        first: Name of one.
-        second: Name of the other.
-        key: Of the metric.
-        measured: First minus second, with a bootstrap interval over images on which both are defined.
+        first: Name of the first explainer.
+        second: Name of the second explainer.
+        key: Key of the metric.
+        measured: First minus second, with a bootstrap interval over the images on which both are defined.
     """
 
     first: str
@@ -44,11 +42,11 @@ class GroupMean:
     """One metric of one explainer on the images of one pair of classes, or of one true class.
 
     Attributes:
-        explainer: Its name.
-        source: The class before, or the true class.
-        target: The class asked for; None for a true class.
-        key: Of the metric.
-        measured: With its interval.
+        explainer: Name of the explainer.
+        source: Class decided before the edit, or the true class.
+        target: Target class; None if the group is a true class.
+        key: Key of the metric.
+        measured: Mean over the group with its interval.
     """
 
     explainer: str
@@ -59,8 +57,8 @@ class GroupMean:
 
 
 def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
-    """Every metric that two explainers have of the same images, for every two of them."""
-    wanted = [metric.key for metric in evaluation.measures.metrics]
+    """Compares every two explainers in every metric that both have per image."""
+    wanted = [metric.key for metric in evaluation.metrics]
     found: list[Difference] = []
     for one, other in combinations(evaluation.rows, 2):
         keys = [key for key in wanted if key in one.per_image and key in other.per_image]
@@ -71,23 +69,17 @@ def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: i
 
 
 def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[GroupMean]:
-    """Every metric per pair of classes before and asked for, and per true class: a mean hides its worst part."""
+    """Averages every metric per pair of decided and target class, and per true class: a mean hides its worst part."""
     names = evaluation.class_names
     found: list[GroupMean] = []
     for row in evaluation.rows:
-        values = {m.key: row.per_image[m.key] for m in evaluation.measures.metrics if m.key in row.per_image}
+        values = {m.key: row.per_image[m.key] for m in evaluation.metrics if m.key in row.per_image}
         for source, target, members in _groups(row.predicted, row.target, evaluation.labels):
-            part = {key: value[members] for key, value in values.items()}
-            measured = summarise(part, resamples=resamples, seed=seed)
+            measured = summarise({k: value[members] for k, value in values.items()}, resamples=resamples, seed=seed)
+            asked = None if target is None else names[target]
             found += [
-                GroupMean(
-                    explainer=row.name,
-                    source=names[source],
-                    target=None if target is None else names[target],
-                    key=key,
-                    measured=measured[key],
-                )
-                for key in part
+                GroupMean(explainer=row.name, source=names[source], target=asked, key=key, measured=measured[key])
+                for key in values
             ]
     return found
 
@@ -95,30 +87,28 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
 def at_equal_strength(
     evaluation: Evaluation, level: float, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[int, dict[str, dict[str, Measurement]]]:
-    """Closeness and realism at equal confidence, on the images for which every explainer has an edit that is so sure.
+    """Measures closeness and realism on the images that every explainer can change to the target probability ``level``.
 
     Returns:
-        How many images these are, and by explainer and metric key what is measured on them.
+        The number of these images, and the measurements by explainer and metric key.
     """
     reached = iso_key(level, "reached")
     rows = [row for row in evaluation.rows if reached in row.per_image]
     if not rows:
         return 0, {}
+    # Images that every explainer can change so far.
     common = torch.stack([row.per_image[reached] for row in rows]).all(dim=0)
     found = {}
     for row in rows:
-        values = {
-            key: row.per_image[iso_key(level, key)] for key in ISO_CLOSENESS if iso_key(level, key) in row.per_image
-        }
-        found[row.name] = summarise(
-            {key: value[common] for key, value in values.items()}, resamples=resamples, seed=seed
-        )
+        keys = {key: iso_key(level, key) for key in ISO_CLOSENESS}
+        values = {key: row.per_image[iso][common] for key, iso in keys.items() if iso in row.per_image}
+        found[row.name] = summarise(values, resamples=resamples, seed=seed)
         found[row.name] |= _realism(row, f"{level:g}", common, seed)
     return int(common.sum()), found
 
 
 def _realism(row: ResultRow, level: str, common: Tensor, seed: int) -> dict[str, Measurement]:
-    """Distances of the sets of originals and edits in the classifier's features."""
+    """Measures distances between the sets of originals and of edits in the classifier's features."""
     total, used = len(common), int(common.sum())
     if level not in row.features:
         return {}
@@ -133,10 +123,10 @@ def _realism(row: ResultRow, level: str, common: Tensor, seed: int) -> dict[str,
 
 
 def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean | None:
-    """The pair of classes on which an explainer does worst in a metric, by the metric's own direction."""
+    """Finds the pair of classes on which an explainer does worst in a metric; None for metrics without a direction."""
     better = next(metric.better for metric in METRICS if metric.key == key)
     found = [
-        group
+        (group.measured.value, group)
         for group in groups
         if (group.explainer, group.key) == (explainer, key)
         and group.target is not None
@@ -145,13 +135,13 @@ def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean |
     if not found or better == "neither":
         return None
     sign = 1 if better == "higher" else -1
-    return min(found, key=lambda group: sign * (group.measured.value or 0.0))
+    return min(found, key=lambda pair: sign * pair[0])[1]
 
 
 def _groups(
     predicted: Tensor | None, target: Tensor | None, labels: Tensor
 ) -> Iterator[tuple[int, int | None, Tensor]]:
-    """Class before, class asked for (None for true classes), and which images."""
+    """Yields decided class, target class (None for a true class), and the images of the group, [N] bool."""
     if predicted is not None and target is not None:
         for source, asked in torch.unique(torch.stack([predicted, target], dim=1), dim=0).tolist():
             yield source, asked, (predicted == source) & (target == asked)

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: the same images explained by every explainer, side by side on one page.
+"""The gallery of an evaluation: the same images explained by all explainers, side by side on one page.
 
 Shapes: B images, C channels, H, W pixels, K classes.
 """
@@ -22,22 +22,22 @@ from cfe_lightning.explanation import Explanation
 from cfe_lightning.files.text import data_address
 from cfe_lightning.report.html import write_page
 
-#: Smaller pictures are enlarged by a whole factor to about this side: every pixel is then seen as the square it is.
+#: Side to which smaller pictures are enlarged, in screen pixels; by a whole factor, so that pixels remain squares.
 _SHOWN = 144
-#: A change below half a grey level, in units of black to white.
+#: Change that rounding to 8 bits removes: half a grey level, where 1 is black to white.
 _INVISIBLE = 0.5 / 255
-#: Probabilities that differ by more come from different classifiers.
+#: Largest difference between probabilities of the same classifier.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Picture:
-    """A kept picture.
+    """A small copy of a picture.
 
     Attributes:
-        title: What is shown.
-        pixels: Bytes, [1 or 3, h, w].
-        peak: Of differences, what is drawn in full colour, where 1 is black to white.
+        title: Caption.
+        pixels: Grey or RGB levels, [1 or 3, h, w] uint8.
+        peak: Difference that is drawn in full colour, where 1 is black to white; None for pictures of other kinds.
     """
 
     title: str
@@ -46,17 +46,17 @@ class _Picture:
 
     @property
     def address(self) -> str:
-        """All pixels as a data address."""
+        """Returns the picture as a data URL, without loss."""
         array = self.pixels.numpy()
         picture = Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
         buffer = io.BytesIO()
-        # The quality of lossless files is the effort.
+        # In lossless files quality is the effort of the compression.
         picture.save(buffer, format="WEBP", lossless=True, quality=50, method=3)
         return data_address(buffer.getvalue(), "webp")
 
     @property
     def strength(self) -> str | None:
-        """How strong the strongest colour is, in words."""
+        """Returns the peak in words; None for pictures that show no difference."""
         if self.peak is None:
             return None
         if self.peak == 0:
@@ -70,12 +70,12 @@ class _Cell:
     """One explainer's answer to one image.
 
     Attributes:
-        predicted: Class that the judge decides for, and its probability.
-        target: Class asked for, and its probability before.
-        after: Its probability of the counterfactual as saved; None where there is none.
-        flipped: Whether the judge decides the saved counterfactual for the target; None where there is nothing to flip.
-        pictures: What is seen.
-        differences: Below each picture how it differs from what it was made of; None where that says nothing.
+        predicted: The judge's decision and its probability.
+        target: Target class and its probability on the original.
+        after: Probability of the target on the counterfactual as saved; None without a counterfactual.
+        flipped: True if the saved counterfactual is decided as the target; None if there is nothing to flip.
+        pictures: Pictures of the upper row.
+        differences: Difference of each picture from its origin, for the lower row; None for attributions.
     """
 
     predicted: tuple[int, float]
@@ -88,7 +88,7 @@ class _Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Original:
-    """An explained image and its true class."""
+    """An explained image with the index of its true class."""
 
     name: str
     label: int
@@ -96,13 +96,13 @@ class _Original:
 
 
 class Gallery:
-    """Keeps small copies of a few images and of what explainers make of them, and draws the page.
+    """Collects small copies of a few images and of their explanations, and writes them as a page.
 
-    Explainers are given the same images in the same order; they may take turns batch by batch or come one after the
-    other. What is kept is bytes on the CPU, one to four pictures per image and explainer.
+    All explainers answer for the same images in the same order, batch by batch in turn or one after the other. The
+    copies are 8-bit pictures on the CPU, one to four per image and explainer.
 
     Args:
-        size: Longest side of a kept picture in pixels; larger ones are shrunk.
+        size: Longest side of a copy in pixels; larger pictures are shrunk.
 
     Raises:
         ValueError: If ``size`` is not positive.
@@ -126,42 +126,47 @@ class Gallery:
         before: Tensor,
         after: Tensor | None,
     ) -> None:
-        """Keeps what an explainer says of further images.
+        """Adds an explainer's answers for further images.
 
         Args:
-            explainer: Its name; explainers are shown in the order in which they first come.
-            names: Of the images, B.
-            labels: Their true classes, [B].
-            explanation: Of these images.
-            before: What the judge says of the images, probabilities [B, K].
-            after: What it says of the counterfactuals as saved, probabilities [B, K]; None where there are none.
+            explainer: Name of the explainer; the page shows explainers in the order of their first call.
+            names: Names of the B images.
+            labels: True classes, [B].
+            explanation: The explainer's answer for these images.
+            before: The judge's probabilities on the images, [B, K].
+            after: The judge's probabilities on the counterfactuals as saved, [B, K]; None without counterfactuals.
 
         Raises:
-            ValueError: If the lengths disagree, or another explainer was given other images.
+            ValueError: If the lengths disagree, or other explainers were given other images.
         """
+        # Agreement of the arguments.
         if not len(names) == len(labels) == len(explanation) == len(before):
             raise ValueError(
                 f"A gallery needs one name, label and decision per explanation, got {len(names)}, {len(labels)} and "
                 f"{len(before)} for {len(explanation)}."
             )
         if (after is None) != (explanation.counterfactual is None):
-            raise ValueError(f"Counterfactuals and what the judge says of them go together: {explainer!r} has but one.")
+            raise ValueError(f"Counterfactuals and their probabilities go together: {explainer!r} has but one.")
+
+        # Agreement with earlier explainers, which may have fewer images.
         cells = self._cells.setdefault(explainer, [])
         found = [one.name for one in self._originals[len(cells) : len(cells) + len(names)]]
         if found != list(names)[: len(found)]:
             raise ValueError(f"{explainer!r} explains {names[0]!r} and so on where the others explain {found[0]!r}.")
+
+        # Copies.
         new = slice(len(found), None)
         originals = zip(names[new], labels[new].tolist(), self._kept("original", explanation.image[new]), strict=True)
         self._originals += [_Original(name=name, label=label, picture=kept) for name, label, kept in originals]
         cells += self._answers(explanation, before.float().cpu(), None if after is None else after.float().cpu())
 
     def fail(self, explainer: str, reason: str) -> None:
-        """Notes why an explainer shows no (further) images."""
+        """Notes the reason why an explainer has no (further) answers."""
         self._cells.setdefault(explainer, [])
         self._failures[explainer] = reason
 
     def state(self) -> dict[str, Any]:
-        """All that is kept as dictionaries, lists, tensors, texts and numbers; ``torch.save`` takes it."""
+        """Returns the whole collection as plain data that ``torch.load(weights_only=True)`` can read."""
         return {
             "originals": [asdict(one) for one in self._originals],
             "cells": {name: [asdict(cell) for cell in cells] for name, cells in self._cells.items()},
@@ -169,62 +174,54 @@ class Gallery:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Replaces what is kept by what ``state`` gave."""
+        """Replaces the collection by a result of ``state``."""
 
         def pictures(given: list[dict[str, Any] | None]) -> list[Any]:
             return [None if one is None else _Picture(**one) for one in given]
 
-        self._originals = [
-            _Original(name=one["name"], label=one["label"], picture=_Picture(**one["picture"]))
-            for one in state["originals"]
-        ]
+        rows = ("pictures", "differences")
+        self._originals = [_Original(**one | {"picture": _Picture(**one["picture"])}) for one in state["originals"]]
         self._cells = {
-            name: [
-                _Cell(**(cell | {key: pictures(cell[key]) for key in ("pictures", "differences")})) for cell in cells
-            ]
+            name: [_Cell(**cell | {row: pictures(cell[row]) for row in rows}) for cell in cells]
             for name, cells in state["cells"].items()
         }
         self._failures = dict(state["failures"])
 
     def write(self, folder: Path, class_names: Sequence[str]) -> Path | None:
-        """Writes ``gallery.html``, which needs no network; where nothing is to be shown, an older one goes away.
-
-        Args:
-            folder: Exists.
-            class_names: K names.
-
-        Returns:
-            The page; None where no image was added.
-        """
+        """Writes ``gallery.html`` and returns its path; without images deletes an older page and returns None."""
         path = folder / "gallery.html"
         if not self._originals:
             path.unlink(missing_ok=True)
             return None
         longest = max(max(one.picture.pixels.shape[1:]) for one in self._originals)
         factor = max(1, round(_SHOWN / longest))
+        titles = {picture.title for cells in self._cells.values() for cell in cells for picture in cell.pictures}
         return write_page(
             path,
             "evaluation/gallery.html.j2",
             styles=["evaluation/gallery.css"],
-            # A policy that knows the style by its hash allows no other place for a width.
+            # The content security policy allows no style attributes, so the width is a rule of the style sheet.
             more_style=f":root {{ --base: {longest * factor}px; }}\n",
             originals=len(self._originals),
             explainers=list(self._cells),
             sections=self._sections(class_names),
             enlarged=factor > 1,
             percent=percent,
-            renders=self._has("rendering alone"),
-            splits=self._has("without this part"),
-            points=self._has("attribution"),
+            renders="rendering alone" in titles,
+            splits="without this part" in titles,
+            points="attribution" in titles,
         )
 
     def _sections(self, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """What the page says of every image."""
+        """Yields the values that the page shows of every image."""
+        # Explainers by their kind of answer.
         groups: dict[str, list[str]] = {"What would have to change": [], "Where it looks": [], "Not shown": []}
         for name, cells in self._cells.items():
             differs = any(difference for cell in cells for difference in cell.differences)
             title = "What would have to change" if differs else "Where it looks" if cells else "Not shown"
             groups[title].append(name)
+
+        # Images.
         for index, original in enumerate(self._originals):
             here = {name: found[index] for name, found in self._cells.items() if index < len(found)}
             decision = _common_decision(list(here.values()))
@@ -243,32 +240,24 @@ class Gallery:
                 ],
             }
 
-    def _column(self, name: str, cell: _Cell | None, tell: bool, class_names: Sequence[str]) -> dict[str, Any]:
-        """What the page says of one explainer on one image; ``tell``: also what its classifier decides."""
+    def _column(self, name: str, cell: _Cell | None, decides: bool, class_names: Sequence[str]) -> dict[str, Any]:
+        """Returns the values of one explainer on one image, with its classifier's decision if ``decides``."""
         if cell is None:
             return {"name": name, "reason": self._failures.get(name, "shows nothing for this image")}
-        predicted, target = cell.predicted, cell.target
+        predicted, probability = cell.predicted
         return {
             "name": name,
             "reason": None,
-            "decision": (class_names[predicted[0]], predicted[1]) if tell else None,
-            "target": class_names[target[0]],
-            "before": target[1],
-            "after": cell.after,
-            "flipped": cell.flipped,
-            "pictures": cell.pictures,
-            "differences": cell.differences,
+            "cell": cell,
+            "decision": (class_names[predicted], probability) if decides else None,
+            "target": class_names[cell.target[0]],
         }
 
-    def _has(self, title: str) -> bool:
-        return any(
-            picture.title == title for cells in self._cells.values() for cell in cells for picture in cell.pictures
-        )
-
     def _answers(self, explanation: Explanation, before: Tensor, after: Tensor | None) -> list[_Cell]:
-        """One cell per image."""
+        """Returns one cell per image of a batch."""
         columns = self._columns(explanation)
         predicted, target = before.argmax(dim=1), explanation.target.cpu()
+        # An original that is decided as the target has nothing to flip.
         flipped = None if after is None else decides_for(after, target)
         return [
             _Cell(
@@ -283,13 +272,16 @@ class Gallery:
         ]
 
     def _columns(self, explanation: Explanation) -> list[tuple[list[_Picture], list[_Picture] | None]]:
-        """Pictures of a batch, and below each its difference from what it was made of."""
+        """Returns the kinds of pictures to show, each for a whole batch and with the differences from its origin."""
         image, parts, edited = explanation.image, explanation.parts, explanation.counterfactual
         columns: list[tuple[list[_Picture], list[_Picture] | None]] = []
+
+        # The edit.
         if edited is not None:
-            columns.append(
-                (self._kept("counterfactual", edited), self._coloured("change", images.visible_change(image, edited)))
-            )
+            change = self._coloured("change", images.visible_change(image, edited))
+            columns.append((self._kept("counterfactual", edited), change))
+
+        # The parts of the image, or the rendering that the edit starts from.
         if "distinct" in parts and (edited is not None or _is_attribution(parts["distinct"], explanation.attribution)):
             distinct = parts["distinct"].float()
             without = self._kept("without this part", image - distinct)
@@ -298,17 +290,20 @@ class Gallery:
             rendering = parts["reconstruction"]
             change = self._coloured("changed beyond it", images.visible_change(rendering, edited))
             columns.append((self._kept("rendering alone", rendering), change))
+
+        # The attribution, without anything better.
         if not columns:
             columns.append((self._kept("attribution", images.heat_map(explanation.attribution.float())), None))
         return columns
 
     def _coloured(self, title: str, change: Tensor) -> list[_Picture]:
-        """Differences [B, C, H, W], of which 1 is black to white."""
+        """Draws differences [B, C, H, W] in colours; 1 is black to white."""
         return self._kept(title, images.signed_difference(change), change.abs().amax(dim=(1, 2, 3)).tolist())
 
     def _kept(self, title: str, batch: Tensor, peaks: Sequence[float | None] | None = None) -> list[_Picture]:
-        """Small copies of images [B, C, H, W] in [-1, 1]."""
+        """Returns small copies of images [B, C, H, W] in [-1, 1]."""
         height, width = batch.shape[-2:]
+        # Averages over areas, so that shrinking skips no pixel.
         shrink = min(1.0, self.size / max(height, width))
         shown = batch.detach().float()
         if shrink < 1:
@@ -321,18 +316,17 @@ class Gallery:
 
 
 def _is_attribution(distinct: Tensor, attribution: Tensor) -> bool:
-    """Whether a distinct part [B, C, H, W] is what its attribution shows, with signs.
+    """Tells whether a distinct part [B, C, H, W] is the attribution [B, 1, H, W] with signs and colours.
 
-    Of most baselines it is but their heat map times the image.
+    The distinct part of most baselines is only their heat map times the image, which is not worth a picture.
     """
     magnitude = distinct.abs().mean(dim=1, keepdim=True)
     return torch.allclose(magnitude.float(), attribution.float(), rtol=1e-3, atol=1e-6)
 
 
 def _common_decision(cells: Sequence[_Cell]) -> tuple[int, float] | None:
-    """What the judge decides, and its probability; None where explainers are judged by classifiers that differ."""
+    """Returns decision and probability on an image; None if the explainers' classifiers differ."""
     decided = {cell.predicted[0] for cell in cells}
     surely = [cell.predicted[1] for cell in cells]
-    if len(decided) != 1 or max(surely) - min(surely) > _SAME:
-        return None
-    return cells[0].predicted
+    same = len(decided) == 1 and max(surely) - min(surely) <= _SAME
+    return cells[0].predicted if same else None

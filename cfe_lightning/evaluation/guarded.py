@@ -1,4 +1,4 @@
-"""Anybody's explainer among others: what it stumbles over must not cost the others' results."""
+"""Third-party explainers, guarded: one that fails gets a reason and does not abort the evaluation of the others."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cfe_lightning.files.text import one_line
 
 
 class FaultyExplainerError(Exception):
-    """An explainer gave no answer, or none that can be measured; says what, as a clause."""
+    """An explainer gave no answer, or none that can be measured; the message is a clause that says why."""
 
 
 class GuardedExplainer:
-    """Asks an explainer and turns whatever it stumbles over into a reason.
+    """An explainer whose failures and non-finite answers become a ``FaultyExplainerError``.
 
     Args:
-        explainer: Anybody's code.
-        names: Of the images that it is asked about next.
+        explainer: Any explainer, also of third parties.
+        names: Names of the images of the next calls, for messages.
     """
 
     def __init__(self, explainer: Explainer, names: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ class GuardedExplainer:
         self.names = names
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """As the explainer does; every part of the answer is finite."""
+        """Returns the explainer's explanation after checking that all of its images are finite."""
         explanation = self._ask(self.explainer.explain, image, target)
         answer = {"attribution": explanation.attribution, **explanation.parts}
         if explanation.counterfactual is not None:
@@ -39,7 +39,7 @@ class GuardedExplainer:
         return explanation
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
-        """As the explainer does; finite."""
+        """Returns the explainer's distinct part after checking that it is finite."""
         assert is_decomposer(self.explainer)
         distinct = self._ask(self.explainer.distinct, image, source)
         self._check({"distinct part": distinct})
@@ -50,13 +50,12 @@ class GuardedExplainer:
             return question(*arguments)
         except torch.OutOfMemoryError:
             raise
-        # Explainers are anybody's code.
+        # Third-party code may raise anything.
         except Exception as error:
-            reason = one_line(error)
-            raise FaultyExplainerError(f"fails with {type(error).__name__}: {reason}") from error
+            raise FaultyExplainerError(f"fails with {type(error).__name__}: {one_line(error)}") from error
 
     def _check(self, answer: dict[str, Tensor]) -> None:
-        """Tells what is not finite, and for which image."""
+        """Refuses tensors [B, ...] that are not finite, and names the first such image."""
         for what, value in answer.items():
             finite = value.flatten(1).isfinite().all(dim=1)
             if not finite.all():
@@ -65,5 +64,5 @@ class GuardedExplainer:
 
 
 def is_decomposer(explainer: Explainer) -> TypeGuard[Decomposer]:
-    """Whether an explainer can give the part of an image that makes it a class."""
+    """Tells whether an explainer can split off the distinct part of an image, which makes the image its class."""
     return callable(getattr(explainer, "distinct", None))

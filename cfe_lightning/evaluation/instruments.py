@@ -1,7 +1,8 @@
-"""Networks that measure beside the judge, from files of the user's: nothing is downloaded, weights are read as data.
+"""Networks that measure beside the judge, from files of the user: nothing is downloaded, and weights are plain data.
 
-Source: evaluation, sections 4.2, 5.1, 6 and 11. One file is code by its nature: a TorchScript or torch.export program,
-and whoever names it as ``user`` trusts its author (see ``networks.exported``).
+They serve LPIPS (arXiv 1801.03924), FID (1706.08500) and KID (1801.01401), and the similarities and attribute counts of
+ACE (2303.09962). Only the file ``user`` is code, a TorchScript or torch.export program: users name only programs that
+they trust (see ``classifier.exported``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,72 +29,43 @@ from cfe_lightning.evaluation.embeddings import FaceEmbedding, SimSiamEmbedding,
 from cfe_lightning.explainer import sha256_of
 from cfe_lightning.files.text import one_line
 from cfe_lightning.metrics.attributes import attribute_correlations
+from cfe_lightning.metrics.case import Instruments
 
-#: Images [B, C, H, W] in [-1, 1] to features [B, D].
-Embedding = Callable[[Tensor], Tensor]
-
-#: What can be given, and what file it takes.
+#: Every network that can be given, and the file it takes.
 NAMES: dict[str, str] = {
     "lpips": "a state dictionary of torchvision's AlexNet, VGG16 or SqueezeNet 1.1, whole or of its features alone",
     "inception": "pt_inception-2015-12-05, the Inception v3 of torch-fidelity (which must be installed)",
     "user": "a TorchScript or torch.export program of yours that maps RGB images in [0, 1] to features [N, D]",
     "face": "a state dictionary of the ResNet-50 of VGGFace2, with or without its classifier",
     "simsiam": "the published checkpoint of SimSiam's ResNet-50, or its state dictionary",
-    "oracle": "a classifier file of cfe_lightning for a multi-label network, which sees the attributes",
+    "oracle": "a classifier file of cfe_lightning for a multi-label network, which recognises the attributes",
 }
-#: Before the name of an environment variable that says where a file is.
+_CHOICE = f"choose from {', '.join(NAMES)}"
+#: Start of the names of environment variables that give files.
 ENVIRONMENT_PREFIX = "CFE_WEIGHTS_"
-#: LPIPS was not made for smaller images, in pixels a side.
+#: Shortest side of images for LPIPS, in pixels; smaller images are enlarged.
 LPIPS_SIZE = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Instruments:
-    """What measures beside the judge; None where no file was given.
-
-    Attributes:
-        lpips: Images and their edits to perceptual distances [B].
-        inception: Features for the published FID and KID, [B, 2048].
-        user: Features of the user's own network, [B, D].
-        face: Embeddings of faces, [B, 2048].
-        simsiam: Embeddings of anything, [B, 2048].
-        oracle: A multi-label network: ``label_probabilities`` are what it sees.
-        correlations: Of every label with the asked one in a table of labels, [L] float64 in [-1, 1].
-        asked: Index of the label that is asked for among the oracle's.
-        hashes: SHA-256 of every file by its name; that of the table of labels is called ``attributes``.
-    """
-
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None
-    inception: Embedding | None = None
-    user: Embedding | None = None
-    face: Embedding | None = None
-    simsiam: Embedding | None = None
-    oracle: FrozenClassifier | None = None
-    correlations: Tensor | None = None
-    asked: int | None = None
-    hashes: dict[str, str] = field(default_factory=dict)
-
-
 def weights_from(options: Mapping[str, str | Path] | None, environ: Mapping[str, str]) -> dict[str, Path]:
-    """The files that were named: by options first, else by variables such as ``CFE_WEIGHTS_LPIPS``.
-
-    Args:
-        options: Name to file.
-        environ: The environment; an empty variable counts as none.
+    """Collects files by name from the options, or else from non-empty variables such as ``CFE_WEIGHTS_LPIPS``.
 
     Raises:
         ValueError: If a name is not one of ``NAMES``.
     """
+    # Variables.
     named = {
         variable.removeprefix(ENVIRONMENT_PREFIX).lower(): path
         for variable, path in environ.items()
         if variable.startswith(ENVIRONMENT_PREFIX) and path
     }
+
+    # Names.
     for origin, names in (("weights", options or {}), ("variables", named)):
         unknown = [name for name in names if name not in NAMES]
         if unknown:
             shown = [name if origin == "weights" else f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown]
-            raise ValueError(f"There are no instruments for the {origin} {', '.join(shown)}: {_known()}.")
+            raise ValueError(f"There are no instruments for the {origin} {', '.join(shown)}: {_CHOICE}.")
     files = {**named, **(options or {})}
     return {name: Path(files[name]) for name in NAMES if name in files}
 
@@ -107,53 +78,48 @@ def load_instruments(
     asked: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Instruments:
-    """Reads the files and builds the networks around them, frozen.
+    """Builds frozen networks from files.
 
     Args:
-        weights: Name to file, see ``NAMES``.
-        trusted: For the oracle's file, see ``load_classifier``.
-        attributes: A table of labels with 0 or -1 and 1: the image's name first, then a column for every label of the
-            oracle. A ``.csv`` has a header over all columns; anything else is taken to be CelebA's own
+        weights: Files by the names of ``NAMES``.
+        trusted: Packages whose classes the oracle's file may name, see ``load_classifier``.
+        attributes: Table of labels, 1 for yes and 0 or -1 for no: first the image's name, then a column for every label
+            of the oracle. A ``.csv`` file has a header over all columns; any other file is read like CelebA's
             ``list_attr_celeba.txt``.
-        asked: The oracle's label that the edits were asked to change.
-        device: Where the networks compute; images are to be there too.
+        asked: Label of the oracle that the edits are asked to change.
+        device: Device of the networks and of the images they are given.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is not what its name needs, or the table and the oracle do not fit.
     """
     _check(weights, attributes, asked)
-    built: dict[str, nn.Module] = {}
+
+    # Networks.
+    built: dict[str, Any] = {}
     for name, build in _BUILDERS.items():
         if name in weights:
             with _explained(name, weights[name]):
-                built[name] = build(Path(weights[name])).eval().requires_grad_(False).to(device)
-    lpips = None
-    if "lpips" in weights:
-        with _explained("lpips", weights["lpips"]):
-            lpips = _lpips(Path(weights["lpips"]), device)
-    oracle = _oracle(weights["oracle"], trusted).to(device) if "oracle" in weights else None
-    index = None if oracle is None or asked is None else _index(oracle, asked)
-    correlations = None
-    if oracle is not None and attributes is not None and index is not None:
-        labels = read_labels(Path(attributes), oracle.label_names)
-        correlations = attribute_correlations(labels, index).to(device)
+                built[name] = build(weights[name])
+                if isinstance(built[name], nn.Module):
+                    built[name].eval().requires_grad_(False).to(device)
+
+    # The oracle and the correlations of its labels.
+    oracle = _oracle(weights["oracle"], trusted, asked).to(device) if "oracle" in weights else None
+    index = correlations = None
+    if oracle is not None and asked is not None:
+        index = oracle.label_names.index(asked)
+        if attributes is not None:
+            correlations = attribute_correlations(read_labels(attributes, oracle.label_names), index).to(device)
+
+    # Digests.
     files = {**weights, **({} if attributes is None else {"attributes": attributes})}
-    return Instruments(
-        lpips=lpips,
-        inception=built.get("inception"),
-        user=built.get("user"),
-        face=built.get("face"),
-        simsiam=built.get("simsiam"),
-        oracle=oracle,
-        correlations=correlations,
-        asked=index,
-        hashes={name: sha256_of(Path(path)) for name, path in files.items()},
-    )
+    hashes = {name: sha256_of(path) for name, path in files.items()}
+    return Instruments(**built, oracle=oracle, correlations=correlations, asked=index, hashes=hashes)
 
 
 class _Perceptual:
-    """LPIPS of images of any size, [B, C, H, W] twice -> [B]; small ones are enlarged first."""
+    """LPIPS between images [B, C, H, W] in [-1, 1] of any size, [B]; small images are enlarged first."""
 
     def __init__(self, measure: Lpips) -> None:
         self.measure = measure
@@ -164,14 +130,13 @@ class _Perceptual:
 
 
 def _at_least(image: Tensor) -> Tensor:
-    height, width = (max(side, LPIPS_SIZE) for side in image.shape[-2:])
-    if (height, width) == image.shape[-2:]:
-        return image
-    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+    """Enlarges images to sides of at least ``LPIPS_SIZE``."""
+    size = tuple(max(side, LPIPS_SIZE) for side in image.shape[-2:])
+    return image if size == image.shape[-2:] else F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
 class _Inception(nn.Module):
-    """The published features: torch-fidelity's network takes 8-bit RGB and resizes it, [B, C, H, W] -> [B, 2048]."""
+    """Inception v3 as in published FIDs, [B, C, H, W] in [-1, 1] -> [B, 2048]; it takes 8-bit RGB and resizes it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -187,15 +152,11 @@ def _inception(path: Path) -> nn.Module:
         raise ValueError("the published Inception v3 is part of torch-fidelity: pip install torch-fidelity")
     weights = read_weights(path)
     with tempfile.TemporaryDirectory() as folder:
-        # torch-fidelity unpickles whatever it is given, so it is given a file of ours.
+        # torch-fidelity unpickles any file, so it gets one that holds the checked weights only.
         copy = Path(folder) / "weights.pt"
         torch.save(weights, copy)
         metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(copy))
     return _Inception(metric.inception)
-
-
-def _user(path: Path) -> nn.Module:
-    return UserEmbedding(ExportedNetwork(path.read_bytes()))
 
 
 def _face(path: Path) -> nn.Module:
@@ -210,25 +171,27 @@ def _simsiam(path: Path) -> nn.Module:
     return embedding
 
 
-_BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
-    "inception": _inception,
-    "user": _user,
-    "face": _face,
-    "simsiam": _simsiam,
-}
-
-
-def _lpips(path: Path, device: str | torch.device) -> _Perceptual:
+def _lpips(path: Path) -> _Perceptual:
+    # Whole models have a classifier, which LPIPS does not use.
     found = {name: value for name, value in read_weights(path).items() if "classifier." not in name}
     weights = {name.rpartition("features.")[2]: value for name, value in found.items()}
     measure = Lpips(pretrained=False, net=_backbone(weights))
     measure.load_backbone(weights)
-    measure.network.to(device)
     return _Perceptual(measure)
 
 
+#: Functions that build a network from a file, by name of the instrument.
+_BUILDERS: dict[str, Callable[[Path], nn.Module | _Perceptual]] = {
+    "inception": _inception,
+    "user": lambda path: UserEmbedding(ExportedNetwork(path.read_bytes())),
+    "face": _face,
+    "simsiam": _simsiam,
+    "lpips": _lpips,
+}
+
+
 def _backbone(weights: Mapping[str, Tensor]) -> Literal["alex", "vgg", "squeeze"]:
-    """Which of the three networks has such layers."""
+    """Returns the name of the network that has such weights."""
     if "3.squeeze.weight" in weights:
         return "squeeze"
     first = weights.get("0.weight", torch.empty(0)).shape
@@ -239,40 +202,32 @@ def _backbone(weights: Mapping[str, Tensor]) -> Literal["alex", "vgg", "squeeze"
     raise ValueError(f"its layers ({', '.join(list(weights)[:3])}, ...) are those of none of the three networks")
 
 
-def _oracle(path: Path, trusted: Sequence[str]) -> FrozenClassifier:
+def _oracle(path: Path, trusted: Sequence[str], asked: str | None) -> FrozenClassifier:
+    """Loads a multi-label classifier and checks that it has the label ``asked``."""
     oracle = load_classifier(str(path), list(trusted))
     if oracle.spec.label is None:
         raise ValueError(
-            f"The oracle {path} decides between classes ({', '.join(oracle.class_names[:5])}), but the attributes are "
-            "counted of a multi-label network: name one of its outputs as label when you wrap it."
+            f"The oracle {path} decides between classes ({', '.join(oracle.class_names[:5])}), but attributes are "
+            "counted with a multi-label network: name one of its outputs as label when you wrap it."
         )
+    if asked is not None and asked not in oracle.label_names:
+        raise ValueError(f"The oracle has no label {asked!r} to ask for: it has {', '.join(oracle.label_names)}.")
     return oracle
 
 
-def _index(oracle: FrozenClassifier, asked: str) -> int:
-    if asked not in oracle.label_names:
-        raise ValueError(f"The oracle has no label {asked!r} to ask for: it has {', '.join(oracle.label_names)}.")
-    return oracle.label_names.index(asked)
-
-
 def read_labels(path: Path, names: Sequence[str]) -> Tensor:
-    """The columns of a table of labels, see ``load_instruments``.
-
-    Args:
-        path: The table.
-        names: The columns that are wanted.
-
-    Returns:
-        [N, L] bool.
+    """Reads the columns ``names`` of a table of labels, [N, L] bool; ``load_instruments`` describes its format.
 
     Raises:
-        ValueError: If it is no such table, or has no column for a name.
+        ValueError: If the file is no such table, or has no column for a name.
     """
+    # Heading.
     rows = _rows(path)
     header = next(rows, [])
     if len(header) == 1:
-        header = next(rows, [])  # CelebA's own table starts with the number of images
-    # A .csv names the first column too.
+        # CelebA's own table starts with the number of images.
+        header = next(rows, [])
+    # A .csv file names the first column, too.
     columns = header[1:] if path.suffix == ".csv" else header
     missing = [name for name in names if name not in columns]
     if missing:
@@ -280,6 +235,8 @@ def read_labels(path: Path, names: Sequence[str]) -> Tensor:
             f"The table of attributes {path} has no column for the oracle's {', '.join(missing)}: its header must hold "
             f"the names of all labels after the image's; it has {', '.join(columns[:5]) or 'none'}."
         )
+
+    # Rows.
     places = [columns.index(name) + 1 for name in names]
     labels = []
     for row in rows:
@@ -295,7 +252,7 @@ def read_labels(path: Path, names: Sequence[str]) -> Tensor:
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
-    """The fields of every line but empty ones, separated by commas in a .csv and by blanks otherwise."""
+    """Yields the fields of all lines but empty ones, separated by commas in a .csv file and by blanks otherwise."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         lines = csv.reader(stream) if path.suffix == ".csv" else (line.split() for line in stream)
         try:
@@ -307,31 +264,26 @@ def _rows(path: Path) -> Iterator[list[str]]:
 
 
 def _check(weights: Mapping[str, Path], attributes: Path | None, asked: str | None) -> None:
-    """What can be told before a network is built."""
+    """Refuses wrong names, missing files and incomplete arguments before a network is built."""
     unknown = [name for name in weights if name not in NAMES]
     if unknown:
-        raise ValueError(f"There are no instruments {', '.join(unknown)}: {_known()}.")
+        raise ValueError(f"There are no instruments {', '.join(unknown)}: {_CHOICE}.")
     for name, path in weights.items():
-        if not Path(path).is_file():
+        if not path.is_file():
             raise FileNotFoundError(f"There is no file {path} for {name}: it takes {NAMES[name]}.")
-    if attributes is not None and not Path(attributes).is_file():
+    if attributes is not None and not attributes.is_file():
         raise FileNotFoundError(f"There is no table of attributes {attributes}: give CelebA's, or a .csv of your own.")
     if "oracle" not in weights and (attributes is not None or asked is not None):
-        raise ValueError("Attributes are counted in the eyes of an oracle: give its file as oracle too.")
+        raise ValueError("Attributes are counted by an oracle: give its file as oracle too.")
     if attributes is not None and asked is None:
-        raise ValueError("A table of attributes is read for the correlations with the asked one: name that one too.")
-
-
-def _known() -> str:
-    return f"choose from {', '.join(NAMES)}"
+        raise ValueError("A table of attributes gives correlations with the asked attribute: name that one too.")
 
 
 @contextmanager
 def _explained(name: str, path: Path) -> Iterator[None]:
-    """One sentence, whatever a loader says of a file."""
+    """Turns any error of a loader into one sentence."""
     try:
         yield
-    # They raise nearly anything on files that are broken or of another network.
+    # Loaders raise nearly anything on broken files and on weights of other networks.
     except Exception as error:
-        reason = one_line(error)
-        raise ValueError(f"{path} cannot be used as {name}, which takes {NAMES[name]}: {reason}.") from error
+        raise ValueError(f"{path} cannot be used as {name}, which takes {NAMES[name]}: {one_line(error)}.") from error

@@ -1,10 +1,9 @@
 """The known-cause bench: do explanations raise an alarm when a classifier uses a planted mark, and only then?
 
-A cell is a classifier of built-in shapes with one cue, one size of it and a mark in the corner that follows the class
-with probability p. Whether the classifier uses the mark is not assumed but measured, by moving the mark and nothing
-else. The alarm of an explanation is how much of its change lies where marks are; its AUC says how well alarms tell
-images explained for classifiers that use the mark from those for classifiers that do not. Source: evaluation, section
-9.6; intervals, section 12.
+A cell is a classifier of built-in shapes with one cue, one size of the cue, and a mark in a corner that follows the
+class with probability p. Moving the mark and nothing else measures whether the classifier uses it. The alarm of an
+explanation is the share of its change on the places of marks, relative to chance. The AUC of the alarms says how well
+they separate images explained for classifiers that use the mark from images for classifiers that do not.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from cfe_lightning.metrics import localisation
 from cfe_lightning.metrics.pointing import pointed_at
 from cfe_lightning.metrics.statistics import Measurement, interval, summarise, undefined
 
-#: Mean absolute change of the decided class's probability from which a classifier uses the mark ...
+#: Mean absolute change of the decided class's probability from which a classifier counts as using the mark.
 USES = 0.1
-#: ... and below which it does not; what lies between counts in neither group.
+#: Mean absolute change below which it counts as blind to the mark; classifiers in between count in neither group.
 BLIND = 0.02
 
 Verdict = Literal["uses", "between", "blind"]
 
-#: What is measured of every explanation, [N] each; NaN where it is undefined.
+#: Values of every explanation, [N] each, with their meanings; NaN where a value is undefined.
 VALUES: dict[str, str] = {
     "mark_share": "share of the change on the places of marks",
     "alarm": "mark_share over the share of the image that these places cover",
@@ -46,10 +45,10 @@ class Cell:
     """One classifier of the bench.
 
     Attributes:
-        cue: What makes the class: lesion, colour or texture.
-        cue_size: How large it is.
-        p: With this probability the mark follows the class of a training image, else its corner is drawn at random
-            among those of all classes: 0 is no information, 1 is full information.
+        cue: Feature that makes the class: lesion, colour or texture.
+        cue_size: Factor on the size or contrast of the cue, 0.5 to 1.6.
+        p: Probability that the mark of a training image follows the class; otherwise its corner is drawn at random
+            among the corners of all classes. At 0 the mark tells nothing about the class, at 1 everything.
     """
 
     cue: str
@@ -58,23 +57,23 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder and in tables."""
+        """Returns the cell's name in tables, which is also that of its folder."""
         return f"{self.cue}_{self.cue_size:g}_p{self.p:g}"
 
     def shortcut(self, num_classes: int = 2) -> float:
-        """How often a training image has the mark in the corner of its class: a random corner may be that, too."""
+        """Returns the share of training images with the mark in their class's corner, including those by chance."""
         return self.p + (1 - self.p) / num_classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MarkUse:
-    """How a classifier answers to a mark that moves, on N test images.
+    """The effect of moving the mark on a classifier, on N test images.
 
     Attributes:
-        cell: Which classifier.
+        cell: Cell of the classifier.
         probability: Absolute change of the decided class's probability, [N].
-        decision: Whether the decision changes, [N] bool.
-        correct: Whether the decision before was right, [N] bool; marks tell nothing on test images.
+        decision: True where the decision changes, [N] bool.
+        correct: True where the decision before was right, [N] bool; marks tell nothing on test images.
     """
 
     cell: Cell
@@ -84,21 +83,21 @@ class MarkUse:
 
     @property
     def verdict(self) -> Verdict:
-        """From the mean change of probability."""
+        """Classifies the classifier by the mean change of probability."""
         mean = float(self.probability.mean())
         return "uses" if mean >= USES else "blind" if mean < BLIND else "between"
 
 
 @dataclass(kw_only=True, slots=True)
 class Bench:
-    """What is known so far.
+    """The results of all finished cells.
 
     Attributes:
-        uses: One per cell whose classifier is there.
-        explainers: Names in the order of tables.
-        values: By name of cell and explainer: the values of ``VALUES``, [N] each.
-        failures: By name of cell and explainer: why there are none.
-        num_cells: How many cells were asked for.
+        uses: Use of the mark, one entry per finished classifier.
+        explainers: Names of the explainers in the order of tables.
+        values: Values of ``VALUES``, [N] each, by names of cell and explainer.
+        failures: Reasons for missing values by names of cell and explainer.
+        num_cells: Number of cells of the whole bench.
     """
 
     uses: list[MarkUse] = field(default_factory=list)
@@ -108,7 +107,7 @@ class Bench:
     num_cells: int = 0
 
     def of(self, explainer: str, key: str, verdict: Verdict | None = None, cue: str | None = None) -> list[Tensor]:
-        """Values of one explainer, [N] per cell, of the cells with this verdict and cue."""
+        """Returns one explainer's values, [N] per cell, on the cells with this verdict and cue; None takes all."""
         return [
             self.values[use.cell.name, explainer][key]
             for use in self.uses
@@ -120,14 +119,14 @@ class Bench:
 
 @torch.no_grad()
 def mark_use(cell: Cell, classifier: FrozenClassifier, image: Tensor, moved: Tensor, label: Tensor) -> MarkUse:
-    """What moving the mark does to a classifier.
+    """Measures the effect of moving the mark on the classifier of a cell.
 
     Args:
-        cell: Which one it is.
-        classifier: The classifier.
+        cell: Cell of the classifier.
+        classifier: Classifier of the cell.
         image: Test images, [N, C, H, W] in [-1, 1].
-        moved: The same images with the mark in the corner of another class, all else bit for bit equal.
-        label: Their true classes, [N].
+        moved: The same images with the mark in the corner of another class, all else equal bit for bit.
+        label: True classes, [N].
     """
     before, after = classifier(image), classifier(moved)
     decided = before.argmax(dim=1)
@@ -142,27 +141,30 @@ def mark_use(cell: Cell, classifier: FrozenClassifier, image: Tensor, moved: Ten
 
 @torch.no_grad()
 def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation, dict[str, Tensor]]:
-    """Explains images whose causes are known; the target is the runner-up class.
+    """Explains images with known causes, towards the runner-up class, and measures the explanation.
 
     Args:
-        explainer: In eval mode, on the device of the images.
-        batch: ``image``, ``label``, ``mask``, ``mark`` and ``counterfactual`` of the batch contract.
+        explainer: Explainer in eval mode, on the device of the images.
+        batch: Batch of the data contract with ``image``, ``label``, ``mask``, ``mark`` and ``counterfactual``.
 
     Returns:
-        The explanation and the values of ``VALUES``, [B] each.
+        The explanation, and the values of ``VALUES``, [B] each.
 
     Raises:
         ValueError: If the explanation is not finite.
     """
+    # Explanation.
     image, label = batch["image"], batch["label"]
     explanation = explainer.explain(image)
     shown = explanation.counterfactual
-    # Before the map: infinite values are cut off to the range of images there, as they are below.
+    # Checked before the map, which clamps infinite values to the range of images.
     if shown is not None and not shown.isfinite().all():
         raise ValueError("gave a counterfactual that is not finite")
     where = pointed_at(explanation)
     if not where.isfinite().all():
         raise ValueError("gave an explanation that is not finite")
+
+    # Place of the change.
     nothing = torch.full((len(image),), torch.nan, device=image.device)
     values = {
         "mark_share": localisation.mask_mass(where, batch["mark"]),
@@ -172,8 +174,11 @@ def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation
         "l1": nothing,
         "flip": nothing,
     }
+
+    # Edit.
     if shown is not None:
         shown = shown.clamp(-1, 1)
+        # The exact counterfactual shows the next class instead of the true one.
         wanted = (label + 1) % explanation.logits.shape[1]
         right = (explanation.predicted == label) & (explanation.target == wanted)
         values["truth_l1"] = torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan)
@@ -183,15 +188,15 @@ def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation
 
 
 def wins(positive: Tensor, negative: Tensor) -> Tensor:
-    """1 where the first is larger, 0.5 where they are equal, else 0; NaN where one is undefined, [N, M]."""
+    """Compares [N] and [M] to [N, M]: 1 where the first is larger, 0.5 for ties, else 0; NaN where one is undefined."""
     difference = positive.double()[:, None] - negative.double()[None]
     return torch.where(difference.isnan(), torch.nan, (difference.sign() + 1) / 2)
 
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> float:
-    """AUC as the share of pairs in which the positive [N] is larger than the negative [M], ties counted half.
+    """Returns the AUC: the share of pairs in which the positive [N] exceeds the negative [M]; a tie counts half.
 
-    That is the Mann-Whitney statistic over N * M. NaN entries are left out; NaN where one side has none left.
+    That is the Mann-Whitney statistic over N * M. NaN entries are left out; the result is NaN if a side has none left.
     """
     return float(wins(positive, negative).nanmean())
 
@@ -199,31 +204,34 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
 def image_auc(
     positive: Sequence[Tensor], negative: Sequence[Tensor], *, resamples: int = 1000, seed: int = 0
 ) -> Measurement:
-    """AUC of all images of some cells against all of others, with an interval over images.
+    """Returns the AUC between the images of two groups of cells, with an interval over scenes.
 
-    The same N scenes are in every cell, so scenes are drawn, not images: those of one scene are no independent ones.
-    Classifiers are taken as they are.
+    Every cell shows the same N scenes. The bootstrap therefore draws scenes: images of one scene are not independent.
+    The classifiers are taken as given.
 
     Args:
-        positive: Alarms [N] of each cell whose classifier uses the mark; NaN is undefined.
-        negative: Alarms [N] of each cell whose classifier does not.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        positive: Alarms [N] of each cell whose classifier uses the mark; NaN where undefined.
+        negative: Alarms [N] of each cell whose classifier is blind to it; NaN where undefined.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
     """
     if not positive or not negative:
         missing = "uses" if not positive else "is blind to"
         return undefined(f"no classifier here {missing} the mark")
+
+    # Pairs of scenes, summed over pairs of cells.
     won = torch.zeros(len(positive[0]), len(negative[0]), dtype=torch.float64)
     pairs = torch.zeros_like(won)
     for ours in positive:
         for theirs in negative:
             each = wins(ours, theirs)
-            won += each.nan_to_num(0.0)
+            won += each.nan_to_num(0)
             pairs += each.isfinite()
-    total = sum(len(values) for values in (*positive, *negative))
-    used = sum(int(values.isfinite().sum()) for values in (*positive, *negative))
+    alarms = torch.cat([*positive, *negative])
     if pairs.sum() == 0:
-        return undefined("no explanation changes anything", total)
+        return undefined("no explanation changes anything", len(alarms))
+
+    # Bootstrap.
     num_scenes = len(won)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_scenes, (resamples, num_scenes), generator=generator)
@@ -231,39 +239,34 @@ def image_auc(
     counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
     samples = ((counts @ won) * counts).sum(dim=1) / ((counts @ pairs) * counts).sum(dim=1)
     low, high = interval(samples) if num_scenes > 1 else (None, None)
-    return Measurement(
-        status="ok", value=float(won.sum() / pairs.sum()), low=low, high=high, n_used=used, n_total=total
-    )
+    value, used = float(won.sum() / pairs.sum()), int(alarms.isfinite().sum())
+    return Measurement(status="ok", value=value, low=low, high=high, n_used=used, n_total=len(alarms))
 
 
 def classifier_auc(positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Measurement:
-    """AUC of the mean alarms of classifiers: one number per cell, and no interval over so few; arguments as above."""
+    """Returns the AUC between the mean alarms of the classifiers of ``image_auc``; too few for an interval."""
     ours, theirs = (torch.tensor([float(v.nanmean()) for v in side]) for side in (positive, negative))
     defined = int(ours.isfinite().sum()), int(theirs.isfinite().sum())
+    total = len(ours) + len(theirs)
     if 0 in defined:
-        return undefined("there are not both kinds of classifiers", len(ours) + len(theirs))
-    value = area_under_curve(ours, theirs)
-    return Measurement(status="ok", value=value, n_used=sum(defined), n_total=len(ours) + len(theirs))
+        return undefined("there are not both kinds of classifiers", total)
+    return Measurement(status="ok", value=area_under_curve(ours, theirs), n_used=sum(defined), n_total=total)
 
 
 def headline(bench: Bench, explainer: str, resamples: int = 1000, seed: int = 0) -> dict[str, Measurement]:
-    """What the bench says of one explainer, by key; ``auc_<cue>`` are image AUCs within one cue.
-
-    Args:
-        bench: The results.
-        explainer: One of its explainers.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-    """
-    used, blind = (bench.of(explainer, "alarm", verdict) for verdict in ("uses", "blind"))  # type: ignore[arg-type]
+    """Summarises one explainer by key: AUCs, also of each cue as ``auc_<cue>``, and means as ``<value>_<verdict>``."""
+    # AUC.
+    verdicts: tuple[Verdict, ...] = ("uses", "blind")
+    used, blind = (bench.of(explainer, "alarm", verdict) for verdict in verdicts)
     found = {
         "auc_images": image_auc(used, blind, resamples=resamples, seed=seed),
         "auc_classifiers": classifier_auc(used, blind),
     }
     for cue in dict.fromkeys(use.cell.cue for use in bench.uses):
-        sides = (bench.of(explainer, "alarm", "uses", cue), bench.of(explainer, "alarm", "blind", cue))
-        found[f"auc_{cue}"] = image_auc(*sides, resamples=resamples, seed=seed)
-    verdicts: tuple[Verdict, ...] = ("uses", "blind")
+        used, blind = (bench.of(explainer, "alarm", verdict, cue) for verdict in verdicts)
+        found[f"auc_{cue}"] = image_auc(used, blind, resamples=resamples, seed=seed)
+
+    # Means.
     for key in VALUES:
         for verdict in verdicts:
             cells = bench.of(explainer, key, verdict)

@@ -28,13 +28,13 @@ from cfe_lightning.evaluation.instruments import load_instruments, weights_from
 from cfe_lightning.evaluation.options import EvaluateOptions
 from cfe_lightning.evaluation.page import write_evaluation_html
 from cfe_lightning.evaluation.store import EvaluationStore
-from cfe_lightning.evaluation.tally import Measures
 from cfe_lightning.explainer import ExplainerModule, load_explainer, sha256_of
 from cfe_lightning.explaining.survey import provide_survey
 from cfe_lightning.explanation import Explainer
 from cfe_lightning.files.configs import classes_of, in_our_words, load_config
 from cfe_lightning.files.text import VERSION, digest
 from cfe_lightning.images import find_images
+from cfe_lightning.metrics.case import Measures
 from cfe_lightning.training.folder import find_configs
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, on the disk batch by batch: the same command again goes on from there."""
+"""Storage of an unfinished evaluation on disk, batch by batch: the same command resumes from it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cfe_lightning.files.tensors import load_plain, save_plain
 
 
 class EvaluationStore:
-    """Finished batches of one evaluation in a folder of their own, of which the name tells what is measured.
+    """The finished batches of one evaluation, in a folder whose name identifies the evaluation.
 
     Args:
-        folder: Of the results; holds ``unfinished/<key>/`` until they are there.
-        key: Equal only for evaluations of the same explainers on the same batches with the same settings.
+        folder: Folder for the results; batches are kept in its subfolder ``unfinished/<key>/`` until these are written.
+        key: Digest that is equal only for the same explainers, batches and settings.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -31,10 +31,10 @@ class EvaluationStore:
         return count
 
     def finished(self) -> Iterator[dict[str, Any]]:
-        """The batches in their order, as they were given to ``add``.
+        """Yields the stored batches in the order of ``add``.
 
         Raises:
-            ValueError: If a file cannot be read; the sentence names it.
+            ValueError: If a file cannot be read; the message names it.
         """
         while (path := self._path(self._count)).is_file():
             try:
@@ -48,13 +48,13 @@ class EvaluationStore:
             yield state
 
     def add(self, state: dict[str, Any]) -> None:
-        """Keeps one more batch; what a kill tears is not taken for one."""
+        """Stores one more batch; an incomplete file of a killed run does not count."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_plain(self._path(self._count), state)
         self._count += 1
 
     def clear(self) -> None:
-        """Deletes what is no longer needed once the results are written; other interrupted evaluations stay."""
+        """Deletes the batches once the results are written; other interrupted evaluations stay."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self._all.rmdir()

@@ -7,75 +7,44 @@ The folder holds::
     manifest.<i>of<n>-<rank>.jsonl   rows of one shard; the run without shards merges them
     manifest.csv            the same rows as a table
     summary.json            counts and means
-    report.html             see ``cfe_lightning.report.page``
-    verification.json       what ``explain.py --verify`` found
+    report.html             the page, see ``cfe_lightning.report.page``
+    verification.json       problems that ``explain.py --verify`` found
     images/<name>/...       pictures of one image, see ``image_folder``
     atlas.json, atlas/      directions of the whole data set, of methods that have some: see ``cfe_lightning.atlas``
     global.json, global/    what the changes of all images have in common: see ``cfe_lightning.explaining.overview``
 
-A batch of rows counts only with the line that closes it, so whatever kills a run costs at most the batch in flight.
+A batch of rows counts only with the line that closes it, so a kill costs at most the batch in flight.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import math
 import os
-import re
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cfe_lightning.explaining.row import is_row
+from cfe_lightning.explaining.names import FILES, PICTURE_FOLDERS
+from cfe_lightning.explaining.row import COLUMNS, Row, is_row
 from cfe_lightning.explaining.sentence import measured_sentence
+from cfe_lightning.explaining.summary import summarise
 from cfe_lightning.files.atomic import atomic_write, refuse_links, write_json
 from cfe_lightning.files.trust import present_path
 
 SCHEMA = 1
-#: Of atlas.json, and the pictures beside it that a writer has left, whole or not.
-ATLAS_SCHEMA = 1
-ATLAS_PICTURE = re.compile(r"\d+-\d+\.png|\..+\.part")
-#: Of global.json, likewise.
-GLOBAL_SCHEMA = 1
-GLOBAL_PICTURE = re.compile(r"\d+-(change|strength)\.png|\..+\.part")
-#: Pairs of global.json with pictures and examples; of the others there are numbers. As many the page shows.
-MAX_PICTURED = 12
-#: Columns of manifest.csv that every run has; parts, gains and scores follow with prefixes.
-COLUMNS = (
-    *("name", "status", "predicted", "p_predicted_before", "p_predicted_after"),
-    *(
-        "target",
-        "p_target_before",
-        "p_target_after",
-        "p_predicted_saved",
-        "p_target_saved",
-        "flipped",
-        "flipped_saved",
-        "l1",
-        *("changed_area", "where", "where_share", "survives", "lost_under"),
-        *("attribution_where", "attribution_share", "sentence"),
-        "seconds",
-        "note",
-        "error",
-    ),
-    *("image", "counterfactual", "difference", "attribution", "steps", "motion"),
-)
-#: Flip rates of floats and of the saved pixels that differ by more than this hint at changes below one grey level.
-QUANTISATION_GAP = 0.005
-
-Row = dict[str, Any]
-Source = list[int]
+#: Number of merged rows that one line closes; readers hold this number at a time.
+_ROWS_TOGETHER = 256
+_NAMES = (*FILES, *(name for pictures in PICTURE_FOLDERS for name in (pictures.file, pictures.name) if name))
 
 
 class Shard(NamedTuple):
-    """One of several runs that share an input without knowing of each other.
+    """One of several runs that share an input and do not know one another.
 
     Attributes:
-        number: This one, from 1 to ``total``.
-        total: How many there are.
+        number: Number of this shard, from 1 to ``total``.
+        total: Number of shards.
     """
 
     number: int
@@ -85,33 +54,12 @@ class Shard(NamedTuple):
         return f"{self.number}of{self.total}"
 
     def own(self, batches: list[list[str]]) -> list[list[str]]:
-        """Every ``total``-th batch: whole batches, so that each meets the images that it meets without shards."""
+        """Returns every ``total``-th batch, whole, so that the same images meet as without shards."""
         return batches[self.number - 1 :: self.total]
 
 
-_OURS = (
-    "manifest.jsonl",
-    "manifest.csv",
-    "summary.json",
-    "report.html",
-    "verification.json",
-    "images",
-    "atlas.json",
-    "atlas",
-    "global.json",
-    "global",
-)
-_PICTURE = re.compile(r"(image|counterfactual|difference|attribution|steps|motion|part_.+)\.png|\..+\.part")
-_PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-_LONGEST_COMPONENT = 80
-_LONGEST_FOLDER = 160
-#: Merged rows that one line closes: whoever reads them holds so many at a time.
-_ROWS_TOGETHER = 256
-
-
 class OutputFolder:
-    """Where explanations of one input folder by one checkpoint are collected, over as many runs as it takes.
+    """Collects explanations of one input folder by one checkpoint, over as many runs as it takes.
 
     Args:
         path: The folder; need not exist yet.
@@ -128,52 +76,69 @@ class OutputFolder:
         """Makes the folder ready for a run: new, or continued when an earlier run had the same header.
 
         Args:
-            header: What makes two runs the same: checkpoint, classes, options.
-            overwrite: Remove what an earlier run wrote, and nothing else, instead of continuing it.
+            header: Everything that two runs must share to fill one folder: checkpoint, classes, options.
+            overwrite: Removes the files that an earlier run wrote, and nothing else, instead of continuing it.
 
         Raises:
             ValueError: If the folder is a file, holds files of these names from elsewhere, links, or another run's
                 results.
         """
+        # Refuse or remove earlier content.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"The output {self.path} is a file: give a folder.")
         header = json.loads(json.dumps({"schema": SCHEMA, **header}))
-        earlier = self.header()
-        if earlier is None:
-            foreign = [name for name in _OURS if os.path.lexists(self.path / name)]
-            # What another shard has begun since is no stranger's.
-            earlier = self.header()
-            if foreign and earlier is None:
-                raise ValueError(
-                    f"The output folder {self.path} holds {' and '.join(foreign)} that no run of explain.py left "
-                    "there: give another --output."
-                )
-        elif overwrite:
+        earlier = self.header() or self._refuse_foreign()
+        if earlier is not None and overwrite:
             self._remove()
-        if earlier is not None and not overwrite and earlier != header:
-            changed = [key for key in (*header, *earlier) if header.get(key) != earlier.get(key)]
-            described = ", ".join(
-                f"{key} was {_short(earlier.get(key))} and is now {_short(header.get(key))}"
-                for key in dict.fromkeys(changed)
-            )
-            raise ValueError(
-                f"The output folder {self.path} holds explanations made otherwise ({described}): give another "
-                "--output, or pass --overwrite to start again."
-            )
+        elif earlier is not None and earlier != header:
+            self._refuse_change(earlier, header)
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_links(self.path)
+
+        # Write the header.
         if self.header() is None:
             # Shards that begin together write the same line, each from a file of its own.
             with atomic_write(self.manifest_path, owner=str(self.shard or "")) as file:
                 _write_lines(file, [header])
+
+        # Take over earlier rows.
         if self.shard is None:
             self.merge()
         for path in self._shard_parts():
-            with path.open("ab") as file:  # closes the batch that a kill tore, so that it takes none with it
+            with path.open("ab") as file:  # closes the batch that a kill tore, so that the next one is not lost with it
                 file.write(b'\n{"end": -1}\n')
 
+    def _refuse_foreign(self) -> dict[str, Any] | None:
+        """Refuses files of our names without a header; returns the header of a shard that has begun since."""
+        foreign = " and ".join(name for name in _NAMES if os.path.lexists(self.path / name))
+        earlier = self.header()
+        if foreign and earlier is None:
+            raise ValueError(
+                f"The output folder {self.path} holds {foreign} that no run of explain.py left there: give another "
+                "--output."
+            )
+        return earlier
+
+    def _refuse_change(self, earlier: dict[str, Any], header: dict[str, Any]) -> None:
+        changed = [key for key in dict.fromkeys([*header, *earlier]) if header.get(key) != earlier.get(key)]
+        described = [f"{key} was {_short(earlier.get(key))} and is now {_short(header.get(key))}" for key in changed]
+        raise ValueError(
+            f"The output folder {self.path} holds explanations made otherwise ({', '.join(described)}): give another "
+            "--output, or pass --overwrite to start again."
+        )
+
+    def _remove(self) -> None:
+        """Removes everything that runs have written; files of other names stay, with their folders."""
+        for pictures in PICTURE_FOLDERS:
+            pictures.remove(self.path)
+        unfinished = [path for name in _NAMES for path in self.path.glob(f".{name}.*part")]
+        others = [self.path / name for name in FILES if name != self.manifest_path.name]
+        # The header goes last: without it the folder could no longer be recognised as ours.
+        for path in [*others, *unfinished, *self.parts(), self.manifest_path]:
+            path.unlink(missing_ok=True)
+
     def header(self) -> dict[str, Any] | None:
-        """What the run that wrote this folder was, or None where there was no run."""
+        """Returns the header that the run of this folder wrote, or None where there was no run."""
         try:
             with self.manifest_path.open(encoding="utf-8") as file:
                 header = json.loads(file.readline())
@@ -185,14 +150,14 @@ class OutputFolder:
 
     def append(self, rank: int, rows: Sequence[Row]) -> None:
         """Records a finished batch of one process; call it when the pictures are on the disk."""
-        content = "".join(json.dumps(line) + "\n" for line in (*rows, {"end": len(rows)}))
+        content = "".join(json.dumps(line) + "\n" for line in (*map(vars, rows), {"end": len(rows)}))
         process = str(rank) if self.shard is None else f"{self.shard}-{rank}"
         # Opened anew each time: the file may have been merged and removed by a second run on the same folder.
         with (self.path / f"manifest.{process}.jsonl").open("ab") as file:
             file.write(content.encode())
 
     def rows(self) -> Iterator[Row]:
-        """The merged rows, ordered by name; then those of this shard, as they were written."""
+        """Yields the merged rows, ordered by name; then those of this shard, in the order of writing."""
         for path in (self.manifest_path, *self._shard_parts()):
             for _, row in _committed(path):
                 yield row
@@ -201,7 +166,7 @@ class OutputFolder:
         return [] if self.shard is None else sorted(self.path.glob(f"manifest.{self.shard}-*.jsonl"))
 
     def parts(self) -> list[Path]:
-        """Files with rows that are not merged yet: of processes that are at work, or were stopped."""
+        """Returns the files with rows that are not merged yet, of processes that are at work or were stopped."""
         return sorted(self.path.glob("manifest.[0-9]*.jsonl"))
 
     def merge(self) -> None:
@@ -209,44 +174,42 @@ class OutputFolder:
         parts = self.parts()
         if not parts:
             return
-        # Only names and places are held in memory, so 100,000 images fit everywhere.
+
+        # Find the last row of each name. Only names and places are held in memory, so 100,000 images fit everywhere.
         places: dict[str, tuple[Path, int]] = {}
         for path in (self.manifest_path, *parts):
-            places |= {row["name"]: (path, offset) for offset, row in _committed(path)}
+            places |= {row.name: (path, offset) for offset, row in _committed(path)}
         header = self.header()
         assert header is not None, "prepare() writes the header before any process appends"
-        files = {path: path.open("rb") for path in (self.manifest_path, *parts)}
-        try:
-            with atomic_write(self.manifest_path) as file:
-                _write_lines(file, [header])
-                ordered = sorted(places, key=lambda name: name.split("/"))
-                for first in range(0, len(ordered), _ROWS_TOGETHER):
-                    some = ordered[first : first + _ROWS_TOGETHER]
-                    for path, offset in map(places.__getitem__, some):
-                        files[path].seek(offset)
-                        file.write(files[path].readline().decode())
-                    _write_lines(file, [{"end": len(some)}])
-                # The rows must not be in the memory only while the parts that held them are removed.
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            for opened in files.values():
-                opened.close()
+
+        # Copy the rows by name.
+        with ExitStack() as opened, atomic_write(self.manifest_path) as file:
+            files = {path: opened.enter_context(path.open("rb")) for path in (self.manifest_path, *parts)}
+            _write_lines(file, [header])
+            ordered = sorted(places, key=lambda name: name.split("/"))
+            for first in range(0, len(ordered), _ROWS_TOGETHER):
+                some = ordered[first : first + _ROWS_TOGETHER]
+                for path, offset in map(places.__getitem__, some):
+                    files[path].seek(offset)
+                    file.write(files[path].readline().decode())
+                _write_lines(file, [{"end": len(some)}])
+            # The disk must have the rows before the parts that held them are removed.
+            file.flush()
+            os.fsync(file.fileno())
         for path in parts:
             path.unlink()
 
     def write_table(self) -> None:
         """Writes manifest.csv from the merged rows.
 
-        Cells are data as they are: a file name that starts with ``=`` is a formula to a spreadsheet that is told to
-        run formulas. Bytes of names that are no UTF-8 appear as ``\\udcXX``.
+        Cells are plain data: a file name that starts with ``=`` is a formula to a spreadsheet that is told to run
+        formulas. Bytes of names that are no UTF-8 appear as ``\\udcXX``.
         """
         extra: dict[str, None] = {}
         for row in self.rows():
             extra |= dict.fromkeys(key for key in _cells(row) if key not in COLUMNS)
-        columns = [*COLUMNS, *sorted(extra)]
         with atomic_write(self.path / "manifest.csv") as file:
-            writer = csv.DictWriter(file, columns, restval="")
+            writer = csv.DictWriter(file, [*COLUMNS, *sorted(extra)], restval="")
             writer.writeheader()
             writer.writerows(map(_cells, self.rows()))
 
@@ -257,7 +220,7 @@ class OutputFolder:
         return summary
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says; nothing where there is none."""
+        """Returns the content of summary.json; nothing where there is none."""
         try:
             content = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -268,141 +231,9 @@ class OutputFolder:
         """Writes verification.json."""
         write_json(self.path / "verification.json", content)
 
-    def _remove(self) -> None:
-        """Removes what runs have written; a file of another name that the user put there stays, with its folder."""
-        for folder, picture in (("images", _PICTURE), ("atlas", ATLAS_PICTURE), ("global", GLOBAL_PICTURE)):
-            if (self.path / folder).is_symlink():  # what it leads to is not of the output folder
-                (self.path / folder).unlink()
-                continue
-            for directory, _, names in os.walk(self.path / folder, topdown=False):
-                for name in names:
-                    if picture.fullmatch(name):
-                        os.unlink(os.path.join(directory, name))
-                if not os.listdir(directory):
-                    os.rmdir(directory)
-        written = [
-            self.path / name
-            for name in (
-                "manifest.csv",
-                "summary.json",
-                "report.html",
-                "verification.json",
-                "atlas.json",
-                "global.json",
-            )
-        ]
-        unfinished = [path for name in _OURS for path in self.path.glob(f".{name}.*part")]
-        # The header goes last: without it the folder could no longer be recognised as ours.
-        for path in [*written, *unfinished, *self.parts(), self.manifest_path]:
-            path.unlink(missing_ok=True)
-
-
-def image_folder(name: str) -> str:
-    """The folder of one image's pictures, relative to the output folder, unique for every name on every file system.
-
-    Names of lower-case letters, digits, ``_ . -`` and inner spaces are kept, so the input tree is mirrored. Any other
-    name keeps what is safe of it and ends in ``~`` and a hash of the whole name: ``A.PNG`` and ``a.png`` differ on
-    file systems that ignore case, and no name can leave the folder.
-    """
-    components = name.split("/")
-    kept = "/".join(components)
-    if len(kept) <= _LONGEST_FOLDER and all(map(_is_plain, components)):
-        return f"images/{kept}"
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    safe = [_safe(component) for component in components]
-    path = "/".join(safe)
-    return f"images/{path}~{digest}" if len(path) <= _LONGEST_FOLDER else f"images/long/{safe[-1][:40]}~{digest}"
-
-
-def part_file(name: str) -> str:
-    """The file of a named part inside ``image_folder``."""
-    if _is_plain(name):
-        return f"part_{name}.png"
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"part_{_safe(name)[:40]}~{digest}.png"
-
-
-def _is_plain(component: str) -> bool:
-    plain = len(component) <= _LONGEST_COMPONENT and _PLAIN.fullmatch(component)
-    return bool(plain) and not _RESERVED.fullmatch(component)
-
-
-def _safe(component: str) -> str:
-    """What is safe of a file name; two names may share it."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", component)[:_LONGEST_COMPONENT].strip(".") or "_"
-    return f"_{safe}" if _RESERVED.fullmatch(safe.lower()) else safe
-
-
-def summarise(rows: Iterable[Row]) -> dict[str, Any]:
-    """Counts, flip rates with 95 % Wilson intervals, and means (keys and formulas: evaluation, sections 2 to 4).
-
-    Images that the classifier already gives to the target have nothing to flip and are in no flip rate and no mean.
-    A value that cannot be computed is ``{"undefined": reason}``, never a zero.
-    """
-    done = failed = already = 0
-    flipped: list[bool] = []
-    flipped_saved: list[bool] = []
-    distances: list[float] = []
-    gains: list[float] = []
-    seconds: list[float] = []
-    for row in rows:
-        if row["status"] != "ok":
-            failed += 1
-            continue
-        done += 1
-        seconds.append(row["seconds"])
-        already += row["predicted"] == row["target"]
-        if row["flipped"] is not None:
-            flipped.append(row["flipped"])
-            flipped_saved.append(row["flipped_saved"])
-            distances.append(row["l1"])
-            gains.append(row["p_target_after"] - row["p_target_before"])
-    summary = {
-        "n_done": done,
-        "n_failed": failed,
-        "n_already_target": already,
-        "flip_rate": _share(flipped),
-        "flip_rate_saved": _share(flipped_saved),
-        "delta_p": _mean(gains),
-        "l1": _mean(distances),
-        "s_per_image": _quantiles(seconds),
-    }
-    if flipped and abs(sum(flipped) - sum(flipped_saved)) / len(flipped) > QUANTISATION_GAP:
-        summary["warning"] = (
-            "The flip rate of the saved 8-bit pixels differs from that of the computed images by more than half a "
-            "point: some flips live in changes smaller than one grey level."
-        )
-    return summary
-
-
-_NOTHING_TO_FLIP = {"undefined": "No explained image has a counterfactual for a class other than its own."}
-
-
-def _share(values: Sequence[bool]) -> dict[str, Any]:
-    if not values:
-        return _NOTHING_TO_FLIP
-    # Imported here because it brings torch: the report reads this module without.
-    from cfe_lightning.metrics.statistics import wilson
-
-    low, high = wilson(sum(values), len(values))
-    return {"value": sum(values) / len(values), "interval": [low, high], "n": len(values), "population": "all"}
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    if not values:
-        return _NOTHING_TO_FLIP
-    return {"value": math.fsum(values) / len(values), "n": len(values), "population": "all"}
-
-
-def _quantiles(seconds: Sequence[float]) -> dict[str, Any]:
-    if not seconds:
-        return {"undefined": "No image was explained."}
-    p95 = sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-    return {"median": statistics.median(seconds), "p95": p95, "n": len(seconds)}
-
 
 def _committed(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of closed batches with their byte offsets; what a kill tore is passed over."""
+    """Yields the rows of closed batches with their byte offsets, without lines that a kill tore."""
     batch: list[tuple[int, Row]] = []
     offset = 0
     with path.open("rb") as file:
@@ -412,12 +243,14 @@ def _committed(path: Path) -> Iterator[tuple[int, Row]]:
             except (ValueError, RecursionError):
                 content = {}
             if isinstance(content, dict) and "end" in content:
+                # The end of a batch.
                 if content["end"] == len(batch):
                     yield from batch
                 batch = []
             elif is_row(content):
-                batch.append((offset, content))
+                batch.append((offset, Row(content)))
             elif not (isinstance(content, dict) and ("schema" in content or not content)):
+                # Neither a header nor torn.
                 raise ValueError(
                     f"{path} holds a line that explain.py did not write ({line[:40].decode(errors='replace')!r}...): "
                     "give another --output, or start again with --overwrite."
@@ -430,14 +263,14 @@ def _write_lines(file: TextIO, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _cells(row: Row) -> dict[str, Any]:
-    """One row of manifest.csv."""
-    cells = {key: value for key, value in row.items() if key in COLUMNS and value is not None}
+    """Returns the cells of one row of manifest.csv by column."""
+    cells = {key: value for key, value in vars(row).items() if key in COLUMNS and value is not None}
     # The sentence is made from the numbers wherever it is shown, so the two never disagree.
     cells |= {"sentence": said} if (said := measured_sentence(row)) else {}
     cells |= {key: " ".join(value) for key, value in cells.items() if isinstance(value, list)}
-    cells |= {key: f"{row['folder']}/{file}" for key, file in row.get("files", {}).items()}
-    cells |= {f"gain_{name}": gain for name, gain in row.get("gains", {}).items()}
-    cells |= {f"score_{name}": score for name, score in row.get("scores", {}).items()}
+    cells |= {key: f"{row.folder}/{file}" for key, file in (row.files or {}).items()}
+    cells |= {f"gain_{name}": gain for name, gain in (row.gains or {}).items()}
+    cells |= {f"score_{name}": score for name, score in (row.scores or {}).items()}
     return {key: str(value).lower() if isinstance(value, bool) else value for key, value in cells.items()}
 
 

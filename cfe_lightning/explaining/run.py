@@ -102,7 +102,7 @@ class ExplainRun:
 
         An interrupted run leaves whole batches behind, so the same images meet again and give the same numbers.
         """
-        recorded = {row["name"]: (row["status"], row["source"]) for row in self.output.rows()}
+        recorded = {row.name: (row.status, row.source) for row in self.output.rows()}
         new: list[str] = []
         failed: list[str] = []
         for name in self.names:
@@ -200,7 +200,7 @@ class ExplainRun:
     def counts(self) -> tuple[int, int]:
         """Returns how many images of this run or shard were explained, and how many failed."""
         mine = set(self.names)
-        status = {row["name"]: row["status"] for row in self.output.rows() if row["name"] in mine}
+        status = {row.name: row.status for row in self.output.rows() if row.name in mine}
         failed = sum(one == "failed" for one in status.values())
         return len(status) - failed, failed
 

@@ -1,9 +1,7 @@
-"""What an explainer has found out about its classifier, kept beside the checkpoint: made once, read ever after."""
+"""Keeps the survey of an explainer, its findings about the classifier as a whole, in a file beside the checkpoint."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import sys
@@ -16,14 +14,15 @@ import lightning.pytorch as pl
 
 from cfe_lightning.explainer import ExplainerModule, sha256_of
 from cfe_lightning.explaining.atlas import write_atlas
+from cfe_lightning.explaining.names import ATLAS
 from cfe_lightning.files.tensors import load_plain, save_plain
-from cfe_lightning.files.text import VERSION
+from cfe_lightning.files.text import VERSION, digest
 
 _log = logging.getLogger(__name__)
 
 
 def survey_path(checkpoint: Path) -> Path:
-    """Where the survey of a checkpoint is kept."""
+    """Returns the file that keeps the survey of a checkpoint."""
     return checkpoint.with_name(f"{checkpoint.stem}.survey.pt")
 
 
@@ -33,15 +32,12 @@ def provide_survey(explainer: ExplainerModule, checkpoint: Path) -> None:
     A survey counts only for the very checkpoint, arguments and version that it was made with.
 
     Args:
-        explainer: On the device where it is to be made, in eval mode.
-        checkpoint: The file that it came from.
+        explainer: The explainer in eval mode, on the device that makes the survey.
+        checkpoint: The file that the explainer came from.
     """
     if type(explainer).survey is ExplainerModule.survey:
         return
-    version = VERSION
-    told = json.dumps([sha256_of(checkpoint), version, dict(explainer.hparams)], sort_keys=True)
-    made_from = hashlib.sha256(told.encode()).hexdigest()
-    path = survey_path(checkpoint)
+    made_from, path = digest([sha256_of(checkpoint), VERSION, dict(explainer.hparams)]), survey_path(checkpoint)
     if _adopt(explainer, path, made_from):
         return
     sys.stderr.write(
@@ -56,7 +52,7 @@ class SurveyFile(pl.Callback):
 
     Args:
         checkpoint: The file that the explainer came from.
-        output: Where ``atlas.json`` goes, if the explainer has an atlas; None draws none.
+        output: Folder for ``atlas.json``, if the explainer has an atlas; None draws none.
     """
 
     def __init__(self, checkpoint: Path, output: Path | None) -> None:
@@ -64,36 +60,33 @@ class SurveyFile(pl.Callback):
         self.output = output
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On the explainer's device, before any image."""
+        """Provides the survey on the explainer's device."""
         assert isinstance(pl_module, ExplainerModule), "explain.py loads nothing else"
         if trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
-            if self.output is not None:
-                _draw_atlas(pl_module, self.output)
+            if self.output is not None and not (self.output / ATLAS.file).is_file():
+                atlas = pl_module.atlas()
+                if atlas is not None:
+                    write_atlas(atlas, self.output)
         trainer.strategy.barrier("survey made")
         if not trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
 
 
-def _draw_atlas(explainer: ExplainerModule, output: Path) -> None:
-    if not (output / "atlas.json").is_file() and (atlas := explainer.atlas()) is not None:
-        write_atlas(atlas, output)
-
-
 def _adopt(explainer: ExplainerModule, path: Path, made_from: str) -> bool:
-    """Takes over the survey in a file; False if there is none, it is of something else, or not what was written."""
-    kept = _read(path)
-    if kept.get("made_from") != made_from:
-        return False
+    """Takes over the survey in a file; returns False if there is none, it is another's, or its content is malformed."""
     try:
+        kept = load_plain(path)
+        if kept["made_from"] != made_from:
+            return False
         explainer.adopt(kept["survey"])
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
         return False
     return True
 
 
 def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> None:
-    """Keeps a survey, unless that of another process, which ``adopted`` takes over, was there first.
+    """Keeps a survey, unless another process was first: then ``adopted`` takes over that process's survey.
 
     Shards of one folder may make a survey at the same time, and should explain with the same one.
     """
@@ -102,19 +95,10 @@ def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> 
         save_plain(own, content)
         try:
             os.link(own, path)
-        except OSError:  # there is a file, which counts if it is a survey of the same, or there are no links
+        except OSError:  # either there is a file, which counts if it can be adopted, or the disk has no links
             if not adopted():
                 own.replace(path)
         finally:
             own.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("The survey could not be kept beside the checkpoint (%s): the next run makes it again.", error)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What the file holds, as plain data; nothing if there is none or it is no survey."""
-    try:
-        content = load_plain(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -1,14 +1,13 @@
-"""Checks an output folder of ``explain.py`` against its manifest: are the pictures those, and is what is said true?
+"""Checks the pictures and the claims of an output folder of ``explain.py`` against its manifest.
 
 Only the saved pictures and the classifier are needed; no method runs. Not checked are the transformations that a flip
-survives, which another machine's JPEG may decide otherwise, and where an attribution lies, whose picture is scaled.
+survives, which another machine's JPEG may decide otherwise, and the place of an attribution, whose picture is scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,19 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.decisions import decides_for
-from cfe_lightning.explaining.folder import SCHEMA, OutputFolder, Row
-from cfe_lightning.explaining.saved_change import changed_area, strongest_change
+from cfe_lightning.explaining.folder import SCHEMA, OutputFolder
+from cfe_lightning.explaining.row import Row
+from cfe_lightning.explaining.saved_change import Place, changed_area, strongest_change
 
-#: Probabilities of the same pixels on another machine or in another batch; of pixels before they were rounded.
+#: Tolerance of probabilities of the same pixels, on another machine or in another batch.
 SAVED_TOLERANCE = 2e-3
+#: Tolerance of probabilities of pixels before they were rounded to 8 bits.
 ROUNDED_TOLERANCE = 0.1
-#: Of shares of pixels and of the change, which rows hold with six digits.
+#: Tolerance of shares of pixels and of the change, which rows hold with six digits.
 AREA_TOLERANCE = 1e-5
+
+Classes = Sequence[tuple[str, int]]
+_NEEDED = ("files", "folder", "predicted", "target", "flipped_saved")
 
 
 def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> Iterator[tuple[str, list[str]]]:
@@ -31,16 +35,16 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
 
     Args:
         output: A folder that ``explain.py`` wrote.
-        classifier: The one that was explained, in eval mode.
-        num_slices: Of images that are montages.
+        classifier: The classifier that was explained, in eval mode.
+        num_slices: Number of slices in an image that is a montage, otherwise 1.
 
     Yields:
-        The name of every explained image and what is wrong with its row, nothing if all of it is confirmed.
+        The name of every explained image and the problems of its row, none if all of it is confirmed.
 
     Raises:
-        FileNotFoundError: If the folder holds no manifest.
-        ValueError: If it is of another version or about other classes, or rows are lost.
+        ValueError: If the folder is of another version or about other classes, or rows are lost.
     """
+    # The folder as a whole.
     folder = OutputFolder(output)
     header, names = folder.header() or {}, list(classifier.class_names)
     if header.get("schema") != SCHEMA or header.get("classes", names) != names:
@@ -48,12 +52,16 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
             f"{output} was written by another version (schema {header.get('schema')!r}, here {SCHEMA}) or is about "
             "other classes than those of the classifier: give the --output of this explain.py."
         )
+
+    # Every row.
     num_explained = 0
     for row in folder.rows():
-        if row["status"] != "ok":
+        if row.status != "ok":
             continue
         num_explained += 1
-        yield row["name"], _problems(row, output, classifier, num_slices)
+        yield row.name, _problems(row, output, classifier, num_slices)
+
+    # Lost rows.
     expected = folder.summary().get("n_done", num_explained)
     if num_explained != expected or not num_explained:
         raise ValueError(
@@ -63,8 +71,11 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
 
 
 def _problems(row: Row, output: Path, classifier: FrozenClassifier, num_slices: int) -> list[str]:
-    """What is wrong with one row, nothing if all of it is confirmed."""
+    # Keys may be missing at any depth, in the row itself and in its files and curve.
     try:
+        missing = [key for key in _NEEDED if key not in vars(row)]
+        if missing:
+            raise KeyError(missing[0])
         problems, pictures = _open(row, output)
         return problems or _claims(row, pictures, classifier, num_slices)
     except KeyError as error:
@@ -72,89 +83,88 @@ def _problems(row: Row, output: Path, classifier: FrozenClassifier, num_slices: 
 
 
 def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:
-    """Every picture of a row that is there and has the pixels that were saved, [C, H, W] in [-1, 1]."""
+    """Reads the pictures of a row, [C, H, W] in [-1, 1], and lists those that have not the pixels that were saved."""
     problems, pictures = [], {}
-    digests: dict[str, str] = row.get("digests", {})
     root = output.resolve()
-    for key, file in row["files"].items():
+    for key, file in row.files.items():
         try:
-            pictures[key], digest = images.read_saved(output / row["folder"] / file, root)
+            pictures[key], digest = images.read_saved(output / row.folder / file, root)
         except images.UnreadableImageError as error:
             problems.append(f"{file} {error}")
             continue
-        if digest != digests.get(key):
+        if digest != (row.digests or {}).get(key):
             problems.append(f"{file} has other pixels than those that were saved")
     return problems, pictures
 
 
 @torch.no_grad()
 def _claims(row: Row, pictures: dict[str, Tensor], classifier: FrozenClassifier, num_slices: int) -> list[str]:
-    """What the classifier says otherwise than the row."""
+    """Lists the claims of a row that differ from what the classifier says of the saved pictures."""
+    # Image, counterfactual and steps.
     names = list(classifier.class_names)
-    if row["predicted"] not in names or row["target"] not in names:
+    if row.predicted not in names or row.target not in names:
         return ["its classes are not those of the classifier"]
-    predicted, target = names.index(row["predicted"]), names.index(row["target"])
-    frames = [pictures["image"]]
-    if "counterfactual" in pictures:
-        frames.append(pictures["counterfactual"])
-    num_steps = len(row["curve"]["strength"]) if "curve" in row else 0
+    classes = ((row.predicted, names.index(row.predicted)), (row.target, names.index(row.target)))
+    frames = [pictures[key] for key in ("image", "counterfactual") if key == "image" or key in pictures]
+    num_single, num_steps = len(frames), len(row.curve["strength"]) if row.curve else 0
     if num_steps:
         if "steps" not in pictures or pictures["steps"].shape[2] % num_steps:
             return ["its strip of steps has not as many frames as its curve"]
         frames += pictures["steps"].chunk(num_steps, dim=2)
     device = next((value.device for value in classifier.buffers()), torch.device("cpu"))
     logits = classifier(torch.stack(frames).to(device)).float().cpu()
+
+    # Probabilities.
     p = logits.softmax(dim=1)
-    problems = _differing("before", row, p[0], predicted, target, "before", ROUNDED_TOLERANCE)
-    rest = p[1:]
+    claimed = (row.p_predicted_before, row.p_target_before)
+    problems = _differing("before", classes, p[0], claimed, ROUNDED_TOLERANCE)
     if "counterfactual" in pictures:
-        problems += _differing("after saving", row, p[1], predicted, target, "saved", SAVED_TOLERANCE)
-        rest = p[2:]
-        others = p[1].clone()
-        others[target] = 0
-        # On the boundary itself another machine may decide otherwise.
-        clear = abs(float(p[1, target] - others.max())) > SAVED_TOLERANCE
-        flips = bool(decides_for(logits[1:2], torch.tensor([target])))
-        if row["flipped_saved"] is not None and clear and flips != row["flipped_saved"]:
-            problems.append(f"its saved counterfactual is {'a' if flips else 'no'} flip, which the row denies")
-        problems += _areas(row, pictures) + _places(row, pictures, num_slices)
-    for key, index in (("predicted", predicted), ("target", target)):
-        said = torch.tensor(row["curve"][key] if num_steps else [])
-        if len(said) and float((rest[:, index] - said).abs().max()) > SAVED_TOLERANCE:
-            problems.append(f"the curve of {row[key]!r} is not what the classifier says of the saved steps")
+        claimed_saved = (row.p_predicted_saved, row.p_target_saved)
+        problems += _differing("after saving", classes, p[1], claimed_saved, SAVED_TOLERANCE)
+        problems += _flip(row, logits[1], classes[1][1]) + _change(row, pictures, num_slices)
+
+    # Steps.
+    for key, (name, index) in zip(("predicted", "target"), classes, strict=True):
+        curve = torch.tensor(row.curve[key] if row.curve and num_steps else [])
+        if len(curve) and float((p[num_single:, index] - curve).abs().max()) > SAVED_TOLERANCE:
+            problems.append(f"the curve of {name!r} is not what the classifier says of the saved steps")
     return problems
 
 
-def _areas(row: Row, pictures: dict[str, Tensor]) -> list[str]:
-    """Whether as many pixels changed as the row says; rows of earlier versions do not say it."""
-    claimed = row.get("changed_area")
-    if claimed is None:
+def _differing(when: str, classes: Classes, p: Tensor, claimed: Sequence[float | None], tolerance: float) -> list[str]:
+    """Compares the probabilities [K] of a picture with those that its row claims for two classes."""
+    return [
+        f"the probability of {name!r} {when} is {float(p[index]):.4f}, not {said}"
+        for (name, index), said in zip(classes, claimed, strict=True)
+        if said is None or abs(said - float(p[index])) > tolerance
+    ]
+
+
+def _flip(row: Row, logits: Tensor, target: int) -> list[str]:
+    """Decides once more whether the saved counterfactual is a flip, by its logits [K]."""
+    p = logits.softmax(dim=0)
+    # On the boundary itself another machine may decide otherwise.
+    clear = abs(float(p[target] - torch.cat([p[:target], p[target + 1 :]]).max())) > SAVED_TOLERANCE
+    flips = bool(decides_for(logits[None], torch.tensor([target])))
+    if row.flipped_saved is None or not clear or flips == row.flipped_saved:
         return []
-    area = float(changed_area(pictures["image"][None], pictures["counterfactual"][None]))
-    return [] if abs(claimed - area) <= AREA_TOLERANCE else [f"its changed area is {area:.4f}, not {claimed}"]
+    return [f"its saved counterfactual is {'a' if flips else 'no'} flip, which the row denies"]
 
 
-def _places(row: Row, pictures: dict[str, Tensor], num_slices: int) -> list[str]:
-    """Whether the change lies where the row says; rows of earlier versions do not say it."""
-    if "where" not in row:
-        return []
-    ((where, share),) = strongest_change(pictures["image"][None], pictures["counterfactual"][None], num_slices)
-    claimed, claimed_share = row["where"], row.get("where_share")
-    if where == claimed and abs((share or 0) - (claimed_share or 0)) <= AREA_TOLERANCE:
-        return []
-    return [f"the place of its change is {_place(where, share)}, not {_place(claimed, claimed_share)}"]
+def _change(row: Row, pictures: dict[str, Tensor], num_slices: int) -> list[str]:
+    """Measures area and place of the change once more; rows of earlier versions do not claim them."""
+    problems, before, after = [], pictures["image"][None], pictures["counterfactual"][None]
+    if row.changed_area is not None:
+        area = float(changed_area(before, after))
+        if abs(row.changed_area - area) > AREA_TOLERANCE:
+            problems.append(f"its changed area is {area:.4f}, not {row.changed_area}")
+    if "where" in vars(row):
+        (found,), claimed = strongest_change(before, after, num_slices), (row.where, row.where_share)
+        if found[0] != claimed[0] or abs((found[1] or 0) - (claimed[1] or 0)) > AREA_TOLERANCE:
+            problems.append(f"the place of its change is {_place(found)}, not {_place(claimed)}")
+    return problems
 
 
-def _place(where: str | None, share: float | None) -> str:
+def _place(place: Place) -> str:
+    where, share = place
     return f"{where or 'nowhere'}{'' if share is None else f' ({share:.4f})'}"
-
-
-def _differing(
-    when: str, row: dict[str, Any], p: Tensor, predicted: int, target: int, suffix: str, tolerance: float
-) -> list[str]:
-    problems = []
-    for key, index in (("predicted", predicted), ("target", target)):
-        claimed = row.get(f"p_{key}_{suffix}")
-        if claimed is None or abs(claimed - float(p[index])) > tolerance:
-            problems.append(f"the probability of {row[key]!r} {when} is {float(p[index]):.4f}, not {claimed}")
-    return problems

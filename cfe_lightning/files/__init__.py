@@ -1,1 +1,1 @@
-"""Files: atomic writes, plain tensor files, trusted class paths, and configs."""
+"""Files: atomic writes, plain tensor files, trusted class paths, configs, short texts and typed options."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; needs no torch."""
+"""Atomic writes: a file appears whole or not at all. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-#: Bytes of a name that any file system takes.
+#: Longest file name, in bytes, that every common file system accepts.
 _LONGEST_NAME = 255
 
 
 @contextmanager
 def atomic_write(path: Path, owner: str = "") -> Iterator[TextIO]:
-    """Opens a file to be written in UTF-8; it takes its name once all of it is there.
-
-    Whatever interrupts that leaves an earlier file as it was. Half characters, as names of files hold them, become
-    escapes.
-
-    Args:
-        path: The file.
-        owner: Who writes, where several may write the same file at the same time: the last one counts.
-    """
+    """Opens a UTF-8 text file for writing, as ``atomic_path``; lone surrogates, as in file names, become escapes."""
     with (
         atomic_path(path, owner) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -33,7 +25,7 @@ def atomic_write(path: Path, owner: str = "") -> Iterator[TextIO]:
 
 
 def write_json(path: Path, content: object, indent: int = 2) -> None:
-    """Writes plain data as JSON; the file appears whole or not at all.
+    """Writes plain data as JSON, atomically.
 
     Raises:
         ValueError: If a number is not finite, which JSON cannot hold.
@@ -43,10 +35,10 @@ def write_json(path: Path, content: object, indent: int = 2) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Refuses an output folder that takes no files before hours are spent on them; makes nothing yet.
+    """Refuses an output folder that takes no files, before hours are spent on them; creates nothing.
 
     Raises:
-        PermissionError: If the folder, or the nearest one above it that exists, cannot be written to.
+        PermissionError: If the folder, or its nearest existing parent, cannot be written to.
     """
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
@@ -55,18 +47,15 @@ def check_writable(output: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path, owner: str = "") -> Iterator[Path]:
-    """A path beside ``path`` for any kind of file, which takes its name once all of it is there.
+    """Yields a temporary path for a file of any kind; it replaces ``path`` when the block ends without an error.
 
-    Whatever goes wrong leaves an earlier file as it was, and nothing that fills a disk; a complaint of the system
-    names the file.
-
-    Args:
-        path: The file.
-        owner: See ``atomic_write``.
+    A failure leaves an earlier file unchanged and removes the temporary one. An ``OSError`` names ``path``. ``owner``
+    names the writer where several may write the same file at the same time; the last one wins.
     """
-    temporary = path.with_name(_unfinished(path.name, owner and f".{owner}"))
+    temporary = path.with_name(_temporary_name(path.name, owner and f".{owner}"))
     with naming(path):
-        temporary.unlink(missing_ok=True)  # it may be a link, which opening it would follow
+        # A link left in this place would be followed when the file is opened.
+        temporary.unlink(missing_ok=True)
     try:
         with naming(path):
             yield temporary
@@ -76,17 +65,17 @@ def atomic_path(path: Path, owner: str = "") -> Iterator[Path]:
         raise
 
 
-def _unfinished(name: str, owner: str) -> str:
-    """What a file is called until it is whole; a name that would get too long with that is replaced by a digest."""
-    whole = f".{name}{owner}.part"
-    if len(os.fsencode(whole)) <= _LONGEST_NAME:
-        return whole
+def _temporary_name(name: str, owner: str) -> str:
+    """Returns the name of an incomplete file; a digest replaces ``name`` where the result would be too long."""
+    temporary = f".{name}{owner}.part"
+    if len(os.fsencode(temporary)) <= _LONGEST_NAME:
+        return temporary
     return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{owner}.part"
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets a complaint of the system name the file: a disk that is full does not say for whom."""
+    """Puts the file's name into an ``OSError``: the system does not say which file met a full disk."""
     try:
         yield
     except OSError as error:
@@ -96,10 +85,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuses an output folder in which somebody has left links: what is written to them is written elsewhere.
+    """Refuses an output folder that contains links, through which results would be written elsewhere.
 
     Raises:
-        ValueError: If an entry is a link; one sentence names it.
+        ValueError: If an entry is a link; the message names it.
     """
     if not folder.is_dir():
         return

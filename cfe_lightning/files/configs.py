@@ -1,4 +1,4 @@
-"""The door for YAML: what a stranger's config may be and which classes it may name, before anything is made of it."""
+"""Reads YAML configs safely: bounds their size and restricts the classes they may name before anything is built."""
 
 from __future__ import annotations
 
@@ -16,75 +16,71 @@ from jsonargparse import get_loader, set_loader, set_parsing_settings
 
 from cfe_lightning.files.trust import ALLOWED_PACKAGES, only_trusted, present_path
 
-#: Packages whose classes a config may name besides those that the user trusts.
+#: Packages whose classes every config may name, besides those that the user trusts.
 CONFIG_PACKAGES = (*ALLOWED_PACKAGES, "lightning", "pytorch_lightning", "torch")
+
+# Limits of one config: bytes of the file, entries with all references expanded, nesting, digits of an integer.
 _MOST_BYTES = 500_000
 _MOST_ENTRIES = 100_000
 _DEEPEST = 50
 _MOST_DIGITS = 300
-_TAGS = frozenset(
-    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge")
-)
+#: YAML tags of plain values.
+_PLAIN = re.compile(r"tag:yaml\.org,2002:(str|int|float|bool|null|map|seq|timestamp|merge)")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load_value = get_loader("yaml")
-_named_before: set[str] = set()
-_NOISE = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a <class 'NoneType'>",
-    "Expected a path",
-)
+#: Packages trusted by earlier calls of ``classes_of`` in this process.
+_trusted_before: set[str] = set()
+
+# Parts of jsonargparse's messages: lines without information, and the refusal of a class.
+_NOISE = re.compile("Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed.*? to allow it\.")
 
 
 @contextmanager
 def classes_of(trusted: Sequence[str]) -> Iterator[None]:
-    """Lets configs and the files that they name use classes of some packages only: importing a module is running it.
+    """Restricts the classes that configs, and the files they name, may use: importing a module executes it.
 
-    Outside of the context nothing of a config may be built.
-
-    Args:
-        trusted: Packages besides ``CONFIG_PACKAGES``; the word ``exported_program`` is for programs, see
-            ``class_paths``.
+    ``trusted`` are packages in addition to ``CONFIG_PACKAGES``; the word ``exported_program`` trusts stored TorchScript
+    and torch.export programs, see ``files.trust``. Nothing from a config may be built outside this context.
 
     Raises:
-        ValueError: If one is no name of a package.
+        ValueError: If an entry is not the name of a third-party package.
     """
     for package in trusted:
         if not package.isidentifier() or package in (*sys.stdlib_module_names, "jsonargparse"):
             raise ValueError(f"--trusted takes the name of a package of yours, as my_package, not {package!r}.")
-    importlib.import_module("lightning.pytorch.cli")  # lets configs come from anywhere, which the settings take back
+    # Lightning's import lets configs come from any URL, which the settings below revoke.
+    importlib.import_module("lightning.pytorch.cli")
     allowed = {*CONFIG_PACKAGES, *trusted}
     set_parsing_settings(
-        import_path_denylist=["*", *(_named_before - allowed)],
+        import_path_denylist=["*", *(_trusted_before - allowed)],
         import_path_allowlist=sorted(allowed),
-        # What is no class for sure is no class, and a config is a file here.
+        # Only arguments declared as classes are built, and a config is always a local file.
         instantiate_subclass_spec_in_any=False,
         config_read_mode_urls_enabled=False,
         config_read_mode_fsspec_enabled=False,
     )
-    _named_before.update(trusted)
+    _trusted_before.update(trusted)
     set_loader("yaml", _load_checked, (yaml.YAMLError,))
     with only_trusted(trusted):
         yield
 
 
 def in_our_words(message: str) -> str:
-    """What a person needs of jsonargparse's report about every type that it has tried, and what to do about it."""
-    denied = _DENIED.search(message)
-    if denied is not None:
+    """Shortens jsonargparse's report of every type it has tried to the cause, and adds what to do about it."""
+    # Class outside the trusted packages.
+    if (denied := _DENIED.search(message)) is not None:
         package, _, _ = denied[1].partition(".")
         advice = f"if you trust the package {package!r}, add --trusted {package}"
         if package in sys.stdlib_module_names or package == "jsonargparse":
             advice = "nothing of it is needed here, so leave it out"
         return f"{denied[1]} is not part of {', '.join(CONFIG_PACKAGES)}: {advice}."
+    # Any other cause.
     kept: list[str] = []
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if line.startswith("Not a valid subclass"):
             break
-        if line and not line.startswith(_NOISE):
+        if line and not _NOISE.match(line):
             kept.append(line)
     told = " ".join(kept) or " ".join(message.split())[:300]
     return f"{told} a class_path, and its arguments below init_args, are needed here." if told.endswith(":") else told
@@ -94,7 +90,7 @@ def load_config(path: Path) -> dict[str, Any]:
     """Reads a YAML file of named values.
 
     Raises:
-        ValueError: If it is no text, no YAML, or grows beyond any config when it is read; one sentence.
+        ValueError: If the file is no UTF-8 text, no YAML, or too large once its references are expanded; one sentence.
     """
     size = path.stat().st_size
     if size > _MOST_BYTES:
@@ -102,6 +98,7 @@ def load_config(path: Path) -> dict[str, Any]:
             f"{path} has {size:,} bytes, more than the {_MOST_BYTES:,} that a config may have: give the YAML file that "
             "describes the run."
         )
+    # Reading, and one sentence for every failure.
     try:
         text = path.read_text(encoding="utf-8")
         _check(text)
@@ -120,6 +117,7 @@ def load_config(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    # Named values.
     if not isinstance(content, dict):
         kind = {NoneType: "nothing", list: "a list", str: "a text"}.get(type(content), "a single value")
         raise ValueError(
@@ -143,7 +141,8 @@ def _in_present_paths(value: Any) -> Any:
 
 
 def _check(text: str) -> None:
-    """Refuses what is small in a file and endless when it is read, and what means more than plain values."""
+    """Refuses YAML that nests too deeply, expands to too many entries, or holds more than plain values."""
+    # Nesting first, because composing the tree recurses.
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -158,22 +157,24 @@ def _check(text: str) -> None:
 
 
 def _entries(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """How many entries a node has once its references are written out."""
+    """Counts the entries of a node with its references expanded, and checks every value on the way."""
     if id(node) in known:
         return known[id(node)]
+    # Values.
     if depth > _DEEPEST:
         raise ValueError("a reference (*) in it leads back to itself, or deeper than a config may be.")
-    if node.tag not in _TAGS:
+    if not _PLAIN.fullmatch(node.tag):
         raise ValueError(f"{node.tag!r} in {_place(node.start_mark)} is no plain value: leave it out.")
-    parts: list[yaml.Node] = []
     if node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
         raise ValueError(f"a number in {_place(node.start_mark)} has {len(node.value):,} digits.")
+    # Children.
+    children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
-        parts = [part for pair in node.value for part in pair]
+        children = [child for pair in node.value for child in pair]
     elif isinstance(node, yaml.SequenceNode):
-        parts = node.value
-    known[id(node)] = 1 + sum(_entries(part, known, depth + 1) for part in parts)
+        children = node.value
+    known[id(node)] = 1 + sum(_entries(child, known, depth + 1) for child in children)
     return known[id(node)]
 
 

@@ -1,4 +1,4 @@
-"""The door for files of ``torch.save``: plain data and tensors, no larger than the file that holds them."""
+"""Reads and writes files of ``torch.save`` safely: plain data and tensors only, no larger than the file itself."""
 
 from __future__ import annotations
 
@@ -21,48 +21,44 @@ from torch.overrides import TorchFunctionMode
 
 from cfe_lightning.files.atomic import atomic_path
 
-#: Entries of lists and dictionaries once what is referred to twice is written out, and how deep they may nest.
+# Limits of one file: entries of lists and dictionaries with shared ones counted again, nesting, bits of an integer.
 _MOST_ENTRIES = 10_000_000
 _DEEPEST = 100
-#: Whole numbers of more bits are none that a training writes.
 _MOST_BITS = 512
-#: What torch.save names in a file of plain data and tensors, in Python 2's words, too; PyTorch would also call others,
-#: some of which make tensors of any size. Types of numbers and of memory come on top.
-_NAMES = frozenset(
-    {
-        *("collections.OrderedDict", "collections.Counter", "builtins.set", "__builtin__.set", "_codecs.encode"),
-        *("builtins.complex", "__builtin__.complex", "torch.Size", "torch.device", "torch.Tensor"),
-        *("torch.nn.parameter.Parameter", "torch._tensor._rebuild_from_type_v2"),
-        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")),
-        *(f"torch._utils._rebuild_{name}" for name in ("parameter", "parameter_with_state")),
-        *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-    }
+#: Names that torch.save writes for plain data and tensors, with those of Python 2. PyTorch would also call others, some
+#: of which make tensors of any size from a few bytes. Number types are added.
+_NAMES = re.compile(
+    r"(builtins|__builtin__)\.(set|complex)|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"|torch\.(Size|device|Tensor|nn\.parameter\.Parameter|_tensor\._rebuild_from_type_v2)"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
+    r"|torch\.(cuda\.|storage\.)?[A-Z]\w*Storage"
 )
-_MEMORY = re.compile(r"torch\.(cuda\.|storage\.)?[A-Z]\w*Storage")
+_NUMBER_TYPES = frozenset(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _RAW_BYTES = ("builtins.bytearray", "__builtin__.bytearray")
 _ODD_TENSOR = "it holds a tensor that is not an array of numbers (sparse, quantised or without memory)"
-#: Before version 1.6 a file began with so many pickles: of numbers that tell its kind, of its content, of its tensors.
+#: Pickles at the start of a file from before PyTorch 1.6: three headers, the object, the keys of its storages.
 _OLD_PICKLES = 5
-#: What a network may have beside the weights that end up in its file: a head that is replaced, tables, a blank image.
+# Allowance for tensors that a network creates but does not save: a replaced head, tables, a blank image.
 _SPARE_BYTES = 1 << 30
 _SPARE_TENSORS = 10_000
-#: What makes tensors of any size out of a few numbers.
+#: Functions that make tensors of any size from a few numbers.
+# fmt: off
 _MAKERS: tuple[Any, ...] = (
-    *(torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace),
-    *(torch.rand, torch.randn, torch.randint, torch.randperm),
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace,
+    torch.rand, torch.randn, torch.randint, torch.randperm,
 )
+# fmt: on
 
 
 def load_plain(path: Path, *, any_age: bool = False) -> Any:
-    """Reads what ``torch.save`` wrote; nothing in the file is executed, and nothing is larger than it.
+    """Reads a file of ``torch.save``, with ``any_age`` also of PyTorch before version 1.6.
 
-    Args:
-        path: The file.
-        any_age: Also read what PyTorch wrote before version 1.6.
+    Nothing in the file is executed, and nothing read is larger than the file.
 
     Raises:
-        ValueError: If it is truncated, no such file, holds anything but plain data and tensors, or claims to hold more
-            than it has bytes. The message is a reason in few words and does not repeat the path.
+        OSError: If the file cannot be opened.
+        ValueError: If it is truncated, not from ``torch.save``, holds anything but plain data and tensors, or claims
+            to hold more than its size. The message is a short reason and does not repeat the path.
     """
     try:
         if not any_age or _is_archive(path):
@@ -71,39 +67,34 @@ def load_plain(path: Path, *, any_age: bool = False) -> Any:
             _check_old(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(_tensors(content), path.stat().st_size)
-    # PyTorch raises nearly anything on files that are broken.
     except _RefusedError as error:
         raise ValueError(str(error)) from error
-    except OSError:  # of the system, which names the file
+    except OSError:  # names the file
         raise
     except UnpicklingError as error:
         raise ValueError("it is no file of PyTorch, or holds more than plain data and tensors") from error
+    # PyTorch raises nearly anything on broken files.
     except Exception as error:
         raise ValueError("the file is truncated, damaged or not written by torch.save") from error
     return content
 
 
 def save_plain(path: Path, content: Any, owner: str = "") -> None:
-    """Writes what ``load_plain`` reads, whole or not at all, and waits until the disk has it.
-
-    Args:
-        path: The file.
-        content: Plain data and tensors.
-        owner: See ``atomic_path``.
+    """Writes plain data and tensors for ``load_plain``, as ``atomic_path``, and waits until they are on the disk.
 
     Raises:
-        OSError: If the file cannot be written; it names the file.
+        OSError: If the file cannot be written; the error names the file.
     """
     with atomic_path(path, owner) as temporary, temporary.open("wb") as file:
-        with _complaint_of_the_system():
+        with _system_errors():
             torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
-def _complaint_of_the_system() -> Iterator[None]:
-    """PyTorch's writer hides why a file could not be written."""
+def _system_errors() -> Iterator[None]:
+    """Raises the ``OSError`` behind a ``RuntimeError`` of PyTorch's writer, which hides why a file was not written."""
     try:
         yield
     except RuntimeError as error:
@@ -116,21 +107,21 @@ def _complaint_of_the_system() -> Iterator[None]:
 
 
 class LargerThanFileError(ValueError):
-    """A file's arguments ask for far more than its weights can fill."""
+    """The arguments in a file ask for a network far larger than its weights."""
 
 
 class _RefusedError(Exception):
-    """What is wrong with a file, in our own words."""
+    """A file is refused; the message is the reason for the user."""
 
 
 @contextmanager
 def allocation_limit(path: Path) -> Iterator[None]:
-    """While a network is built for the weights of a file: stops as soon as it grows far beyond that file.
+    """Limits the network that is built inside, for the weights of a file, to little more than the size of that file.
 
-    A single tensor that is too large is refused before it is made, all of them together while they are registered.
+    A single tensor is checked before it is allocated, the sum of all tensors as they are registered.
 
     Raises:
-        LargerThanFileError: If it does; one sentence.
+        LargerThanFileError: If the network exceeds the limit; one sentence.
     """
     budget = _Budget(path)
     with ExitStack() as stack:
@@ -144,7 +135,7 @@ def allocation_limit(path: Path) -> Iterator[None]:
 
 
 class _Budget(TorchFunctionMode):
-    """How much a network may take that is built for the weights in a file."""
+    """Counts the memory of a network that is built for the weights in a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -156,13 +147,13 @@ class _Budget(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _MAKERS:
-            # Without memory it is made in any size.
+            # On the meta device a tensor has a size but no memory.
             described = {key: value for key, value in kwargs.items() if key not in ("out", "generator", "pin_memory")}
             self._check(func(*args, **{**described, "device": "meta"}).nbytes)
         return func(*args, **kwargs)
 
     def register(self, _module: nn.Module, _name: str, tensor: Tensor | None) -> None:
-        """Networks are put together from networks: a weight may be registered more than once."""
+        """Counts a registered tensor; one that is registered in several modules counts every time."""
         if tensor is None:
             return
         self._bytes, self._tensors = self._bytes + tensor.nbytes, self._tensors + 1
@@ -177,31 +168,31 @@ class _Budget(TorchFunctionMode):
 
 
 def _is_archive(path: Path) -> bool:
-    """As PyTorch decides it."""
+    """Tells whether a file is a ZIP archive, by the same rule as PyTorch."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses an archive whose parts unpack to more than it has bytes; ``torch.save`` packs nothing."""
+    """Refuses an archive that unpacks to more than its own size: ``torch.save`` does not compress."""
     if not _is_archive(path):
         raise UnpicklingError("no archive")
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-        # Readers disagree about archives with something around them: which one is meant?
+        # Readers disagree on which archive is meant when other bytes surround it.
         if archive.comment or min((part.header_offset for part in parts), default=0):
             raise _RefusedError("there is something before or behind what torch.save wrote")
         unpacked = sum(part.file_size for part in parts)
         if unpacked > path.stat().st_size:
             raise _RefusedError(f"it unpacks to {unpacked:,} bytes, more than its own {path.stat().st_size:,}")
         for part in parts:
-            # PyTorch's reader takes capitals for small letters.
+            # PyTorch's reader ignores case.
             if part.filename.lower().endswith("data.pkl"):
                 _check_names(io.BytesIO(archive.read(part)))
 
 
 def _check_old(path: Path) -> None:
-    """Looks through the pickles that an old file begins with; older ones yet were archives of tar."""
+    """Checks the pickles at the start of a file from before PyTorch 1.6; TAR archives, which are older, are refused."""
     if tarfile.is_tarfile(path):
         raise _RefusedError("it was written by a version of PyTorch before 0.2")
     with path.open("rb") as file:
@@ -210,12 +201,12 @@ def _check_old(path: Path) -> None:
 
 
 def _check_names(pickled: BinaryIO) -> None:
-    """Refuses what a pickle would call beside what plain data and tensors need; reads up to its end."""
+    """Refuses a pickle that calls anything beyond what plain data and tensors need; reads up to its end."""
     for opcode, argument, _ in pickletools.genops(pickled):
         name = str(argument).replace(" ", ".")
-        if opcode.name != "GLOBAL" or name in _NAMES or _MEMORY.fullmatch(name):
+        if opcode.name != "GLOBAL" or _NAMES.fullmatch(name) or name in _NUMBER_TYPES:
             continue
-        if name in _RAW_BYTES:  # the one plain thing of which a few bytes of pickle make any number
+        if name in _RAW_BYTES:  # the one plain type that a few bytes of pickle make as large as they like
             raise _RefusedError("it holds raw bytes")
         if name.startswith("torch._utils."):
             raise _RefusedError(_ODD_TENSOR)
@@ -223,7 +214,7 @@ def _check_names(pickled: BinaryIO) -> None:
 
 
 def _tensors(content: Any) -> list[Tensor]:
-    """Every tensor once, found in containers that are neither endless nor deeper than any checkpoint."""
+    """Collects every tensor once; refuses containers that are endless or deeper than any checkpoint."""
     known: dict[int, int] = {}
     found: dict[int, Tensor] = {}
     if _entries(content, known, found, 0) > _MOST_ENTRIES:
@@ -232,6 +223,7 @@ def _tensors(content: Any) -> list[Tensor]:
 
 
 def _entries(value: Any, known: dict[int, int], found: dict[int, Tensor], depth: int) -> int:
+    # Leaves.
     if isinstance(value, Tensor):
         found[id(value)] = value
         return 1
@@ -239,6 +231,7 @@ def _entries(value: Any, known: dict[int, int], found: dict[int, Tensor], depth:
         raise _RefusedError(f"it holds a whole number of {value.bit_length():,} bits")
     if not isinstance(value, dict | list | tuple | set):
         return 1
+    # Containers.
     if id(value) in known:
         return known[id(value)]
     if depth > _DEEPEST:
@@ -249,7 +242,7 @@ def _entries(value: Any, known: dict[int, int], found: dict[int, Tensor], depth:
 
 
 def _check_tensors(tensors: Iterable[Tensor], size: int) -> None:
-    """Refuses tensors that a few bytes claim to fill: repeated strides, kinds without memory of their own."""
+    """Refuses tensors larger than their bytes in the file: repeated strides, types without memory of their own."""
     views: dict[tuple[Any, ...], int] = {}
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
@@ -261,6 +254,6 @@ def _check_tensors(tensors: Iterable[Tensor], size: int) -> None:
             )
         where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         views[where] = tensor.nbytes
-    # Weights that are tied are one; those that overlap are hardly ever there.
+    # Tied weights count once; overlapping ones, which hardly occur, count each.
     if sum(views.values()) > 8 * size:
         raise _RefusedError(f"it claims tensors of {sum(views.values()):,} bytes together where it has {size:,}")

@@ -1,4 +1,4 @@
-"""The only door between image files and tensors, which are float32, [C, H, W] or [B, C, H, W], in [-1, 1]."""
+"""Images as files and as tensors: float32, [C, H, W] or [B, C, H, W], in [-1, 1], with one channel or RGB."""
 
 from cfe_lightning.compute.memory import pictures_at_once
 from cfe_lightning.images.drawing import amplify, arrows, draw_motion, grid, heat_map, signed_difference
@@ -24,33 +24,11 @@ from cfe_lightning.images.reading import (
 )
 from cfe_lightning.images.saving import can_save_video, pixel_digest, read_saved, save_animation, save_image
 
+# fmt: off
 __all__ = [
-    "EXTENSIONS",
-    "MAX_PIXELS",
-    "UnreadableImageError",
-    "amplify",
-    "arrows",
-    "can_save_video",
-    "cut_montage",
-    "draw_motion",
-    "find_images",
-    "from_pil",
-    "grid",
-    "heat_map",
-    "is_picture",
-    "montage_side",
-    "pictures_at_once",
-    "pixel_digest",
-    "read_image",
-    "read_saved",
-    "resize",
-    "save_animation",
-    "save_image",
-    "saved",
-    "signed_difference",
-    "tile_montage",
-    "to_pil",
-    "to_uint8",
-    "to_unit",
-    "visible_change",
+    "EXTENSIONS", "MAX_PIXELS", "UnreadableImageError", "amplify", "arrows", "can_save_video", "cut_montage",
+    "draw_motion", "find_images", "from_pil", "grid", "heat_map", "is_picture", "montage_side", "pictures_at_once",
+    "pixel_digest", "read_image", "read_saved", "resize", "save_animation", "save_image", "saved", "signed_difference",
+    "tile_montage", "to_pil", "to_uint8", "to_unit", "visible_change",
 ]
+# fmt: on

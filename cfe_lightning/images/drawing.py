@@ -1,4 +1,4 @@
-"""Draws changes, attributions and motions as pictures.
+"""Drawings of changes, attributions and motions.
 
 Shapes: B images, C channels, H, W pixels; pictures are in [-1, 1].
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cfe_lightning.images.pixels import to_pil
 from cfe_lightning.images.reading import from_pil
 
-#: And a picture with arrows; and the arrows' colour.
+#: Shortest longer side of a picture with arrows, in pixels, and the colour of the arrows.
 _SMALLEST_DRAWING = 160
 _ARROW = (196, 22, 106)
 
@@ -24,28 +24,21 @@ _ARROW = (196, 22, 106)
 def signed_difference(change: Tensor, scale: float | None = None) -> Tensor:
     """Colours a change [B, C, H, W] blue (darker) over white (none) to red (brighter), [B, 3, H, W] in [-1, 1].
 
-    Args:
-        change: Image minus image. The channel that changes most is shown: a mean would hide a change of hue.
-        scale: The change drawn in full colour; None takes the largest magnitude of each image.
+    Each pixel shows its most changed channel, as a mean would hide changes of hue. Changes from ``scale`` on have full
+    colour; None takes the largest magnitude of each image.
     """
     signed = change.gather(1, change.abs().argmax(dim=1, keepdim=True))
     limit = signed.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-6) if scale is None else scale
     signed = (signed / limit).clamp(-1, 1)
-    white_to_red = signed.clamp_min(0)
-    white_to_blue = (-signed).clamp_min(0)
-    red, green, blue = 1 - white_to_blue, 1 - signed.abs(), 1 - white_to_red
+    red, green, blue = 1 - (-signed).clamp_min(0), 1 - signed.abs(), 1 - signed.clamp_min(0)
     return torch.cat([red, green, blue], dim=1) * 2 - 1
 
 
 def amplify(difference: Tensor, largest_gain: float = 64.0) -> tuple[Tensor, Tensor]:
-    """Scales differences [B, C, H, W], 0 is mid grey, so that the strongest value of each image is black or white.
+    """Scales differences [B, C, H, W] around mid grey so that the strongest value of each image is black or white.
 
-    Args:
-        difference: Images minus images.
-        largest_gain: Weaker differences are amplified no further: it would be rounding errors that one sees.
-
-    Returns:
-        The differences times their gains, and the gains, [B]; at least 1, so what is too strong is shown as it is.
+    Returns the scaled differences and their gains, [B], at least 1; gains above ``largest_gain`` would amplify rounding
+    errors.
     """
     peak = difference.abs().amax(dim=(1, 2, 3))
     gain = (1 / peak.clamp_min(1 / largest_gain)).clamp_min(1.0)
@@ -60,17 +53,15 @@ def heat_map(attribution: Tensor) -> Tensor:
 
 
 def arrows(motion: Tensor, cells: int = 12) -> Tensor:
-    """Displacements [B, 2, H, W] averaged over at most ``cells`` x ``cells`` places, [B, 2, h, w]."""
+    """Averages displacements [B, 2, H, W] over a grid of at most ``cells`` x ``cells`` cells, [B, 2, h, w]."""
     return F.adaptive_avg_pool2d(motion, (min(cells, motion.shape[2]), min(cells, motion.shape[3])))
 
 
 def draw_motion(image: Tensor, motion: Tensor) -> Tensor:
-    """Arrows of displacements [B, 2, H, W], (row, column) in pixels, on paled images [B, C, H, W] in [-1, 1].
+    """Draws arrows of displacements [B, 2, H, W], (row, column) in pixels, on paled images [B, C, H, W] in [-1, 1].
 
-    The longest arrow of every image spans one and a half cells; a small image is enlarged by a whole factor.
-
-    Returns:
-        [B, 3, h, w] in [-1, 1].
+    The longest arrow of every image spans one and a half cells. Small images are enlarged by a whole factor, so the
+    drawings are [B, 3, h, w].
     """
     factor = max(1, -(-_SMALLEST_DRAWING // max(image.shape[-2:])))
     coarse = arrows(motion).cpu()
@@ -78,12 +69,13 @@ def draw_motion(image: Tensor, motion: Tensor) -> Tensor:
     longest = lengths.amax(dim=(1, 2)).clamp_min(1e-12)
     drawn = []
     for picture, field, length, limit in zip(image, coarse, lengths, longest, strict=True):
+        # Paled image.
         canvas = to_pil(picture).convert("L").point(lambda level: 96 + level * 5 // 8).convert("RGB")
         canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST)
+        # Arrows; below a twentieth of the longest one they would be dots.
         cell = (canvas.height / field.shape[1], canvas.width / field.shape[2])
         pen = ImageDraw.Draw(canvas)
         scale = 1.5 * min(cell) / float(limit)
-        # Below a twentieth of the longest an arrow would be a dot.
         for row, column in torch.nonzero(length > 0.05 * limit).tolist():
             down, right = (float(value) * scale for value in field[:, row, column])
             middle = ((column + 0.5) * cell[1], (row + 0.5) * cell[0])

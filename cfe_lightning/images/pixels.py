@@ -1,4 +1,4 @@
-"""Arithmetic of image tensors: sizes, units, 8-bit levels, montages.
+"""Arithmetic of image tensors: sizes, value ranges, 8-bit levels, montages.
 
 Images are float32, [C, H, W] or [B, C, H, W], in [-1, 1].
 """
@@ -17,25 +17,19 @@ def resize(image: Tensor, size: int) -> Tensor:
     """Resizes [C, H, W] or [B, C, H, W] to a square, antialiased bilinear; the aspect ratio is not kept."""
     if image.shape[-2:] == (size, size):
         return image
-    return _interpolate(image, size, size) if image.ndim == 4 else _interpolate(image[None], size, size)[0]
+    return interpolate(image, size, size) if image.ndim == 4 else interpolate(image[None], size, size)[0]
 
 
-def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
+def interpolate(image: Tensor, height: int, width: int) -> Tensor:
+    """Resizes [B, C, H, W] to [B, C, ``height``, ``width``], antialiased bilinear."""
     return F.interpolate(image, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def cut_montage(image: Tensor, num_slices: int) -> Tensor:
-    """Cuts a montage into its slices, row by row; the inverse of ``tile_montage``.
-
-    Args:
-        image: The montage, [B, C, H, W], of slices with H / sqrt(S) x W / sqrt(S) pixels.
-        num_slices: S, a square number.
-
-    Returns:
-        The slices, [B, S, C, H / sqrt(S), W / sqrt(S)].
+    """Cuts montages [B, C, H, W] row by row into S slices, [B, S, C, H / sqrt(S), W / sqrt(S)].
 
     Raises:
-        ValueError: If S is no square number, or H or W cannot be divided by its root.
+        ValueError: If S is no square number, or its root does not divide H and W.
     """
     side = montage_side(num_slices)
     height, width = image.shape[-2:]
@@ -49,7 +43,7 @@ def cut_montage(image: Tensor, num_slices: int) -> Tensor:
 
 
 def tile_montage(slices: Tensor) -> Tensor:
-    """Tiles slices [B, S, C, h, w] row by row into one picture, [B, C, sqrt(S) h, sqrt(S) w].
+    """Tiles slices [B, S, C, h, w] row by row into one picture, [B, C, sqrt(S) h, sqrt(S) w]; undoes ``cut_montage``.
 
     Raises:
         ValueError: If S is no square number.
@@ -59,10 +53,10 @@ def tile_montage(slices: Tensor) -> Tensor:
 
 
 def montage_side(num_slices: int) -> int:
-    """The slices in a row of a montage: the root of their number.
+    """Returns the number of slices in a row of a montage: the square root of their total.
 
     Raises:
-        ValueError: If the number is no square.
+        ValueError: If the total is no square number.
     """
     side = math.isqrt(max(num_slices, 0))
     if side < 1 or side**2 != num_slices:
@@ -71,31 +65,30 @@ def montage_side(num_slices: int) -> int:
 
 
 def to_unit(image: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], without clamping."""
+    """Converts [-1, 1] to [0, 1], without clamping."""
     return image * 0.5 + 0.5
 
 
 def visible_change(image: Tensor, edited: Tensor) -> Tensor:
-    """What was added, on [0, 1] units; what leaves the range cannot be seen and does not count."""
+    """Returns the change that a viewer sees, on the scale of [0, 1] images: both are clamped to their range first."""
     return to_unit(edited.float()).clamp(0, 1) - to_unit(image.float()).clamp(0, 1)
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """[-1, 1] to bytes, clamped and rounded to the nearest level (truncation can undo a flip)."""
+    """Converts [-1, 1] to bytes, clamped and rounded to the nearest level; truncation could undo a flip."""
     return _levels(image).to(torch.uint8)
 
 
 def saved(image: Tensor) -> Tensor:
-    """The image as a reader of the saved 8-bit PNG sees it, still in [-1, 1]."""
+    """Returns an image as it is read back from an 8-bit PNG, in [-1, 1]."""
     return _levels(image).div_(255).mul_(2).sub_(1)
 
 
 def _levels(image: Tensor) -> Tensor:
-    """[-1, 1] to the levels 0 to 255 of an 8-bit file, as floats."""
     return to_unit(image.detach()).clamp_(0, 1).mul_(255).round_()
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """[C, H, W] in [-1, 1] to a Pillow image, grey or RGB."""
+    """Converts [C, H, W] in [-1, 1] to a Pillow image, grey or RGB."""
     array = to_uint8(image.detach()).cpu().numpy()
     return Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))

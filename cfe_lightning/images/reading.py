@@ -1,7 +1,4 @@
-"""The only door between image files and tensors.
-
-Every image tensor of the package is float32, [C, H, W] or [B, C, H, W], in [-1, 1], with one channel or RGB.
-"""
+"""Reading of image files into tensors [C, H, W] in [-1, 1], and finding them in folders."""
 
 from __future__ import annotations
 
@@ -16,47 +13,50 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from cfe_lightning.images.pixels import _interpolate
+from cfe_lightning.images.pixels import interpolate
 
-#: File name endings that are looked at when a folder is read.
+#: Endings of the file names that count as images when a folder is read.
 EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-#: More pixels than this are refused before decoding: a decompression bomb, not a photograph.
+#: Largest number of pixels; larger images are refused before decoding as decompression bombs.
 MAX_PIXELS = 100_000_000
-#: Pillow opens more, but hands some of it (EPS) to other programs: a stranger's file must not choose those.
+#: Formats that are opened. Pillow knows more, but hands some (EPS) to other programs, which no file may choose.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-#: Floating point of one strip stays in a core's cache.
+#: Pixels per strip when resizing, so that the floats of one strip fit a core's cache.
 _STRIP_PIXELS = 1 << 18
 _log = logging.getLogger(__name__)
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class UnreadableImageError(ValueError):
-    """A file that cannot become an image tensor; the message is one sentence for the user."""
+    """A file cannot be read as an image; the message is one sentence for the user."""
+
+
+def unreadable(kind: str, error: Exception) -> UnreadableImageError:
+    """Returns the error of an unreadable file of some kind, without the path, which a system error would repeat."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UnreadableImageError(f"Not a readable {kind}: {' '.join(reason.split()) or type(error).__name__}")
+
+
+# Folders.
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file name has an image ending."""
+    """Tells whether a file name has the ending of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def find_images(folder: Path, wanted: Callable[[str], bool] = is_picture) -> Iterator[str]:
-    """Walks a folder and yields every file with an image ending, readable or not, holding one directory at a time.
+    """Walks a folder and yields every file with an image ending, readable or not, listing one directory at a time.
 
-    Hidden files and folders (one leading dot) are left out. Files are judged by name alone: a file without an image
-    ending is not listed, a PNG called ``.jpg`` is. Links to files are followed, broken ones listed (they fail when they
-    are read). A linked folder is entered when it leads out of ``folder``, and only once; a link to a place inside is
-    not, because its files are met there, nor is a link to a folder around it, so no loop is endless.
+    Hidden files and folders (one leading dot) are skipped. Only names count: a PNG called ``.jpg`` is listed. Links to
+    files are followed; broken ones are listed and fail when they are read. A linked folder is entered once if it lies
+    outside ``folder``. Links to folders inside or around it are not entered: the files are found anyway, and loops end.
 
-    Args:
-        folder: Where to look, with everything below.
-        wanted: Judges file names instead, without their folders.
-
-    Returns:
-        Names relative to ``folder`` with forward slashes, ordered by their parts. Bytes that are no UTF-8 arrive as
-        the surrogates that ``os.fsdecode`` makes of them.
+    The names are relative to ``folder``, with forward slashes, sorted by their parts. Bytes that are no UTF-8 become
+    surrogates, as in ``os.fsdecode``. ``wanted`` decides by a file's name, without its folder, in place of the endings.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the folder does not exist.
         NotADirectoryError: If it is a file.
     """
     if not folder.exists():
@@ -69,7 +69,7 @@ def find_images(folder: Path, wanted: Callable[[str], bool] = is_picture) -> Ite
 def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
     root = os.path.realpath(folder)
     entered_links = set[str]()
-    # A stack instead of recursion: a folder may nest deeper than Python's calls.
+    # A stack instead of recursion: folders may nest deeper than Python's calls.
     pending = [("", iter(_entries(str(folder))))]
     while pending:
         prefix, entries = pending[-1]
@@ -104,7 +104,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    """False for pipes, sockets and devices; a link that leads nowhere counts as a file that cannot be read."""
+    """Tells whether an entry is a file or a broken link, and not a pipe, socket or device."""
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:
@@ -123,17 +123,21 @@ def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Reads any common image file: EXIF rotation applied, first frame of animations, transparency put on white.
+# Files.
 
-    The content decides the format, not the file name's ending.
+
+def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Reads any common image file: with EXIF rotation, the first frame of animations, and transparency on white.
+
+    The content decides the format, not the file's ending. 16-bit greys are scaled by the range of their type, 32-bit
+    ones by their values: as 16-bit, 8-bit or unit data where they look like it, else by their own range.
 
     Args:
-        path: The file. 16-bit greys are scaled by their type's range, 32-bit ones by ``_scale_by_range``.
-        channels: 1 for luminance, 3 for RGB.
-        size: Resizes to [C, size, size] like ``resize``, in strips: a photograph of 50 million pixels then needs its
-            own bytes, not four times as much for floating-point copies. None keeps the size.
-        max_pixels: Larger images are refused before they are decoded.
+        path: Path of the file.
+        channels: Number of channels, 1 for luminance, 3 for RGB.
+        size: Side of the square to resize to, in strips, so that a photograph of 50 million pixels needs no copy in
+            floating point, which is four times as large. None keeps the size.
+        max_pixels: Largest number of pixels; larger images are refused before they are decoded.
 
     Returns:
         The image, [C, H, W] in [-1, 1].
@@ -145,16 +149,18 @@ def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}.")
     try:
+        # Refused without decoding.
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError("Not a file but a folder, pipe or device.")
         if status.st_size == 0:
             raise UnreadableImageError("The file is empty.")
-        Image.init()  # Pillow knows the rarer formats only after this; later calls return at once
+        Image.init()  # registers the rarer formats; later calls return at once
         with Image.open(path, formats=_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise UnreadableImageError(f"{width} x {height} pixels are more than the {max_pixels:,} accepted.")
+            # Pixels.
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
             return from_pil(opened, channels, size=size)
@@ -166,22 +172,18 @@ def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels
         raise UnreadableImageError(f"The content is no image in a format read here: {', '.join(_FORMATS)}.") from error
     # Decoders raise nearly anything on broken files (struct.error, SyntaxError, zlib.error, IndexError, ...).
     except Exception as error:
-        # The system's own message would repeat the path.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImageError(
-            f"Not a readable image: {' '.join(reason.split()) or type(error).__name__}"
-        ) from error
+        raise unreadable("image", error) from error
 
 
 def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
-    """A decoded Pillow image of any mode as [C, H, W] in [-1, 1]; the arguments are those of ``read_image``."""
+    """Converts a decoded Pillow image of any mode to [C, H, W] in [-1, 1], with the options of ``read_image``."""
     values = _to_array(picture, channels)
     image = _to_tensor(values) if size is None else _resize_in_strips(values, size)
     return image if image.shape[0] == channels else image.repeat(channels, 1, 1)
 
 
 def _to_array(picture: Image.Image, channels: int) -> np.ndarray:
-    """Bytes, or floats in [0, 1] where the file has more than 8 bits; [H, W] or [H, W, 3]."""
+    """Returns the pixels as bytes, or as floats in [0, 1] for more than 8 bits; [H, W] or [H, W, 3]."""
     if picture.mode in _SIXTEEN_BIT_MODES:
         return np.asarray(picture, dtype=np.float32) / 65535.0
     if picture.mode in ("I", "F"):
@@ -194,7 +196,7 @@ def _to_array(picture: Image.Image, channels: int) -> np.ndarray:
 
 
 def _to_tensor(values: np.ndarray) -> Tensor:
-    """[H, W] or [H, W, 3] to [C, H, W] in [-1, 1]."""
+    """Converts [H, W] or [H, W, 3] to [C, H, W] in [-1, 1]."""
     # A copy, because Pillow's memory is read-only.
     tensor = torch.from_numpy(np.array(values[None] if values.ndim == 2 else values.transpose(2, 0, 1), order="C"))
     unit = tensor.float().div_(255.0) if tensor.dtype == torch.uint8 else tensor
@@ -202,33 +204,31 @@ def _to_tensor(values: np.ndarray) -> Tensor:
 
 
 def _resize_in_strips(values: np.ndarray, size: int) -> Tensor:
-    """``resize(_to_tensor(values), size)``, floating point held for one strip at a time: the filter is separable.
+    """Computes ``resize(_to_tensor(values), size)`` with only one strip in floating point, as the filter is separable.
 
-    The longer side is shrunk first. The other way round an image of 1 x 50 million pixels would become
-    ``size`` x 50 million on the way.
+    The longer side shrinks first: otherwise an image of 1 x 50 million pixels would grow to ``size`` x 50 million.
     """
+    # Longer side, strip by strip.
     tall = values.shape[0] > values.shape[1]
     shorter, longer = sorted(values.shape[:2])
     thickness = max(_STRIP_PIXELS // longer, 1)
     strips = []
     for start in range(0, shorter, thickness):
         part = slice(start, start + thickness)
-        # A tall picture is turned strip by strip, in the cache: as a whole it would be read against its memory's grain.
+        # A tall picture is transposed strip by strip, in the cache; as a whole it would be read with long strides.
         strip = _to_tensor(values[:, part].copy().swapaxes(0, 1) if tall else values[part])
-        strips.append(_interpolate(strip[None], strip.shape[1], size))
-    # Rounding of the filter's weights may leave the range by one unit in the last place.
-    image = _interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
+        strips.append(interpolate(strip[None], strip.shape[1], size))
+    # Shorter side; rounded weights of the filter may leave the range by one unit in the last place.
+    image = interpolate(torch.cat(strips, dim=2), size, size)[0].clamp_(-1.0, 1.0)
     return image.transpose(1, 2).contiguous() if tall else image
 
 
 def _scale_by_range(values: np.ndarray) -> np.ndarray:
-    """Scales 32-bit values to [0, 1]: by 65535 when they look like 16-bit data, else by their own range."""
+    """Scales 32-bit values to [0, 1], as 16-bit, 8-bit or unit data by their largest value, else by their own range."""
     finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(finite.min()), float(finite.max())
-    if low >= 0 and 255 < high <= 65535:
-        return finite / 65535.0
-    if low >= 0 and 1 < high <= 255:
-        return finite / 255.0
     if low >= 0 and high <= 1:
         return finite
+    if low >= 0 and high <= 65535:
+        return finite / (65535.0 if high > 255 else 255.0)
     return (finite - low) / max(high - low, 1e-12)

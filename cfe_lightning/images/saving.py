@@ -1,4 +1,4 @@
-"""Writes pictures and animations, and reads saved pictures back with a digest of their pixels."""
+"""Writing of pictures and animations, and reading of saved pictures with a digest of their pixels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from cfe_lightning.files.atomic import atomic_path
 from cfe_lightning.images.pixels import to_pil
 from cfe_lightning.images.reading import UnreadableImageError, from_pil
 
-#: Longer side that a video has at least.
+#: Shortest longer side of a video, in pixels.
 _SMALLEST_VIDEO = 256
 
 
 def save_image(image: Tensor, path: Path) -> str:
-    """Writes [C, H, W] in [-1, 1] as an 8-bit PNG; the file appears whole or not at all.
-
-    Returns:
-        Its ``pixel_digest``.
-    """
+    """Writes [C, H, W] in [-1, 1] as an 8-bit PNG, atomically, and returns its ``pixel_digest``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = to_pil(image)
     with atomic_path(path, owner=str(os.getpid())) as temporary:
@@ -35,17 +31,10 @@ def save_image(image: Tensor, path: Path) -> str:
 
 
 def read_saved(path: Path, root: Path) -> tuple[Tensor, str]:
-    """Reads a PNG that ``save_image`` left somewhere below a folder.
-
-    Args:
-        path: The file.
-        root: The folder, resolved; what lies elsewhere is not opened.
-
-    Returns:
-        The image, [C, H, W] in [-1, 1], and its ``pixel_digest``.
+    """Reads a PNG of ``save_image`` below the resolved folder ``root``: [C, H, W] in [-1, 1], and its ``pixel_digest``.
 
     Raises:
-        UnreadableImageError: If it cannot be read; the message is what to say after the file's name.
+        UnreadableImageError: If the picture cannot be read; the message continues a sentence that begins with its name.
     """
     try:
         if not path.resolve().is_relative_to(root):
@@ -62,16 +51,16 @@ def read_saved(path: Path, root: Path) -> tuple[Tensor, str]:
 
 
 def pixel_digest(picture: Image.Image) -> str:
-    """What tells the pixels of a picture from all others, however the file is compressed; 32 hexadecimal digits."""
+    """Returns a digest of the mode, size and pixels of a picture, whatever its compression; 32 hexadecimal digits."""
     digest = hashlib.sha256(f"{picture.mode} {picture.width} {picture.height}".encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()[:32]
 
 
 def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> None:
-    """Writes steps [T, C, H, W] in [-1, 1] as an animation there and back: ``.gif`` and ``.webp`` endless, or ``.mp4``.
+    """Writes steps [T, C, H, W] in [-1, 1], there and back, as an endless ``.gif`` or ``.webp``, or as an ``.mp4``.
 
-    A video enlarges small pictures by a whole factor, because players blur them otherwise.
+    A video enlarges small pictures by a whole factor, because players would blur them.
     """
     frames = [to_pil(step) for step in (*steps, *steps.flip(0)[1:-1])]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,22 +76,24 @@ def save_animation(steps: Tensor, path: Path, *, milliseconds: int = 100) -> Non
 
 
 def can_save_video() -> bool:
-    """Whether PyAV is there, which ``save_animation`` needs for ``.mp4``."""
+    """Tells whether PyAV is installed, which ``save_animation`` needs for ``.mp4``."""
     return importlib.util.find_spec("av") is not None
 
 
 def _save_video(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
     import av
 
+    # Sides must be even, because H.264 stores colour at half resolution.
     width, height = frames[0].size
     factor = max(1, _SMALLEST_VIDEO // max(width, height))
-    # H.264 stores colour at half resolution: sides have to be even.
     size = (width * factor // 2 * 2, height * factor // 2 * 2)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w", format="mp4") as container:
+        # Stream.
         stream: Any = container.add_stream(codec, rate=Fraction(1000, milliseconds))
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
+        # Frames.
         for frame in frames:
             enlarged = frame.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
             picture = av.VideoFrame.from_image(enlarged.crop((0, 0, *size)))

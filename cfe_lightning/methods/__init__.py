@@ -1,1 +1,1 @@
-"""One file per explanation method."""
+"""Explanation methods, one folder each; no method imports another."""

@@ -1,4 +1,4 @@
-"""Explainers that need no training, by name: a method's module, or a baseline."""
+"""Finds explainers that need no training by name: the folder of a method, or a baseline."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from cfe_lightning.methods.baselines import BASELINES, Baseline
 
 
 def build_untrained(name: str, classifier: FrozenClassifier, arguments: Mapping[str, Any]) -> ExplainerModule:
-    """An explainer that is ready as soon as it has a classifier, in eval mode.
+    """Builds an explainer that needs no training, in eval mode.
 
     Args:
-        name: Of a module in ``methods`` whose method learns nothing, or of a baseline.
+        name: Folder in ``methods`` of a method that learns nothing, or name of a baseline.
         classifier: The classifier to be explained.
-        arguments: Of the method.
+        arguments: Constructor arguments of the method.
 
     Raises:
         ValueError: If there is no such method, it has to be trained, it cannot explain this classifier, or an argument
             does not fit.
     """
+    # Method or baseline.
     kind = _explainer_in(name) if name in _modules() else None
     if kind is None and name not in BASELINES:
         ready = [module for module in _modules() if (found := _explainer_in(module)) and not found.needs_training]
@@ -39,6 +40,8 @@ def build_untrained(name: str, classifier: FrozenClassifier, arguments: Mapping[
             f"{kind.__name__} has to be trained first: run `python train.py --config {name}_<data>.yaml` (configs/ has "
             "some), then `explain.py --checkpoint` with the best.ckpt that it writes."
         )
+
+    # Explainer.
     check_arguments(kind, arguments)
     if kind.needs_gradient:
         classifier.require_gradient()
@@ -52,7 +55,7 @@ def _modules() -> list[str]:
 
 
 def _explainer_in(name: str) -> type[ExplainerModule] | None:
-    """Returns the method that a folder of ``methods`` hands on."""
+    """Returns the method that a folder of ``methods`` exports."""
     module = importlib.import_module(f"cfe_lightning.methods.{name}")
     found = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if issubclass(kind, ExplainerModule)]
     return found[0] if found else None

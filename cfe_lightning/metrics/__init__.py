@@ -1,1 +1,1 @@
-"""Pure metrics over explanations."""
+"""Metrics of explanations: each file declares and computes one family, ``catalogue`` gathers them."""

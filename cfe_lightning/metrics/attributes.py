@@ -1,8 +1,7 @@
-"""Which attributes an edit changes besides the one that was asked for, and does it drag along what merely goes with it?
+"""Attributes that an edit changes besides the asked one, and their correlations compared with those of the data.
 
-Source: evaluation, sections 3.6, 6.4 and 6.5; DiVE (Rodriguez et al. 2021) for MNAC, DiME (Jeanneret et al. 2022) for
-CD. Decisions are those of a multi-label network on the same images before and after, [B, L] bool; labels are counted
-from 0. All numbers are float64.
+MNAC is of DiVE (arXiv 2103.10226), CD of DiME (arXiv 2203.15636). Decisions are those of a multi-label network on the
+same images before and after an edit, [B, L] bool; labels are counted from 0. All numbers are float64.
 """
 
 from __future__ import annotations
@@ -10,17 +9,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cfe_lightning.metrics.case import Case, Kept
+from cfe_lightning.metrics.metric import rows
+from cfe_lightning.metrics.statistics import Measurement, undefined
+
+COLLATERAL = rows("""
+needs: counterfactual multi_label
+key         better  range     meaning
+collateral  lower   [0, L-1]  other labels of the classifier that changed with the one asked for
+""")
+ORACLE = rows("""
+needs: counterfactual
+key          better  range     needs   published  meaning
+mnac         lower   [0, A]    oracle  flipped
+    attributes that changed in the eyes of the oracle, the one asked for included
+mnac_others  lower   [0, A-1]  asked   flipped    as mnac without the attribute asked for
+cd           lower   [0, 2A]   table   flipped
+    how differently attributes go along in edits and in the data, summed over attributes
+cd_mean      lower   [0, 2]    table   flipped    cd per attribute
+""")
+
+
+def measure_collateral(case: Case) -> dict[str, Tensor]:
+    """Counts the other labels of the explained network that change with the asked one, [B] by metric key."""
+    spec = case.judge.spec
+    assert spec.label is not None, "the need multi_label is met"
+    # A label is decided at one half.
+    before, after = (case.judge.label_probabilities(image) > 0.5 for image in (case.image, case.shown))
+    return {"collateral": collateral(before, after, spec.class_names.index(spec.label))}
+
+
+def measure_oracle(case: Case) -> dict[str, Tensor]:
+    """Counts the attributes that change in the eyes of the oracle, [B] by metric key, and keeps its decisions."""
+    oracle, asked = case.instruments.oracle, case.instruments.asked
+    if oracle is None:
+        return {}
+    before, after = (oracle.label_probabilities(image) > 0.5 for image in (case.image, case.shown))
+    found = {"mnac": attributes_changed(before, after)}
+    if asked is not None:
+        found["mnac_others"] = collateral(before, after, asked)
+    # Correlations exist for a set only.
+    if "table" in case.available:
+        found |= {"attributes/before": before.cpu(), "attributes/after": after.cpu()}
+    return found
+
+
+def summarise(kept: Kept) -> dict[str, Measurement]:
+    """Compares the correlations of changed attributes with those of the data."""
+    asked, correlations, members = kept.instruments.asked, kept.instruments.correlations, kept.flipped
+    if not kept.attributes or asked is None or correlations is None:
+        return {}
+
+    # Population.
+    total, num_labels = kept.attributes["before"].shape
+    before, after = kept.attributes["before"], kept.attributes["after"]
+    if members is not None:
+        before, after = before[members], after[members]
+    if len(before) < 2:
+        few = undefined("fewer than 2 counterfactuals", total, kept.population)
+        return {"cd": few, "cd_mean": few}
+
+    # Sum and mean over labels.
+    cd = correlation_difference(before, after, asked, correlations.cpu())
+
+    def measured(value: float) -> Measurement:
+        return Measurement(status="ok", value=value, n_used=len(before), n_total=total, population=kept.population)
+
+    return {"cd": measured(cd), "cd_mean": measured(cd / num_labels)}
+
 
 def attributes_changed(before: Tensor, after: Tensor, without: int | None = None) -> Tensor:
-    """Number of labels that are decided otherwise after the edit, whose mean over images is MNAC (6.4).
+    """Counts the labels that are decided otherwise after the edit, [B] from 0 to L; the mean over images is MNAC.
 
-    Args:
-        before: Decisions on the images, [B, L] bool.
-        after: Decisions on their edits, [B, L] bool.
-        without: A label that does not count, which is the one that was asked for; None counts all.
-
-    Returns:
-        [B], 0 to L.
+    The label ``without``, such as the asked one, does not count; None counts all.
 
     Raises:
         ValueError: If the two are not decisions of the same shape, or there is no such label.
@@ -33,23 +94,15 @@ def attributes_changed(before: Tensor, after: Tensor, without: int | None = None
 
 
 def collateral(before: Tensor, after: Tensor, index: int) -> Tensor:
-    """``attributes_changed`` in the eyes of the explained network itself, without the asked label ``index``, [B] (3.6).
-
-    Raises:
-        ValueError: As ``attributes_changed``.
-    """
+    """Counts the changed labels as ``attributes_changed`` does, without the asked label ``index``, [B]."""
     return attributes_changed(before, after, without=index)
 
 
 def attribute_correlations(labels: Tensor, asked: int) -> Tensor:
-    """Pearson correlation of every label with the asked one over a table of labels (6.5, c_data).
+    """Computes the Pearson correlation of every label with that of index ``asked``, [L] in [-1, 1].
 
-    Args:
-        labels: One row per image, [N, L], of any two numbers such as 0 and 1 or -1 and 1.
-        asked: Index of the asked label.
-
-    Returns:
-        [L] in [-1, 1]; 0 where a label, or the asked one, is the same in all rows.
+    Labels are rows per image, [N, L], of any two numbers such as 0 and 1 or -1 and 1. A label that is the same in all
+    rows has correlation 0.
 
     Raises:
         ValueError: If the table has fewer than two rows, or there is no such label.
@@ -57,6 +110,7 @@ def attribute_correlations(labels: Tensor, asked: int) -> Tensor:
     if labels.ndim != 2 or len(labels) < 2:
         raise ValueError(f"Correlations need labels [N, L] of at least two images, got {list(labels.shape)}.")
     _check_label(asked, labels.shape[1])
+    # A constant's computed mean may differ from it by rounding, so constants are found by comparison.
     values = labels.double()
     constant = (values == values[:1]).all(dim=0)
     centred = values - values.mean(dim=0)
@@ -66,18 +120,10 @@ def attribute_correlations(labels: Tensor, asked: int) -> Tensor:
 
 
 def correlation_difference(before: Tensor, after: Tensor, asked: int, table_correlations: Tensor) -> float:
-    """How far the labels that change together are from those that go together in the data: CD (6.5), lower is better.
+    """Sums the differences of correlations with the label ``asked`` between changes and the data: CD, lower is better.
 
-    A sum over labels, so it grows with their number L: divide by L to compare oracles.
-
-    Args:
-        before: The oracle's decisions on the images, [B, L] bool.
-        after: Its decisions on the edits, [B, L] bool.
-        asked: Index of the asked label.
-        table_correlations: ``attribute_correlations`` of the labels of the data, [L].
-
-    Returns:
-        A number from 0 to 2 L.
+    The sum is from 0 to 2 L: divide by the number L of labels to compare oracles. ``table_correlations`` are the
+    ``attribute_correlations`` of the labels of the data, [L].
 
     Raises:
         ValueError: If there are fewer than two images, or the shapes do not fit.
@@ -87,6 +133,7 @@ def correlation_difference(before: Tensor, after: Tensor, asked: int, table_corr
         raise ValueError(
             f"{change.shape[1]} decisions an image need as many correlations, got {list(table_correlations.shape)}."
         )
+    # Changes are -1, 0 or 1.
     found = attribute_correlations(change, asked)
     return float((table_correlations.to(found) - found).abs().sum())
 

@@ -1,7 +1,7 @@
-"""Do edited images look like real ones: distances between two sets of features, whatever they are features of.
+"""Realism of edited images: distances between two sets of features.
 
-Source: evaluation, section 5. Features [N, D], one row per image, computed in float64; never compare values across
-extractors or across N.
+FID (arXiv 1706.08500), KID (arXiv 1801.01401), and the split FID of ACE (arXiv 2303.09962). Features [N, D], one row
+per image, are computed in float64; never compare values across extractors or across N.
 """
 
 from __future__ import annotations
@@ -13,15 +13,113 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-#: More images than this are drawn from, on both sides alike.
+from cfe_lightning.metrics.case import Case, Kept
+from cfe_lightning.metrics.metric import Population, rows
+from cfe_lightning.metrics.statistics import Measurement, undefined
+
+#: Largest number of images per side; of more, these are drawn.
 LARGEST_SAMPLE = 10_000
+#: FID, its floor, split FID and KID by extractor.
+KEYS = {
+    "f": ("fid_f", "fid_f_floor", "sfid_f", "kid_f"),
+    "inception": ("fid_inception", "fid_inception_floor", "sfid_inception", "kid_inception"),
+    "user": ("fid_user", "fid_user_floor", "sfid_user", "kid_user"),
+}
+_FEWEST = 4
 _SPLITS = 10
 _KID_SUBSETS = 100
 _KID_SUBSET_SIZE = 1000
 
+METRICS = rows("""
+needs: counterfactual
+key                  better   range      needs      published  meaning
+fid_f                lower    [0, inf)   features   flipped
+    Frechet distance of originals and edits in the classifier's features; which edits may fool
+fid_f_floor          neither  [0, inf)   features   -
+    fid_f between two halves of what edits are compared with: no honest method is below it at this n
+sfid_f               lower    [0, inf)   features   flipped
+    fid_f of edits and other originals, mean and range of ten random halves
+kid_f                lower    (-e, inf)  features   flipped    kernel distance in the classifier's features
+fid_inception        lower    [0, inf)   inception  flipped    as fid_f, in Inception's features, as published
+fid_inception_floor  neither  [0, inf)   inception  -          as fid_f_floor, in Inception's features, as published
+sfid_inception       lower    [0, inf)   inception  flipped    as sfid_f, in Inception's features, as published
+kid_inception        lower    (-e, inf)  inception  flipped    as kid_f, in Inception's features, as published
+fid_user             lower    [0, inf)   user       flipped    as fid_f, in the features of your own network
+fid_user_floor       neither  [0, inf)   user       -          as fid_f_floor, in the features of your own network
+sfid_user            lower    [0, inf)   user       flipped    as sfid_f, in the features of your own network
+kid_user             lower    (-e, inf)  user       flipped    as kid_f, in the features of your own network
+""")
+
+
+def measure(case: Case) -> dict[str, Tensor]:
+    """Keeps the features of a batch and of its edits, [B, D]."""
+    found: dict[str, Tensor] = {}
+    for name, (before, after) in case.embedded.items():
+        found |= {f"features/{name}/before": before, f"features/{name}/after": after}
+    return found
+
+
+def summarise(kept: Kept) -> dict[str, Measurement]:
+    """Measures distances between originals, or held-out images, and edits in the features of every extractor."""
+    found: dict[str, Measurement] = {}
+    for name in KEYS:
+        if f"{name}/after" not in kept.features:
+            continue
+        before, after = kept.features[f"{name}/before"], kept.features[f"{name}/after"]
+        # The population, of which a sample bounds the cost.
+        total = len(before)
+        if kept.flipped is not None:
+            before, after = before[kept.flipped], after[kept.flipped]
+        order = torch.randperm(len(before), generator=torch.Generator().manual_seed(kept.seed))[:LARGEST_SAMPLE]
+        reference = kept.reference.get(name)
+        found |= set_distances(name, before[order], after[order], reference, total, kept.population, kept.seed)
+    return found
+
+
+def set_distances(
+    name: str, before: Tensor, after: Tensor, reference: Tensor | None, total: int, population: Population, seed: int
+) -> dict[str, Measurement]:
+    """Measures FID, its floor, split FID and KID of originals and their edits in features of one extractor, [N, D].
+
+    ``reference`` are features of held-out images for FID and KID to compare with; None takes the originals. The images
+    are the ``population`` of ``total`` explained ones.
+    """
+    # Populations.
+    keys = KEYS[name]
+    if len(before) < _FEWEST:
+        return dict.fromkeys(keys, undefined(f"fewer than {_FEWEST} counterfactuals", total, population))
+    real, edited = before, after
+    if reference is not None:
+        # Both sides get the same size, since the distance depends on it.
+        size = min(len(reference), len(after))
+        if size < _FEWEST:
+            return dict.fromkeys(keys, undefined(f"fewer than {_FEWEST} images to compare with", total, population))
+        generator = torch.Generator().manual_seed(seed)
+        real = reference[torch.randperm(len(reference), generator=generator)[:size]]
+        edited = after[:size]
+
+    # Split FID and KID have a spread, FID and its floor have none.
+    def measured(value: float, low: float | None = None, high: float | None = None, used: int = 0) -> Measurement:
+        n_used = used or len(edited)
+        return Measurement(
+            status="ok", value=value, low=low, high=high, n_used=n_used, n_total=total, population=population
+        )
+
+    # Distances.
+    splits = split_fid(before, after, seed=seed)
+    mean, deviation = kid(real, edited, seed)
+    values = (
+        measured(fid(real, edited)),
+        measured(fid_floor(real, seed)),
+        # Split FID always compares edits with other originals.
+        measured(float(splits.mean()), float(splits.min()), float(splits.max()), used=len(before)),
+        measured(mean, mean - deviation, mean + deviation) if deviation else measured(mean),
+    )
+    return dict(zip(keys, values, strict=True))
+
 
 class _Given(nn.Module):
-    """Hands features on: torchmetrics takes any module that makes them."""
+    """Returns the features it is given: torchmetrics takes any module that makes features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -32,7 +130,7 @@ class _Given(nn.Module):
 
 
 def fid(real: Tensor, edited: Tensor) -> float:
-    """Frechet distance of two sets of features (5.1).
+    """Computes the Frechet distance of two sets of features.
 
     Raises:
         ValueError: If a side has fewer than two images.
@@ -41,32 +139,29 @@ def fid(real: Tensor, edited: Tensor) -> float:
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(edited.double(), real=False)
+    # Rounding can make the distance of equal sets negative.
     return max(0.0, float(metric.compute()))
 
 
 def split_fid(
     real: Tensor, edited: Tensor, *, halves: Tensor | None = None, repeats: int = _SPLITS, seed: int = 0
 ) -> Tensor:
-    """Frechet distances between originals and the edits of *other* originals, [R] (5.2).
+    """Computes Frechet distances between originals and the edits of *other* originals, in the same order, [R].
 
-    An edit shares its unedited pixels with its own original, which flatters a plain distance.
-
-    Args:
-        real: Features of the originals, [N, D].
-        edited: Features of their edits, in the same order.
-        halves: Which images are in the first half, [R, N] bool; None draws ``repeats`` of them.
-        repeats: R.
-        seed: Of the draw.
+    An edit shares its unedited pixels with its own original, which flatters a plain distance. ``halves`` tells which
+    images are in the first half, [R, N] bool; None draws ``repeats`` halves.
 
     Raises:
         ValueError: If there are fewer than four images.
     """
-    if len(real) != len(edited) or len(real) < 4:
+    if len(real) != len(edited) or len(real) < _FEWEST:
         raise ValueError(f"A split needs at least four images and their edits, got {len(real)} and {len(edited)}.")
+    # Random halves.
     if halves is None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.stack([torch.randperm(len(real), generator=generator) for _ in range(repeats)])
         halves = order < len(real) // 2
+    # Either half's originals with the other half's edits.
     values = [
         (fid(real[first], edited[~first]) + fid(real[~first], edited[first])) / 2 for first in halves.to(real.device)
     ]
@@ -74,14 +169,14 @@ def split_fid(
 
 
 def fid_floor(real: Tensor, seed: int = 0) -> float:
-    """Frechet distance between two random halves of the originals: no honest method is below it (5.1)."""
+    """Computes the Frechet distance between two random halves of the originals: no honest method is below it."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)).to(real.device)
     half = len(real) // 2
     return fid(real[order[:half]], real[order[half : 2 * half]])
 
 
 def kid(real: Tensor, edited: Tensor, seed: int = 0) -> tuple[float, float]:
-    """Kernel distance, mean and standard deviation over subsets; unbiased, so it may be negative (5.3).
+    """Computes the kernel distance, mean and standard deviation over subsets; unbiased, so it may be negative.
 
     Raises:
         ValueError: If a side has fewer than two images.
@@ -89,9 +184,10 @@ def kid(real: Tensor, edited: Tensor, seed: int = 0) -> tuple[float, float]:
     _check(real, edited)
     size = min(_KID_SUBSET_SIZE, len(real), len(edited))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # The warning is about memory, but all features are in memory already.
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(seed)
-        # Of all images there is but one subset.
+        # All images form only one subset.
         subsets = 1 if size == len(real) == len(edited) else _KID_SUBSETS
         metric = KernelInceptionDistance(
             feature=_Given(real.shape[1]), subsets=subsets, subset_size=size, normalize=True
@@ -100,11 +196,6 @@ def kid(real: Tensor, edited: Tensor, seed: int = 0) -> tuple[float, float]:
         metric.update(edited.double().cpu(), real=False)
         mean, deviation = metric.compute()
     return float(mean), 0.0 if subsets == 1 else float(deviation)
-
-
-def cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Similarity of two embeddings of the same images, [B, D] twice -> [B] in [-1, 1] (6.1, 6.3)."""
-    return torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=1).float()
 
 
 def _check(real: Tensor, edited: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""From numbers per image to a number with an interval: bootstrap, Wilson, and a result that is never NaN.
+"""Numbers with intervals from numbers per image: bootstrap, Wilson, and a result that is never NaN.
 
-Source: evaluation, sections 0 (R2, R5) and 12. A per-image tensor marks an image on which its metric is undefined with
-NaN; that marker ends here: it is left out and counted, and a ``Measurement`` holds a finite value or says why not.
+A per-image tensor marks an image on which its metric is undefined with NaN. Such images are left out and counted here,
+and a ``Measurement`` holds a finite value or says why not.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Measurement:
 
     Attributes:
         status: ``ok``; ``skipped`` where it was not computed; ``undefined`` where it has no value on these images.
-        value: The mean over ``n_used`` images (or another statistic of them); None unless ``ok``.
+        value: Mean over ``n_used`` images (or another statistic of them); None unless ``ok``.
         low: Lower end of the 95 % interval; None where there is no interval.
-        high: Upper end.
-        n_used: Images that entered the value.
-        n_total: Images that were explained.
-        population: Which images were meant to enter: ``all``, ``correct``, ...
-        reason: Why there is no value; with ``ok``, what a reader must know about it.
+        high: Upper end of the 95 % interval; None where there is no interval.
+        n_used: Number of images that entered the value.
+        n_total: Number of images that were explained.
+        population: Name of the images that were meant to enter: ``all``, ``correct`` or ``flipped``.
+        reason: Reason why there is no value; a remark for readers if there is one.
 
     Raises:
         ValueError: If an ``ok`` value is not finite, or any other status gives no reason.
@@ -57,23 +57,24 @@ class Measurement:
 
 
 def skipped(reason: str) -> Measurement:
-    """A number that was not computed, and why."""
+    """Builds the measurement of a number that was not computed."""
     return Measurement(status="skipped", reason=reason)
 
 
 def undefined(reason: str, n_total: int = 0, population: str = "all") -> Measurement:
-    """A number that does not exist on these images, and why."""
+    """Builds the measurement of a number that does not exist on these images."""
     return Measurement(status="undefined", reason=reason, n_total=n_total, population=population)
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate.
+    """Computes the 95 % Wilson interval of a rate.
 
     Raises:
         ValueError: If ``total`` is not positive or ``successes`` lies outside [0, total].
     """
     if total < 1 or not 0 <= successes <= total:
         raise ValueError(f"A rate needs 0 <= successes <= total and a positive total, got {successes} of {total}.")
+    # Centre and half width of the score interval.
     rate, square = successes / total, _Z**2 / total
     centre = (rate + square / 2) / (1 + square)
     half = _Z / (1 + square) * math.sqrt(rate * (1 - rate) / total + square / (4 * total))
@@ -81,17 +82,10 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 
 
 def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """Means of images drawn with replacement; NaN entries are left out of the mean of their column.
+    """Computes column means of R = ``resamples`` draws of N rows with replacement, [N, M] -> [R, M] float64.
 
-    The draw depends on N, ``resamples`` and ``seed`` only, so explainers measured on the same images are paired.
-
-    Args:
-        values: One row per image, [N, M].
-        resamples: Number of draws R.
-        seed: Of the draws.
-
-    Returns:
-        [R, M] float64; NaN where a draw holds no defined value of a column.
+    NaN entries are left out; a mean is NaN where a draw holds no defined value of a column. The draw depends on N,
+    ``resamples`` and ``seed`` only, so explainers measured on the same images are paired.
     """
     num_images = values.shape[0]
     if num_images == 0:
@@ -99,20 +93,21 @@ def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> Ten
     defined = ~values.isnan()
     filled = torch.where(defined, values, 0).to("cpu", torch.float64)
     weights = defined.to("cpu", torch.float64)
+
+    # Draws in chunks, as counts of images.
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, min(resamples, _CHUNK // max(1, num_images)))
     means = []
     for start in range(0, resamples, chunk):
         drawn = torch.randint(num_images, (min(chunk, resamples - start), num_images), generator=generator)
-        counts = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-        )
+        ones = torch.ones(drawn.shape, dtype=torch.float64)
+        counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
         means.append((counts @ filled) / (counts @ weights))
     return torch.cat(means)
 
 
 def interval(samples: Tensor) -> tuple[float | None, float | None]:
-    """The central 95 % of bootstrap samples [R]; (None, None) if none of them is finite."""
+    """Finds the central 95 % of bootstrap samples [R]; (None, None) if none of them is finite."""
     finite = samples[samples.isfinite()]
     if len(finite) == 0:
         return None, None
@@ -127,17 +122,15 @@ def summarise(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Measurement]:
-    """Means with intervals of several per-image metrics of the same images.
+    """Computes means with intervals of several per-image metrics of the same images.
 
     Args:
-        per_image: Name to values [N]; boolean tensors are rates and get a Wilson interval, others a bootstrap one.
-        populations: Name to what its defined images are called; a missing name means all.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Returns:
-        One measurement per name.
+        per_image: Values [N] by name; boolean tensors are rates and get a Wilson interval, others a bootstrap one.
+        populations: Names of the populations by name of the values; ``all`` where there is none.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
     """
+    # Rates.
     populations = populations or {}
     result: dict[str, Measurement] = {}
     floats: dict[str, Tensor] = {}
@@ -146,6 +139,7 @@ def summarise(
             result[name] = _rate(values, populations.get(name, "all"))
         else:
             floats[name] = values.double()
+    # Means, from the same draws of images.
     if floats:
         matrix = torch.stack(list(floats.values()), dim=1)
         samples = bootstrap_means(matrix, resamples, seed)
@@ -185,15 +179,16 @@ def statistic(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:
-    """A function of the mean over images, for example the area under an accuracy curve, with a bootstrap interval.
+    """Computes a function of the mean over images, such as the area under an accuracy curve, with a bootstrap interval.
 
     Args:
-        per_image: [N, M], for example whether image n is classified correctly at strength m.
-        function: Means [..., M] to the statistic [...]; NaN where it is undefined.
-        why_undefined: The reason to report where it is.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        per_image: Values [N, M], such as hits of image n at strength m.
+        function: Maps means [..., M] to the statistic [...]; NaN where it is undefined.
+        why_undefined: Reason to report where the statistic is undefined.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
     """
+    # The statistic of the means, not the mean of statistics.
     num_images = len(per_image)
     value = float(function(per_image.double().mean(dim=0)))
     if not math.isfinite(value):

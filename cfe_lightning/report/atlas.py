@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cfe_lightning.explaining.folder import ATLAS_SCHEMA
-from cfe_lightning.explaining.values import finite, percent, signed, text
-from cfe_lightning.files.text import one_line
+from cfe_lightning.explaining.names import ATLAS
+from cfe_lightning.explaining.values import finite, percent, read_described, signed, text
 
-#: The only files that an atlas may name: what it says becomes an address in the page.
-_FILE = re.compile(r"atlas/\d+-\d+\.png")
 #: Longest side of a picture as shown, in pixels of the page.
 _CELL = 64
 #: Images of up to this side are shown pixel by pixel.
 _PIXELATED = 64
-#: Where the plots have their axes, in the units of their drawing (report.html.j2): left, top, right, bottom.
-_AXES = (38.0, 14.0, 292.0, 100.0)
+#: Ends of the plots' axes, in the units of their drawing (report.html.j2).
+_LEFT, _TOP, _RIGHT, _BOTTOM = 38.0, 14.0, 292.0, 100.0
 
 
 def read_atlas(path: Path) -> dict[str, Any] | None:
-    """What the page shows of an atlas that ``write_atlas`` wrote, for the template.
+    """Returns what the template shows of an atlas that ``write_atlas`` wrote.
 
     Args:
         path: The file ``atlas.json``.
@@ -36,29 +31,18 @@ def read_atlas(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If the file is no atlas.
     """
-    if not path.is_file():
-        return None
-    try:
-        atlas = json.loads(path.read_text(encoding="utf-8"))
-        if atlas["schema"] != ATLAS_SCHEMA:
-            raise ValueError(f"its schema is {atlas['schema']!r}, this version reads {ATLAS_SCHEMA}")
-        pairs = [_pair(pair, f"atlas-{index}") for index, pair in enumerate(atlas["pairs"])]
-        num_rows = max((len(direction["rows"]) for pair in pairs for direction in pair["directions"]), default=0)
-        return {"title": text(atlas["title"]), "note": text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
-        raise ValueError(
-            f"{path} is no atlas of directions that can be shown ({reason}): remove it, or run explain.py again."
-        ) from error
+    return read_described(path, ATLAS.schema, "atlas of directions", _atlas)
+
+
+def _atlas(atlas: dict[str, Any]) -> dict[str, Any]:
+    pairs = [_pair(pair, f"atlas-{index}") for index, pair in enumerate(atlas["pairs"])]
+    num_rows = max((len(direction["rows"]) for pair in pairs for direction in pair["directions"]), default=0)
+    return {"title": text(atlas["title"]), "note": text(atlas["note"]), "num_rows": num_rows, "pairs": pairs}
 
 
 def _pair(pair: dict[str, Any], identifier: str) -> dict[str, Any]:
-    """One pair of classes."""
-    target = text(pair["target"])
-    directions = [
-        _direction(direction, target, f"{identifier}-{rank}") for rank, direction in enumerate(pair["directions"])
-    ]
-    kept = finite(pair["num_kept"])
+    target, given, kept = text(pair["target"]), pair["directions"], finite(pair["num_kept"])
+    directions = [_direction(direction, target, f"{identifier}-{rank}") for rank, direction in enumerate(given)]
     return {
         "id": identifier,
         "source": text(pair["source"]),
@@ -67,33 +51,27 @@ def _pair(pair: dict[str, Any], identifier: str) -> dict[str, Any]:
         "kept": f"{kept:,.0f}",
         "covered": percent(finite(pair["covered"])) if kept and directions else "–",
         "directions": directions,
-        "curve": _curve(pair["curve"], [abs(finite(direction["step"])) for direction in pair["directions"]]),
-        "ranks": _ranks([finite(direction["newly"]) for direction in pair["directions"]]),
+        "curve": _curve(pair["curve"], [abs(finite(direction["step"])) for direction in given]),
+        "ranks": _ranks([finite(direction["newly"]) for direction in given]),
     }
 
 
 def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[str, Any]:
-    """One direction."""
+    # Check.
     file, (width, height), enlarged = direction["file"], map(int, direction["cell"]), int(direction["enlarged"])
     strengths = [finite(value) for value in direction["strengths"]]
     probabilities = [[finite(p) for p in row] for row in direction["probabilities"]]
-    if not _FILE.fullmatch(file):
-        raise ValueError(f"it names the picture {file!r}")
+    ATLAS.checked(file)
     if not probabilities or any(len(row) != len(strengths) for row in probabilities):
         raise ValueError(f"{file} has {len(strengths)} strengths but other numbers of probabilities")
     if min(width, height, enlarged) < 1 or width % enlarged or height % enlarged:
         raise ValueError(f"{file} has cells of {width} x {height} pixels, enlarged {enlarged} times")
+
+    # Texts and places.
     longest, step = max(width, height), finite(direction["step"])
     pixelated = longest // enlarged <= _PIXELATED
     trim = 0.0 if pixelated else 0.01  # a smoothly scaled cell would show its neighbours' edges
     shown = _shown(longest // enlarged)
-    cells = [
-        [
-            _cell(_box(column, row, width, height, trim), strengths[column], probability, target)
-            for column, probability in enumerate(row_probabilities)
-        ]
-        for row, row_probabilities in enumerate(probabilities)
-    ]
     return {
         "id": identifier,
         "name": text(direction["name"]),
@@ -106,19 +84,25 @@ def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[
         "pixelated": pixelated,
         "forwards": step > 0,
         "heads": [_head(value, step) for value in strengths],
-        "rows": cells,
+        "rows": [
+            [
+                _cell(_box(column, row, width, height, trim), strengths[column], probability, target)
+                for column, probability in enumerate(row_probabilities)
+            ]
+            for row, row_probabilities in enumerate(probabilities)
+        ],
         "numbers": _numbers(direction),
     }
 
 
 def _shown(longest: int) -> int:
-    """How long a picture's longest side is on the page: by a whole factor where that comes near enough."""
+    """Returns the length of a picture's longest side on the page: a whole multiple where that comes near enough."""
     whole = longest * (_CELL // longest)
     return whole if whole >= 0.75 * _CELL else _CELL
 
 
 def _box(column: int, row: int, width: int, height: int, trim: float) -> str:
-    """Where a picture is in the table of pictures, as a viewBox."""
+    """Returns the place of a cell in the table of pictures as a viewBox."""
     left, top, share = (column + trim) * width, (row + trim) * height, 1 - 2 * trim
     return f"{left:g} {top:g} {share * width:g} {share * height:g}"
 
@@ -139,28 +123,15 @@ def _head(strength: float, step: float) -> dict[str, Any]:
 
 
 def _numbers(direction: dict[str, Any]) -> list[dict[str, str]]:
-    """The line of numbers of one direction."""
-    step, degree = finite(direction["step"]), finite(direction["degree"])
+    """Returns the line of numbers of one direction."""
+    shares = {key: percent(finite(direction[key])) for key in ("flipped", "newly")}
+    mean_change = f"{finite(direction['mean_change']):+.2f}".replace("-", "−")
+    step, length = f"{signed(finite(direction['step']))} SD", f"length {finite(direction['degree']):.3g}"
     texts = [
-        (
-            "Step",
-            f"{signed(step)} SD",
-            f"length {degree:.3g}",
-            "how far the images were moved to measure what follows",
-        ),
-        (
-            "Mean logit change",
-            f"{finite(direction['mean_change']):+.2f}".replace("-", "−"),
-            "",
-            "of the target's margin",
-        ),
-        (
-            "Flips alone",
-            percent(finite(direction["flipped"])),
-            "",
-            "share of the images that it turns into the target",
-        ),
-        ("Adds", percent(finite(direction["newly"])), "", "share that it flips and no direction before it does"),
+        ("Step", step, length, "how far the images were moved to measure what follows"),
+        ("Mean logit change", mean_change, "", "of the target's margin"),
+        ("Flips alone", shares["flipped"], "", "share of the images that it turns into the target"),
+        ("Adds", shares["newly"], "", "share that it flips and no direction before it does"),
         ("Pixel change", f"{finite(direction['change']):.3g}", "", "mean absolute change of a pixel, range 0 to 1"),
     ]
     if direction["inside"] is not None:
@@ -170,45 +141,51 @@ def _numbers(direction: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _curve(points: Sequence[Sequence[float]], used: Sequence[float]) -> dict[str, Any] | None:
-    """The line of the share that is flipped against the step, and where on it the directions' own steps are."""
-    steps = [finite(point[0]) for point in points]
-    shares = [finite(point[1]) for point in points]
+    """Draws the share that is flipped against the step, and marks the usual one of the directions' own steps."""
+    steps, shares = ([finite(point[axis]) for point in points] for axis in (0, 1))
     if not steps or max(steps) <= 0:
         return None
-    left, _, right, _ = _AXES
-    spacing = next((unit for unit in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if max(steps) / unit <= 8), max(steps))
-    across = [left + (right - left) * step / max(steps) for step in steps]
+
+    # Line.
+    def across(step: float) -> str:
+        return f"{_LEFT + (_RIGHT - _LEFT) * step / max(steps):.1f}"
+
     dots = [
-        {"x": f"{x:.1f}", "y": f"{_up(share):.1f}", "label": f"{step:g} SD: {percent(share)}"}
-        for x, step, share in zip(across, steps, shares, strict=True)
+        {"x": across(step), "y": f"{_up(share):.1f}", "label": f"{step:g} SD: {percent(share)}"}
+        for step, share in zip(steps, shares, strict=True)
     ]
+
+    # Axis, with at most eight intervals.
+    spacing = next((unit for unit in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if max(steps) / unit <= 8), max(steps))
     ticks = [spacing * index for index in range(int(max(steps) / spacing + 1e-6) + 1)]
     usual = statistics.median_low(used) if used else math.inf
-    place = f"{left + (right - left) * usual / max(steps):.1f}" if usual <= max(steps) * 1.001 else None
     return {
         "line": " ".join(f"{dot['x']},{dot['y']}" for dot in dots),
         "dots": dots,
-        "ticks": [{"x": f"{left + (right - left) * tick / max(steps):.1f}", "text": f"{tick:g}"} for tick in ticks],
-        "step": place,
+        "ticks": [{"x": across(tick), "text": f"{tick:g}"} for tick in ticks],
+        "step": across(usual) if usual <= max(steps) * 1.001 else None,
     }
 
 
 def _ranks(newly: Sequence[float]) -> list[dict[str, str]]:
-    """Bars of the share that the first directions flip together: what the ones before did, and what this one adds."""
-    left, _, right, bottom = _AXES
-    slot = (right - left) / max(len(newly), 1)
+    """Draws bars of the share that the first directions flip together: the earlier ones' part, and the added part."""
+    # Widths.
+    slot = (_RIGHT - _LEFT) / max(len(newly), 1)
+    width = min(slot * 0.64, 26)
+
+    # Bars.
     bars, before = [], 0.0
     for rank, share in enumerate(newly):
-        together = before + share
+        middle, together = _LEFT + slot * (rank + 0.5), before + share
         bars.append(
             {
-                "x": f"{left + slot * (rank + 0.5) - min(slot * 0.64, 26) / 2:.1f}",
-                "middle": f"{left + slot * (rank + 0.5):.1f}",
-                "width": f"{min(slot * 0.64, 26):.1f}",
+                "x": f"{middle - width / 2:.1f}",
+                "middle": f"{middle:.1f}",
+                "width": f"{width:.1f}",
                 "top": f"{_up(together):.1f}",
                 "added": f"{_up(before) - _up(together):.1f}",
                 "between": f"{_up(before):.1f}",
-                "below": f"{bottom - _up(before):.1f}",
+                "below": f"{_BOTTOM - _up(before):.1f}",
                 "text": percent(together, 0) if len(newly) <= 8 else "",
                 "label": f"rank {rank + 1}: {percent(together)} together, {percent(share)} of them added",
             }
@@ -218,5 +195,4 @@ def _ranks(newly: Sequence[float]) -> list[dict[str, str]]:
 
 
 def _up(share: float) -> float:
-    _, top, _, bottom = _AXES
-    return bottom - (bottom - top) * min(max(share, 0.0), 1.0)
+    return _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)

@@ -36,7 +36,7 @@ def write_page(
         path: The file to write.
         template: Name of the template as room and file, for example ``report/report.html.j2``. It is given ``style``,
             ``script`` and ``policy`` besides ``values``.
-        styles: Names of style sheets after the shared one, as room and file.
+        styles: Names of style sheets that follow the shared one, as room and file.
         more_style: CSS rules after all style sheets.
         script: Name of the only script, as room and file; None forbids scripts.
         values: Values of the template's names; iterators are read while the page is written.

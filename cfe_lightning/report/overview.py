@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from cfe_lightning.explaining.folder import GLOBAL_SCHEMA, MAX_PICTURED
+from cfe_lightning.explaining.names import MAX_PICTURED, OVERVIEW
 from cfe_lightning.explaining.sentence import place
-from cfe_lightning.explaining.values import finite, short_percent, text
-from cfe_lightning.files.text import one_line
-
-#: The only files that a global view may name: what it says becomes an address in the page.
-_FILE = re.compile(r"global/\d+-(change|strength)\.png")
+from cfe_lightning.explaining.values import finite, read_described, short_percent, text
 
 
 def read_overview(path: Path) -> dict[str, Any] | None:
-    """What the page shows of a global view that ``write_global`` wrote, for the template.
+    """Returns what the template shows of a global view that ``write_overview`` wrote.
 
     Args:
         path: The file ``global.json``.
@@ -29,38 +23,34 @@ def read_overview(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If the file is no global view.
     """
-    if not path.is_file():
-        return None
-    try:
-        view = json.loads(path.read_text(encoding="utf-8"))
-        if view["schema"] != GLOBAL_SCHEMA:
-            raise ValueError(f"its schema is {view['schema']!r}, this version reads {GLOBAL_SCHEMA}")
-        ratio = finite(view["frame_ratio"])
-        pairs = [_pair(pair, ratio) for pair in view["pairs"]]
-        return {
-            "ratio": f"{ratio:g}",
-            "images": f"{sum(finite(pair['num_flipped']) for pair in view['pairs']):,.0f}",
-            "num_pairs": len(pairs),
-            "more_alarms": max(0, sum(pair["alarm"] for pair in pairs) - MAX_PICTURED),
-            "pairs": [pair for pair in pairs if pair["pictures"]][:MAX_PICTURED],
-            # Of pairs without a card, too: an alarm is not to be missed.
-            "alarms": [pair for pair in pairs if pair["alarm"]][:MAX_PICTURED],
-        }
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
-        raise ValueError(
-            f"{path} is no global view that can be shown ({reason}): remove it, or run explain.py again."
-        ) from error
+    return read_described(path, OVERVIEW.schema, "global view", _view)
+
+
+def _view(view: dict[str, Any]) -> dict[str, Any]:
+    ratio = finite(view["frame_ratio"])
+    pairs = [_pair(pair, ratio) for pair in view["pairs"]]
+    return {
+        "ratio": f"{ratio:g}",
+        "images": f"{sum(finite(pair['num_flipped']) for pair in view['pairs']):,.0f}",
+        "num_pairs": len(pairs),
+        "more_alarms": max(0, sum(pair["alarm"] for pair in pairs) - MAX_PICTURED),
+        "pairs": [pair for pair in pairs if pair["pictures"]][:MAX_PICTURED],
+        # Pairs without a card, too: an alarm is not to be missed.
+        "alarms": [pair for pair in pairs if pair["alarm"]][:MAX_PICTURED],
+    }
 
 
 def _pair(pair: dict[str, Any], ratio: float) -> dict[str, Any]:
-    """One pair of classes."""
-    used, flipped = finite(pair["num_used"]), finite(pair["num_flipped"])
+    # Numbers; the frame has none where nothing was measured.
+    used, flipped, framed = (finite(pair[key]) for key in ("num_used", "num_flipped", "num_framed"))
     share, area = (None if pair[key] is None else finite(pair[key]) for key in ("frame_share", "frame_area"))
-    numbers = [_place(pair)]
+    numbers, alarm = [_place(pair)], ""
     if share is not None and area is not None:
         numbers.append(_border(share, area))
-    framed = finite(pair["num_framed"])
+        alarm = _alarm(share, area, f"{framed:,.0f} of {used:,.0f}", ratio)
+
+    # Texts.
+    typical = [(str(one["name"]), text(one["name"]), f"{finite(one['similarity']):.2f}") for one in pair["typical"]]
     return {
         "predicted": text(pair["predicted"]),
         "target": text(pair["target"]),
@@ -68,18 +58,9 @@ def _pair(pair: dict[str, Any], ratio: float) -> dict[str, Any]:
         "counted": _counted(used, flipped, finite(pair["num_left_out"])),
         "pictures": [_picture(kind, pair["pictures"][kind]) for kind in ("change", "strength") if pair["pictures"]],
         "numbers": [number for number in numbers if number],
-        "typical": [
-            {
-                "name": str(example["name"]),
-                "shown": text(example["name"]),
-                "similarity": f"{finite(example['similarity']):.2f}",
-            }
-            for example in pair["typical"]
-        ],
+        "typical": [dict(zip(("name", "shown", "similarity"), one, strict=True)) for one in typical],
         "alarm": bool(pair["alarm"]) and share is not None,
-        "alarm_text": ""
-        if share is None or area is None
-        else _alarm(share, area, f"{framed:,.0f} of {used:,.0f}", ratio),
+        "alarm_text": alarm,
     }
 
 
@@ -92,7 +73,7 @@ def _alarm(share: float, area: float, framed: str, ratio: float) -> str:
 
 
 def _counted(used: float, flipped: float, left_out: float) -> str:
-    """How many images the means are over."""
+    """Says over how many images the means are."""
     unread = f", {left_out:,.0f} could not be read" if left_out else ""
     if used + left_out < flipped:
         return f"means over {used:,.0f} of {flipped:,.0f} flipped images, drawn evenly{unread}"
@@ -101,11 +82,9 @@ def _counted(used: float, flipped: float, left_out: float) -> str:
 
 def _picture(kind: str, picture: dict[str, Any]) -> dict[str, str]:
     file, scale = picture["file"], finite(picture["scale"])
-    if not _FILE.fullmatch(file):
-        raise ValueError(f"it names the picture {file!r}")
     title = {"change": "Mean change", "strength": "Mean strength"}[kind]
     detail = f"±{scale:.3g}" if kind == "change" else f"white is {scale:.3g}"
-    return {"title": title, "detail": detail, "file": file, "address": file}
+    return {"title": title, "detail": detail, "file": file, "address": OVERVIEW.checked(file)}
 
 
 def _place(pair: dict[str, Any]) -> dict[str, str] | None:
@@ -134,7 +113,7 @@ def _border(share: float, area: float) -> dict[str, str]:
 
 
 def _times(ratio: float) -> str:
-    """Two significant digits, and never a power of ten."""
+    """Formats two significant digits, and never a power of ten."""
     if 0 < ratio < 0.01:
         return "<0.01"
     return f"{ratio:.2g}" if ratio < 9.95 else f"{ratio:,.0f}"

@@ -1,14 +1,11 @@
-"""The page that shows a folder of explanations: one HTML file that opens without a network, made from the manifest.
-
-Nothing here needs torch.
-"""
+"""The page that shows a folder of explanations: one HTML file that opens without a network, made without torch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,18 +13,20 @@ from urllib.parse import quote
 from markupsafe import Markup
 from PIL import Image
 
-from cfe_lightning.explaining.folder import OutputFolder, Row
+from cfe_lightning.explaining.folder import OutputFolder
+from cfe_lightning.explaining.names import ATLAS, OVERVIEW
+from cfe_lightning.explaining.row import Row
 from cfe_lightning.explaining.sentence import measured_sentence
 from cfe_lightning.files.text import data_address
 from cfe_lightning.report.atlas import read_atlas
 from cfe_lightning.report.html import write_page
 from cfe_lightning.report.overview import read_overview
 
-#: Pictures are embedded, in the manifest's order, until they have this many bytes; the rest is loaded from images/.
+#: Bytes of pictures that the page embeds, in the manifest's order; the rest is loaded from images/.
 EMBEDDED_BYTES = 16 * 2**20
 #: Longest side of an embedded picture, or of one step, in pixels.
 THUMBNAIL = 160
-#: Up to this side pictures are embedded without loss: of a small image every pixel is seen.
+#: Up to this side pictures are embedded without loss, because every pixel of a small image is seen.
 _LOSSLESS = 64
 _WIDEST_WEBP = 16_383
 
@@ -37,8 +36,8 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
 
     Args:
         output: A folder that ``explain.py`` wrote.
-        embedded_bytes: How much of the pictures the page holds itself; it shows those without the folder. The global
-            view takes up to a quarter of it, an atlas up to half of the rest.
+        embedded_bytes: Bytes of pictures that the page holds itself and shows without the folder. The global view
+            takes up to a quarter of it, an atlas up to half of the rest.
 
     Returns:
         The page.
@@ -47,19 +46,26 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         FileNotFoundError: If the folder holds no manifest or no summary.
         ValueError: If it holds an atlas or a global view that cannot be read.
     """
+    # Manifest and summary.
     folder = OutputFolder(output)
     header = folder.header()
     if header is None or not (output / "summary.json").is_file():
         raise FileNotFoundError(f"{output} holds no manifest.jsonl and summary.json: give the --output of explain.py.")
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    files: dict[str, str] = next((row["files"] for row in folder.rows() if row["status"] == "ok"), {})
-    whole = read_overview(output / "global.json")
+    files: dict[str, str] = next((row.files for row in folder.rows() if row.status == "ok"), {})
+
+    # Views of the whole folder.
+    whole = read_overview(output / OVERVIEW.file)
     if whole is not None:
         _find_cards(whole, folder, files)
-        embedded_bytes -= _embed_whole(whole, output, embedded_bytes // 4)
-    atlas = read_atlas(output / "atlas.json")
+        embedded_bytes -= _embed(_whole_places(whole), output, embedded_bytes // 4)
+    atlas = read_atlas(output / ATLAS.file)
     if atlas is not None:
-        embedded_bytes -= _embed(atlas, output, embedded_bytes // 2)
+        directions = [direction for pair in atlas["pairs"] for direction in pair["directions"]]
+        places = ((one, "address", one["file"], one["table"], one["enlarged"]) for one in directions)
+        embedded_bytes -= _embed(places, output, embedded_bytes // 2)
+
+    # Page.
     return write_page(
         output / "report.html",
         "report/report.html.j2",
@@ -75,20 +81,22 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
 
 
 def _method(summary: dict[str, Any]) -> str:
-    """The method's name as a reader knows it: a class, or a baseline by the name that was asked for."""
+    """Returns the method's name as a reader knows it: a class, or a baseline by its name on the command line."""
     kind = str(summary["method"]).rpartition(".")[2]
     return str(summary["untrained"]) if kind == "Baseline" else kind
 
 
 def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers on top of the page."""
-    tiles = [_rate("Flip rate", summary["flip_rate"]), _rate("Flip rate, saved pixels", summary["flip_rate_saved"])]
-    tiles.append(_measured("Gain of the target", summary["delta_p"], "{:+.3f}", "mean change of its probability"))
-    tiles.append(_measured("Change L1", summary["l1"], "{:.4f}", "mean absolute change of a pixel, range 0 to 1"))
+    """Returns the numbers on top of the page."""
     seconds = summary["s_per_image"]
-    text = _duration(seconds["median"]) if "median" in seconds else "–"
-    tiles.append({"title": "Time per image", "value": text, "note": f"median, on {summary['device']}"})
-    return tiles
+    time = _duration(seconds["median"]) if "median" in seconds else "–"
+    return [
+        _rate("Flip rate", summary["flip_rate"]),
+        _rate("Flip rate, saved pixels", summary["flip_rate_saved"]),
+        _measured("Gain of the target", summary["delta_p"], "{:+.3f}", "mean change of its probability"),
+        _measured("Change L1", summary["l1"], "{:.4f}", "mean absolute change of a pixel, range 0 to 1"),
+        {"title": "Time per image", "value": time, "note": f"median, on {summary['device']}"},
+    ]
 
 
 def _duration(seconds: float) -> str:
@@ -115,81 +123,74 @@ def _measured(title: str, mean: dict[str, Any], form: str, note: str) -> dict[st
 
 
 def _rows(folder: OutputFolder, files: dict[str, str], embedded_bytes: int) -> Iterator[Markup]:
-    """The rows as elements of a JSON list, one after the other."""
+    """Yields the rows as elements of a JSON list, without what the page does not show."""
     separator = ""
     for row in folder.rows():
-        for key in ("source", "digests"):
-            row.pop(key, None)
-        if row.get("files") == files:
-            del row["files"]
+        shown = {key: value for key, value in vars(row).items() if key not in ("source", "digests")}
+        if row.files == files:
+            del shown["files"]
         if said := measured_sentence(row):
-            row["sentence"] = said
-        if row["status"] == "ok" and embedded_bytes > 0:
-            row["thumbs"] = _thumbnails(folder.path / row["folder"], row.get("files", files), row)
-            embedded_bytes -= sum(map(len, row["thumbs"].values()))
-        yield Markup(separator) + _json(row)
+            shown["sentence"] = said
+        if row.status == "ok" and embedded_bytes > 0:
+            shown["thumbs"] = _thumbnails(folder.path / row.folder, shown.get("files", files), row)
+            embedded_bytes -= sum(map(len, shown["thumbs"].values()))
+        yield Markup(separator) + _json(shown)
         separator = ",\n"
 
 
 def _find_cards(whole: dict[str, Any], folder: OutputFolder, files: dict[str, str]) -> None:
-    """Gives the typical examples the numbers of their cards and their pictures; what has no card is left out."""
+    """Gives the typical examples the numbers of their cards and their pictures, and drops examples without a card."""
     cards: dict[str, dict[str, Any]] = {example["name"]: {} for pair in whole["pairs"] for example in pair["typical"]}
-    done = (row for row in folder.rows() if row["status"] == "ok")
-    for number, row in enumerate(done, start=1):
-        given = row.get("files", files)
-        if row["name"] in cards and {"image", "counterfactual"} <= given.keys():
-            addresses = [f"{row['folder']}/{given[key]}" for key in ("image", "counterfactual")]
-            cards[row["name"]] = {"card": number, "files": addresses, "addresses": list(map(quote, addresses))}
+    for number, row in enumerate((row for row in folder.rows() if row.status == "ok"), start=1):
+        given = files if row.files is None else row.files
+        if row.name in cards and {"image", "counterfactual"} <= given.keys():
+            addresses = [f"{row.folder}/{given[key]}" for key in ("image", "counterfactual")]
+            cards[row.name] = {"card": number, "files": addresses, "addresses": list(map(quote, addresses))}
     for pair in whole["pairs"]:
         found = [example | cards[example["name"]] for example in pair["typical"]]
         pair["typical"] = [example for example in found if "card" in example]
 
 
-def _embed_whole(whole: dict[str, Any], output: Path, budget: int) -> int:
-    """Gives the pictures of the global view their data addresses until they have ``budget`` bytes; returns how many."""
+def _whole_places(whole: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Yields the pictures of the global view, then those of its examples, for ``_embed``."""
+    for picture in (picture for pair in whole["pairs"] for picture in pair["pictures"]):
+        yield picture, "address", picture["file"]
+    for example in (example for pair in whole["pairs"] for example in pair["typical"]):
+        yield from ((example["addresses"], index, file) for index, file in enumerate(example["files"]))
+
+
+def _embed(places: Iterable[tuple[Any, ...]], output: Path, budget: int) -> int:
+    """Replaces addresses of files by data addresses until these have ``budget`` bytes, and returns the bytes used.
+
+    Args:
+        places: Container of an address, its key there, the file, and further arguments of ``_thumbnail``.
+        output: The output folder.
+        budget: Bytes after which addresses stay as they are.
+    """
     used = 0
-    pictures = [picture for pair in whole["pairs"] for picture in pair["pictures"]]
-    places: list[tuple[Any, Any, str]] = [(picture, "address", picture["file"]) for picture in pictures]
-    examples = [example for pair in whole["pairs"] for example in pair["typical"]]
-    places += [(ex["addresses"], index, file) for ex in examples for index, file in enumerate(ex["files"])]
-    for holder, key, file in places:
+    for holder, key, file, *form in places:
         if used >= budget:
             break
+        # A picture that cannot be read keeps its file's address, as on the cards.
         with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
-            holder[key] = _thumbnail(output / file, (1, 1))
+            holder[key] = _thumbnail(output / file, *form)
             used += len(holder[key])
     return used
 
 
-def _embed(atlas: dict[str, Any], output: Path, budget: int) -> int:
-    """Gives the directions' pictures their data addresses until they have ``budget`` bytes; returns how many."""
-    used = 0
-    for direction in (direction for pair in atlas["pairs"] for direction in pair["directions"]):
-        if used >= budget:
-            break
-        # Of a picture that cannot be read the file's address stays, as with the cards.
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
-            direction["address"] = _thumbnail(output / direction["file"], direction["table"], direction["enlarged"])
-            used += len(direction["address"])
-    return used
-
-
 def _thumbnails(folder: Path, files: dict[str, str], row: Row) -> dict[str, str]:
-    """Every picture of a row as a data address; pictures that cannot be read are left to the browser."""
-    frames = {"steps": len(row["curve"]["strength"])} if "curve" in row else {}
+    """Returns the pictures of a row as data addresses; pictures that cannot be read are left to the browser."""
     thumbs = {}
     for key, file in files.items():
-        try:
-            thumbs[key] = _thumbnail(folder / file, (frames.get(key, 1), 1))
-        except OSError:
-            continue
+        frames = len(row.curve["strength"]) if row.curve and key == "steps" else 1
+        with contextlib.suppress(OSError):
+            thumbs[key] = _thumbnail(folder / file, (frames, 1))
     return thumbs
 
 
-def _thumbnail(path: Path, cells: tuple[int, int], enlarged: int = 1) -> str:
-    """A picture, or a table of ``cells`` (columns, rows) of pictures that was ``enlarged``, as a data address."""
-    buffer = io.BytesIO()
-    columns, rows = cells
+def _thumbnail(path: Path, cells: tuple[int, int] = (1, 1), enlarged: int = 1) -> str:
+    """Returns a picture, or a table of ``cells`` (columns, rows) of ``enlarged`` pictures, as a data address."""
+    buffer, (columns, rows) = io.BytesIO(), cells
     with Image.open(path) as opened:
         picture: Image.Image = opened
         if enlarged > 1:
@@ -219,6 +220,6 @@ def _shrink(picture: Image.Image, columns: int, rows: int) -> Image.Image:
 
 
 def _json(value: object) -> Markup:
-    """JSON that is safe inside a script element, whatever the names are: no tag can open or close there."""
+    """Returns JSON that is safe inside a script element, whatever the names are: no tag can open or close there."""
     text = json.dumps(value, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

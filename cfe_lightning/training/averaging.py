@@ -14,12 +14,12 @@ from torch import Tensor
 class EMA(WeightAveraging):
     """Exponential moving average of the weights; checkpoints and validation hold the average, buffers are copied.
 
-    The first average is the model after one batch; from then on the decay grows as (1 + n) / (10 + n), so a short run
+    The first average is the model after one batch. From then on the decay grows as (1 + n) / (10 + n), so a short run
     is not dominated by its random start. Frozen weights stay bit-identical: ``lerp`` between equal numbers is exact,
     which Lightning's own average is not.
 
     Args:
-        decay: The largest share of the old average that is kept per training batch.
+        decay: Largest share of the old average kept per training batch, in [0, 1).
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -29,29 +29,29 @@ class EMA(WeightAveraging):
         self.decay = decay
 
     def _blend(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        del num_averaged  # the copy on the accelerator: reading it would wait for the device
+        del num_averaged  # a copy on the accelerator: reading it would wait for the device
         assert self._average_model is not None, "EMA averages only during fit"
         count = int(self._average_model.n_averaged)
         weight = 1 - min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(averaged, current, weight)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps the counter on the CPU: it is read after every batch."""
+        """Keeps the counter on the CPU, because it is read after every batch."""
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps what a validation has stored in buffers: it belongs to the average and to the model that goes on."""
+        """Copies buffers that a validation has filled to the trained model."""
         super().on_validation_epoch_end(trainer, pl_module)
-        # Before the first batch the average may know less than the model, which a method can have fitted already.
+        # Not in the check before training: a method may have fitted buffers that the average does not have yet.
         if self._average_model is not None and not trainer.sanity_checking:
             for current, averaged in zip(pl_module.buffers(), self._average_model.module.buffers(), strict=True):
                 current.data.copy_(averaged.data)
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """The module holds the averaged weights inside, and exactly its own again after."""
+        """Gives the module its averaged weights inside the context, and exactly its own afterwards."""
         self._swap_models(pl_module)
         try:
             yield

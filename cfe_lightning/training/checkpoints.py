@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 from pathlib import Path
@@ -14,14 +15,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from cfe_lightning.files.tensors import load_plain, save_plain
-from cfe_lightning.training.last_checkpoint import log
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the old file and renames: whatever happens leaves the old checkpoint or the new one, whole.
+    """Writes checkpoints that are whole at any moment: the old one, or the new one.
 
-    Checkpoints say which older ones are to be removed, and are anybody's: only those are that lie where this run has
-    written, too.
+    A foreign checkpoint may name any file as an older one to be removed; only files in folders that this run has
+    written to are.
     """
 
     def __init__(self) -> None:
@@ -31,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Saves plain data and tensors to a local file.
 
         Raises:
-            OSError: If the file cannot be written; it names the file.
+            OSError: If the file cannot be written; the message names it.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,12 +44,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads plain data and tensors from a local file onto the CPU, from where Lightning moves them.
+        """Reads plain data and tensors from a local file onto the CPU; Lightning moves them from there.
 
         Args:
-            path: The file.
-            map_location: Not used, as Lightning gives none.
-            weights_only: Always so.
+            path: Checkpoint file.
+            map_location: Ignored; Lightning passes none.
+            weights_only: Ignored; files are always read as plain data.
 
         Raises:
             ValueError: If the file holds anything else.
@@ -58,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"{path} cannot be read as a checkpoint: {error}; give a file of train.py.") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a regular file called .ckpt from a folder that this run has written to, and leaves anything else."""
+        """Removes a regular .ckpt file in a folder that this run has written to; leaves anything else."""
         path = Path(path)
         ours = path.suffix == ".ckpt" and path.parent.resolve() in self._folders
         if ours and path.is_file() and not path.is_symlink():
@@ -68,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _keep_name(path: Path) -> None:
-    """A new name outlives a power failure only once its folder is written; not every file system lets one ask."""
+    """Flushes a folder, so that a new name survives a power failure; not every file system allows it."""
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -78,16 +80,16 @@ def _keep_name(path: Path) -> None:
 
 
 class RandomState(pl.Callback):
-    """Saves the random states of every process and restores them just before the first resumed batch.
+    """Saves the random states of all processes and restores them right before the first resumed batch.
 
-    Processes other than the first start from another seed, or all would draw the same noise.
+    Every process but the first starts from a seed of its own; otherwise all would draw the same noise.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets this process's state."""
+        """Restores the state of this process."""
         if self._loaded is not None and len(self._loaded) == trainer.world_size:
             _set_random_state(self._loaded[trainer.global_rank])
         elif trainer.global_rank > 0:
@@ -101,7 +103,7 @@ class RandomState(pl.Callback):
         self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all processes as plain data; called by all of them."""
+        """Gathers the states of all processes as plain data; all processes call it."""
         mine = _random_state()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return {"processes": [mine]}
@@ -110,7 +112,7 @@ class RandomState(pl.Callback):
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the states until training starts: building loaders and models draws numbers too."""
+        """Keeps the states until training starts, because building loaders and models draws numbers."""
         self._loaded = state_dict["processes"]
 
 

@@ -1,4 +1,4 @@
-"""The log that is always kept: ``metrics.csv``, one row per logged step, one column per quantity."""
+"""The log of every run: ``metrics.csv`` with one row per logged step and one column per quantity."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from cfe_lightning.files.atomic import atomic_write, naming
 
 
 class CsvLog(Logger):
-    """Appends to a CSV file; continuing a file first drops the steps that a resumed run is about to log again.
+    """Appends to a CSV file; a resumed run first drops the steps that it will log again.
 
-    The first of them is kept and completed: a run may go on with the validation that follows a step.
-
-    Lightning's ``CSVLogger`` deletes the file of the run that is being continued.
+    The first of these steps is kept and completed, because a run may continue with the validation after it. Lightning's
+    ``CSVLogger`` deletes the file of a continued run.
 
     Args:
-        path: The file.
-        resume: Continue an existing file instead of starting a new one.
+        path: The CSV file.
+        resume: Continues an existing file instead of starting a new one.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -36,40 +35,45 @@ class CsvLog(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning's name of this logger."""
+        """Names this logger for Lightning."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """No versions: one run, one file."""
+        """Returns no version: a run has one file."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The folder of the file."""
+        """Returns the folder of the file."""
         return str(self.path.parent)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` stands beside the file."""
+        """Does nothing: ``config.yaml`` stands beside the file."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Writes at once, because a run may be killed; numbers of the same step share a row."""
+        """Writes at once, because a run may be killed; values of the same step share a row."""
+        # Row of the step.
         if not self._columns:
             self._start(step or 0)
         if step != self._row.get("step"):
             self._row = {"step": step}
             self._row_start = self.path.stat().st_size
         self._row |= metrics
+
+        # New columns rewrite the file.
         if new := [name for name in self._row if name not in self._columns]:
             rows = [row for row in self._read() if row["step"] != str(step)]
             self._columns += new
             self._write(rows)
             return
+
+        # Otherwise the last row is replaced.
         with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._row_start)
-            # In one piece and before anything is cut off: a kill must not cost what the row held already.
+            # In one piece, and before the end is cut off: a kill must not lose values that the row held.
             file.write(self._line())
             file.flush()
             file.truncate()
@@ -92,14 +96,14 @@ class CsvLog(Logger):
             return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
 
     def _line(self) -> bytes:
-        """The current row; nothing before there is one."""
+        """Returns the current row as bytes, empty before the first one."""
         line = io.StringIO(newline="")
         if self._row:
             csv.DictWriter(line, self._columns).writerow(self._row)
         return line.getvalue().encode()
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        """All rows at once, the current one as the last."""
+        """Writes all rows, the current one last."""
         with atomic_write(self.path) as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()

@@ -1,4 +1,4 @@
-"""``train.py --dry-run``: what a run will take, told from a few timed iterations of it."""
+"""``train.py --dry-run``: predicts the time and memory of a run from a few timed iterations."""
 
 from __future__ import annotations
 
@@ -12,53 +12,56 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from cfe_lightning.compute.signals import silence_trainer
 from cfe_lightning.data.base import ImageData
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.files.text import one_line
+from cfe_lightning.training.lightning_inside import drop_minimum_length, silence_signals
 from cfe_lightning.training.run import ConfiguredRun
 from cfe_lightning.training.samples import SampleGrid
 from cfe_lightning.training.stopwatch import VAL_BATCHES, Measured, MeasuredError, Stopwatch, size_in_words
 from cfe_lightning.training.watching import NonFiniteGuard
 
-#: Callbacks that write files or talk, and whose work is no part of an iteration.
+#: Callbacks that write files or print, and do no work of an iteration.
 _LEFT_OUT = (Checkpoint, ModelSummary, NonFiniteGuard, ProgressBar, SampleGrid)
-#: Shares of the time and of a GPU's memory from which on something should be done.
+#: Shares of the waiting time and of a GPU's memory above which advice is given.
 _SLOW_DATA, _FULL_MEMORY = 0.1, 0.9
 
 
 class DryRun(ConfiguredRun):
-    """Builds what ``train.py`` would train and measures it; nothing stays behind but what a ``cache_folder`` keeps.
+    """Builds and measures a training run, and leaves nothing behind except the files of a ``cache_folder``.
 
-    The arguments are those of ``ConfiguredRun``. Callbacks from elsewhere run as they would.
+    It takes the arguments of ``ConfiguredRun``. Foreign callbacks run as usual.
     """
 
     def before_instantiate_classes(self) -> None:
-        """Without the loggers of the config, which would begin a run."""
+        """Drops the loggers of the config, which would begin a run."""
         self.config.trainer.logger = False
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The run's trainer, without what writes files, and with a short validation after the timed iterations."""
+        """Returns the trainer without callbacks that write, with a short validation after the timed iterations."""
+        # Callbacks.
         trainer: Any = super().instantiate_trainer(**kwargs)
-        silence_trainer(trainer)  # what LastCheckpoint does in a run
+        silence_signals(trainer)  # as LastCheckpoint does in a run
         self.stopwatch = Stopwatch(trainer.limit_val_batches)
         kept = [callback for callback in trainer.callbacks if not isinstance(callback, _LEFT_OUT)]
-        # Last, so that the work of all others counts.
+        # The stopwatch comes last, so that the work of all others counts.
         trainer.callbacks = [*kept, self.stopwatch]
-        # Some callbacks do not go without a logger.
+
+        # Loggers and limits; some callbacks need a logger.
         trainer.loggers = [DummyLogger()]
         trainer.strategy.checkpoint_io = self.stopwatch.scales
         trainer.limit_val_batches = VAL_BATCHES if trainer.limit_val_batches else 0
         trainer.check_val_every_n_epoch, trainer.val_check_interval, trainer.num_sanity_val_steps = 1, 1.0, 0
-        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+        drop_minimum_length(trainer)
         return trainer
 
     def measure(self) -> str:
         """Runs a few iterations and a short validation, and returns the table to be printed.
 
         Raises:
-            ValueError: If Lightning or the method refuse what is configured.
+            ValueError: If Lightning or the method refuses the configuration.
         """
+        # Nothing to train.
         if isinstance(self.model, ExplainerModule) and not self.model.needs_training:
             self.trainer.strategy.connect(self.model)
             self.trainer.save_checkpoint("")
@@ -66,13 +69,15 @@ class DryRun(ConfiguredRun):
                 f"{parameter_table(self.model)}\n{type(self.model).__name__} needs no training: train.py saves it at "
                 f"once, as a checkpoint of {size_in_words(self.stopwatch.scales.size)}.\n"
             )
+
+        # Timed iterations.
         measured = self.stopwatch.measured
         try:
             self.train()
         except MeasuredError:
             pass
         except ValueError as error:
-            # What is too little to learn from may also be too little to be judged.
+            # A model that has learned from a few batches only may fail in its validation.
             if not self.stopwatch.is_judging:
                 raise
             measured.trouble = f"{one_line(error)}."
@@ -80,6 +85,7 @@ class DryRun(ConfiguredRun):
         return f"{parameter_table(self.model)}\n{self._table()}{self._advice()}"
 
     def _table(self) -> str:
+        # Length of the run.
         measured, trainer = self.stopwatch.measured, self.trainer
         iterations, seconds = measured.iterations, measured.iteration_seconds
         planned = self.config.trainer
@@ -90,6 +96,8 @@ class DryRun(ConfiguredRun):
         run = "no end is set"
         if not math.isinf(epochs):
             run = f"{_duration(epochs * epoch + measured.preparation)} for {epochs:.3g} epochs"
+
+        # Rows.
         images = ", ".join(f"{count:,} {split}" for split, count in measured.images.items())
         rows = [
             ("images", images),
@@ -119,13 +127,19 @@ class DryRun(ConfiguredRun):
                 "has come once: the means may be off."
             )
         if measured.trouble:
-            said.append(f"The end of a validation is not in the numbers: {measured.trouble}")
+            said.append(f"The end of a validation could not be measured: {measured.trouble}")
         sentence = advice(measured, self.model, self.datamodule, _num_cores())
         return "".join(f"{sentence}\n" for sentence in [*said, sentence] if sentence)
 
 
 def validations_per_epoch(val_check_interval: Any, check_val_every_n_epoch: int | None, iterations: int) -> float:
-    """From the trainer's arguments of these names; validations by the clock count as one per epoch."""
+    """Returns the validations per epoch; validations by the clock count as one per epoch.
+
+    Args:
+        val_check_interval: The trainer's argument.
+        check_val_every_n_epoch: The trainer's argument.
+        iterations: Training batches per epoch.
+    """
     interval = val_check_interval
     if check_val_every_n_epoch is None:  # every so many batches, whatever the epochs
         return iterations / interval
@@ -135,14 +149,21 @@ def validations_per_epoch(val_check_interval: Any, check_val_every_n_epoch: int 
 
 
 def planned_epochs(max_epochs: int | None, max_steps: int, iterations: int, steps: float) -> float:
-    """The trainer's limits in epochs of so many iterations, each of so many optimiser steps; infinite without any."""
+    """Returns the length of a training in epochs, infinite without a limit.
+
+    Args:
+        max_epochs: The trainer's argument.
+        max_steps: The trainer's argument, in optimiser steps.
+        iterations: Training batches per epoch.
+        steps: Optimiser steps per batch.
+    """
     by_epochs = math.inf if max_epochs in (None, -1) else max_epochs
     by_steps = math.inf if max_steps == -1 else max_steps / max(steps, 1e-9) / iterations
     return min(by_epochs, by_steps)
 
 
 def parameter_table(module: nn.Module) -> str:
-    """Trainable and frozen parameters of every network in a module, and of all together; shared ones count once."""
+    """Counts trainable and frozen parameters of every network in a module; shared ones count once."""
     seen = set[int]()
     rows: list[tuple[str, int, int]] = []
     parts: list[tuple[str, Any]] = [*module.named_children(), *module.named_parameters(recurse=False)]
@@ -160,7 +181,8 @@ def parameter_table(module: nn.Module) -> str:
 
 
 def advice(measured: Measured, model: pl.LightningModule, data: ImageData, num_cores: int) -> str | None:
-    """What to change, in one sentence, where that is clear."""
+    """Returns one sentence of advice where it is clear what to change."""
+    # Memory.
     if measured.memory_share > _FULL_MEMORY:
         ways = ["a smaller --data.batch_size"]
         if parts := model.hparams.get("micro_batches"):
@@ -168,11 +190,13 @@ def advice(measured: Measured, model: pl.LightningModule, data: ImageData, num_c
         if getattr(model, "blocks", list)():
             ways.append("the callback cfe_lightning.compute.acceleration.RecomputeActivations")
         return f"The GPU's memory is {measured.memory_share:.0%} full: {' or '.join(ways)} would need less."
+
+    # Data.
     if measured.waiting < _SLOW_DATA:
         return None
     problem = f"Waiting for data takes {measured.waiting:.0%} of the time"
     seconds = measured.iteration_seconds
-    # Without loader processes the waiting is all the work there is; with some they have worked all the time.
+    # Without loader processes all reading is waiting; with some, they have worked all the time.
     work = data.num_workers * seconds or measured.waiting * seconds
     workers = math.ceil(work / max((1 - measured.waiting) * seconds, 1e-9))
     if data.num_workers < workers <= num_cores:
@@ -193,5 +217,5 @@ def _duration(seconds: float) -> str:
 
 
 def _num_cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Returns the cores that this process may use, as far as the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Where a training run lives: config names, the folder ``<output>/<run>``, and the checkpoint that is resumed."""
+"""Finds configs by name, the folder ``<output>/<run>`` of a run, and the checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cfe_lightning.files.atomic import refuse_links
 
 #: The value of a bare ``--resume``: the run's own last checkpoint.
 LAST = "last"
-#: What a run may leave in its folder, and what ``--overwrite`` removes; anything else there is the user's.
+#: Files of a run, which ``--overwrite`` removes; anything else in its folder belongs to the user.
 RUN_FILES = ("*.ckpt", "*.survey.pt", ".*.part", "config.yaml", "metrics.csv", "samples", "wandb")
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: The shipped configs: inside the package where it was installed from a wheel, beside it in a checkout.
@@ -22,21 +22,24 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
     """Finds the configs and the folder of a run.
 
     Args:
-        names: Configs as the user named them; none where a run is resumed with the config that it has left.
+        names: Configs as the user named them; none to resume a run with its own ``config.yaml``.
         run: Name of the run; None takes the first config's file name.
-        output: Folder of the runs; None is ``checkpoints``.
+        output: Folder of all runs; None is ``checkpoints``.
         resume: ``LAST``, the path of a checkpoint, or None.
 
     Raises:
         FileNotFoundError: If a config does not exist.
-        ValueError: If nothing says which run is meant, or its name is a path.
+        ValueError: If no run is named, or its name is a path.
     """
+    # A new run, or one resumed with a given config.
     runs = Path(output or "checkpoints")
     if run is not None and (run in ("", ".", "..") or Path(run).name != run):
         raise ValueError(f"--run {run!r} is no name of a folder: choose the folder of the runs with --output.")
     if names or resume is None:
         configs = find_configs(names)
         return configs, runs / (run or _run_name(configs[0]))
+
+    # A run resumed with its own config.
     if resume != LAST:
         left = _named(resume).parent
     elif run is not None:
@@ -50,16 +53,18 @@ def locate(names: Sequence[str], run: str | None, output: str | None, resume: st
 
 
 def find_configs(names: Sequence[str]) -> list[Path]:
-    """Configs as named, or in ``configs/`` of the current folder or of the checkout.
+    """Finds configs as named, in ``configs/`` of the current folder, or among the shipped ones.
 
     Raises:
-        FileNotFoundError: If one does not exist; the message lists those that do, the nearest names first.
-        ValueError: If there is no name.
+        FileNotFoundError: If a config does not exist; the message lists the known ones, the nearest names first.
+        ValueError: If no config is named.
     """
     folders = list(dict.fromkeys([Path("configs").resolve(), _SHIPPED]))
     known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
     if not names:
-        raise ValueError(f"Which run? Give --config FILE; in configs/ there are: {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"No config is named: give --config FILE; in configs/ there are: {', '.join(known) or 'none'}."
+        )
     paths = []
     for name in names:
         found = [path for path in (Path(name), *(folder / name for folder in folders)) if path.is_file()]
@@ -74,12 +79,12 @@ def find_configs(names: Sequence[str]) -> list[Path]:
 
 
 def _run_name(config: Path) -> str:
-    """A config is named after its run, but a run calls its own ``config.yaml``."""
+    """Names a run after its config, or after its folder where the config is a run's own ``config.yaml``."""
     return config.resolve().parent.name if config.name == "config.yaml" else config.stem
 
 
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint that ``--resume`` names.
+    """Finds the checkpoint that ``--resume`` names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -95,7 +100,7 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
 
 
 def _named(resume: str) -> Path:
-    """A checkpoint as the user named it; the folder of a run means the last one in it."""
+    """Returns a checkpoint as the user named it; a run's folder stands for its last.ckpt."""
     path = Path(resume)
     return path / "last.ckpt" if path.is_dir() else path
 
@@ -105,15 +110,15 @@ def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> N
 
     Args:
         folder: The run folder.
-        checkpoint: What is resumed; a checkpoint in ``folder`` continues the run that is there.
-        overwrite: The earlier run may be removed.
+        checkpoint: Checkpoint to resume; one in ``folder`` continues the run there.
+        overwrite: Allows removing the earlier run.
 
     Raises:
         ValueError: If the folder holds checkpoints that would be lost, or links.
     """
     continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if continued and overwrite:
-        raise ValueError(f"--overwrite would remove {checkpoint}, which is to be resumed: give one of the two.")
+        raise ValueError(f"--overwrite would remove {checkpoint}, which --resume needs: give one of the two.")
     if not continued and not overwrite and any(folder.glob("*.ckpt")):
         raise ValueError(
             f"{folder} already holds a run: continue it with --resume, keep it with --run OTHER_NAME, "
@@ -124,7 +129,7 @@ def check_folder(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> N
 
 
 def clear_folder(folder: Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
+    """Removes the files of an earlier run, and nothing else."""
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():

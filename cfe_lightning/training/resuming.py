@@ -1,4 +1,4 @@
-"""A checkpoint that a training is to go on from: whether it is one, and one of this method."""
+"""Checks a checkpoint before a training is resumed from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cfe_lightning.files.trust import present_path, public_path
 
 log = logging.getLogger(__name__)
 
-#: Where ModelCheckpoint stores which files it has written, and removes later.
+#: Keys under which ModelCheckpoint stores the files that it has written and removes later.
 _KEPT_FILES = frozenset({"best_k_models", "kth_best_model_path", "last_model_path"})
-#: Parts of a checkpoint that a training goes on from.
+#: Parts of a checkpoint that a resumed training needs.
 _PARTS = {
     "state_dict": dict,
     "epoch": int,
@@ -29,7 +29,7 @@ _PARTS = {
 
 
 class Begun(pl.Callback):
-    """True from the first batch on: what goes wrong before it has to do with the checkpoint."""
+    """Becomes true at the first batch; failures before it come from the checkpoint."""
 
     def __init__(self) -> None:
         self._begun = False
@@ -37,7 +37,7 @@ class Begun(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Everything has been restored."""
+        """Notes that everything has been restored."""
         self._begun = True
 
     def __bool__(self) -> bool:
@@ -45,30 +45,33 @@ class Begun(pl.Callback):
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint that a training can go on from.
+    """Reads a checkpoint that a training can be resumed from.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or lacks what a training needs.
+        ValueError: If it cannot be read, or lacks parts that a training needs.
     """
     checkpoint = load_checkpoint(path)
     wrong = [name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind)]
     wrong = wrong or [name for name, right in _contents(checkpoint).items() if not right]
     if wrong:
         raise ValueError(
-            f"{path} holds no training to go on with (missing or of another form: {', '.join(wrong)}): give the "
+            f"{path} holds no training to resume (missing or malformed: {', '.join(wrong)}): give the "
             "last.ckpt that train.py wrote."
         )
     return checkpoint
 
 
 def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
-    """Which parts hold what they should, of a checkpoint that has them all."""
+    """Tells for each part of a checkpoint whether its content is as expected."""
+    # Parts.
     explainer = checkpoint.get("explainer", {"class_path": ""})
     weights = [checkpoint["state_dict"], checkpoint.get("current_model_state") or {}]
     fit_loop = checkpoint["loops"].get("fit_loop")
     states = checkpoint["optimizer_states"]
     begun = checkpoint["global_step"] > 0
+
+    # Their content.
     return {
         "explainer": isinstance(explainer, dict) and isinstance(explainer.get("class_path"), str),
         "state_dict": all(
@@ -88,10 +91,10 @@ def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
 
 
 def _names_own_files(state: dict[str, Any]) -> bool:
-    """Whether the files that ModelCheckpoint may remove are in the folder that it was told to write to.
+    """Tells whether all files that ModelCheckpoint may remove lie in its own folder.
 
-    In a folder that was moved they are in the earlier one, and Lightning then forgets all but ``best_model_path``. That
-    one may so lie anywhere; ``AtomicCheckpointIO`` removes nothing there.
+    In a moved run they lie in the earlier folder, and Lightning forgets all but ``best_model_path``, which may
+    therefore lie anywhere; ``AtomicCheckpointIO`` removes nothing there.
     """
     folder, scores = state.get("dirpath"), state.get("best_k_models", {})
     if not (isinstance(folder, str) and isinstance(state.get("best_model_path"), str) and has_names(scores)):
@@ -109,7 +112,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def not_resumable(path: Path, error: Exception) -> str:
-    """The sentence about a checkpoint that Lightning stumbles over before the first batch."""
+    """Returns the sentence about a checkpoint at which Lightning fails before the first batch."""
     return (
         f"{path} cannot be resumed, a part of it is not what train.py wrote ({type(error).__name__}: {error}): give "
         "the run's own last.ckpt, or start a new run without --resume."
@@ -117,22 +120,25 @@ def not_resumable(path: Path, error: Exception) -> str:
 
 
 def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], path: str) -> None:
-    """Refuses to resume another method or architecture, and says which other settings have changed.
+    """Refuses to resume another method or architecture, and warns about other changed settings.
 
     Args:
-        explainer: What is to be trained on.
-        checkpoint: Of an explainer, from ``load_training``.
-        path: Where it is from.
+        explainer: Explainer to be trained.
+        checkpoint: Explainer checkpoint, as ``load_training`` returns it.
+        path: Path of the checkpoint, for messages.
 
     Raises:
-        ValueError: If the checkpoint's weights do not fit.
+        ValueError: If the checkpoint is of another method, or its weights do not fit.
     """
+    # Method.
     made_by, trained = present_path(checkpoint["explainer"]["class_path"]), public_path(type(explainer))
     if made_by != trained:
         raise ValueError(
             f"{path} is a checkpoint of {made_by:.200}, but this config trains {trained}: "
             "use the run's own config.yaml, or start a new run without --resume."
         )
+
+    # Weights.
     weights = checkpoint.get("current_model_state") or checkpoint["state_dict"]
     ours = explainer.state_dict()
     differing = {name for name in weights.keys() | ours.keys() if _shape(weights, name) != _shape(ours, name)}
@@ -141,6 +147,8 @@ def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], pat
             f"{path} cannot be resumed with this config: {len(differing)} weights differ in name or shape, for example "
             f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
         )
+
+    # Settings.
     before, now = checkpoint.get("hyper_parameters", {}), dict(explainer.hparams)
     changes = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if _differ(before.get(name), now[name])]
     if changes:
@@ -148,7 +156,7 @@ def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], pat
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether a value of a file is another than ours; it may be anything, also what cannot be compared."""
+    """Tells whether a value of a file differs from ours; it may be of any kind, also one that cannot be compared."""
     try:
         return bool(before != now)
     except (TypeError, ValueError, RuntimeError):

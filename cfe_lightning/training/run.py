@@ -1,4 +1,4 @@
-"""A training run built from YAML: LightningCLI used narrowly, with what every run of ours has."""
+"""A training run built from YAML: LightningCLI used narrowly, with the defaults of every run."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class ConfiguredRun(LightningCLI):
     """LightningCLI without subcommands, argument links, automatic optimisers and its own checkpoint rebuilding.
 
     Args:
-        configs: YAML files, later ones over earlier ones.
-        overrides: Command line arguments over all of them.
-        folder: Where the run writes.
-        checkpoint_path: What is resumed, if anything.
-        trusted: Packages besides those of ``classes_of`` whose classes config and overrides may name.
+        configs: YAML files; later ones override earlier ones.
+        overrides: Command-line arguments that override all files.
+        folder: Folder of the run.
+        checkpoint_path: Checkpoint to resume; None starts a new run.
+        trusted: Further packages whose classes config and overrides may name.
 
     Raises:
-        ValueError: If config or overrides are wrong, or the checkpoint does not fit; one sentence.
+        ValueError: If config or overrides are wrong, or the checkpoint does not fit.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ConfiguredRun(LightningCLI):
         checkpoint_path: Path | None,
         trusted: Sequence[str] = (),
     ) -> None:
+        # Files.
         _quiet()
         for path in configs:
             load_config(path)
@@ -65,6 +66,8 @@ class ConfiguredRun(LightningCLI):
         self.checkpoint_path = checkpoint_path
         self.checkpoint: dict[str, Any] = load_training(checkpoint_path) if checkpoint_path else {}
         self.continues = checkpoint_path is not None and checkpoint_path.resolve().parent == folder.resolve()
+
+        # Classifier, method, data and trainer.
         try:
             with classes_of(trusted):
                 super().__init__(
@@ -86,16 +89,16 @@ class ConfiguredRun(LightningCLI):
             raise ValueError(in_our_words(str(error))) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sets our defaults."""
-        # Explainers may need gradients while they validate; several devices enlarge the batch, so one asks for them.
+        """Sets the defaults of every run."""
+        # Explainers may need gradients in validations; several devices enlarge the batch, so they are opt-in.
         parser.set_defaults({"trainer.inference_mode": False, "trainer.devices": 1, "trainer.logger": _WANDB})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses without Lightning's warning about arguments that are given as a list."""
+        """Parses without Lightning's warning about arguments given as a list."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Keeps the config as the user gave it, then tells W&B where the run is."""
+        """Keeps the config as the user gave it, then tells W&B the folder of the run."""
         self.config_text = self.parser.dump(self.config, skip_none=False)
         loggers = self.config.trainer.logger
         kept = []
@@ -105,7 +108,7 @@ class ConfiguredRun(LightningCLI):
                     continue
                 self._prepare_wandb(logger.init_args)
             kept.append(logger)
-        # Lightning takes a list of loggers, but no list that says whether there are any.
+        # Lightning takes a list of loggers, or False for none.
         self.config.trainer.logger = kept if isinstance(loggers, list) else next(iter(kept), False)
 
     def _prepare_wandb(self, arguments: Namespace) -> None:
@@ -117,7 +120,8 @@ class ConfiguredRun(LightningCLI):
             arguments.id = WandbRun.run_id(self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Adds what every run has, after the callbacks that the config shows; one listed there replaces ours."""
+        """Adds the defaults of every run behind the config's callbacks; a listed callback replaces the default."""
+        # The config's callbacks.
         given = self.config_init.trainer
         callbacks: list[Callback] = [*(given.callbacks or [])]
         if is_overridden("validation_step", self.model) and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
@@ -132,11 +136,15 @@ class ConfiguredRun(LightningCLI):
                         "folder with dirpath."
                     )
                 callback.dirpath = callback.dirpath or str(self.folder)
+
+        # Those of every run.
         for kind in (RandomState, WandbRun, FreshMetrics, Throughput, NonFiniteGuard, LastCheckpoint):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
-        # It stores what the others know, so it comes after them.
+        # LastCheckpoint stores the state of the others, so it comes after them.
         callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
+
+        # Loggers and checkpoint files.
         loggers = given.logger if isinstance(given.logger, list) else [given.logger]
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -150,8 +158,10 @@ class ConfiguredRun(LightningCLI):
             "default_root_dir": str(self.folder),
         }
         trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
+
+        # Several processes.
         if given.strategy == "auto" and trainer.world_size > 1:
-            # DDP without it stops at a weight that a loss leaves out: not every module has said that it has none.
+            # Without this option DDP stops at a weight that a loss leaves out; modules say if they leave none out.
             options = {"find_unused_parameters": True, **getattr(self.model, "ddp_options", {})}
             ours["strategy"] = DDPStrategy(**options)
             trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
@@ -164,7 +174,7 @@ class ConfiguredRun(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuses a classifier or a checkpoint that does not fit before anything is written."""
+        """Refuses an unfit classifier or checkpoint before anything is written."""
         check_accumulation(self.model, self.trainer.accumulate_grad_batches)
         check_precision(self.model, str(self.trainer.precision))
         if self.checkpoint and ("explainer" in self.checkpoint) != isinstance(self.model, ExplainerModule):
@@ -177,13 +187,13 @@ class ConfiguredRun(LightningCLI):
             self.model.classifier.require_gradient()
         if isinstance(self.model, ExplainerModule) and self.checkpoint:
             check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
-        self.checkpoint = {}  # as large as all that is trained, and fitting reads the file again
+        self.checkpoint = {}  # as large as the trained networks, and fitting reads the file again
 
     def check_classifier(self) -> None:
         """Measures the classifier on validation images before hours are spent on explaining it.
 
         Raises:
-            ValueError: If it is near chance, or its classes are not those of the data.
+            ValueError: If its accuracy is near chance, or its classes are not those of the data.
         """
         if not isinstance(self.model, ExplainerModule) or self.continues or not is_first_process():
             return
@@ -192,7 +202,7 @@ class ConfiguredRun(LightningCLI):
         check_classifier(self.model.classifier, self.datamodule.val_dataloader(), self.datamodule.class_names)
 
     def fit(self) -> None:
-        """Writes the config and trains; an explainer with nothing to train is saved at once.
+        """Writes the config and trains; an explainer without training is saved at once.
 
         Raises:
             ValueError: If Lightning refuses the configuration.
@@ -201,7 +211,7 @@ class ConfiguredRun(LightningCLI):
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".*.part"), *self.folder.glob("samples/.*.part")]:
-                stale.unlink()  # what a kill has left unfinished
+                stale.unlink()  # unfinished files of a killed run
             with atomic_write(self.folder / "config.yaml") as file:
                 file.write(self.config_text)
         if explainer and not explainer.needs_training:
@@ -229,10 +239,10 @@ class ConfiguredRun(LightningCLI):
 
 
 def check_accumulation(model: pl.LightningModule, count: int) -> None:
-    """Refuses to have Lightning add up the gradients of several batches for a method that steps by hand.
+    """Refuses gradient accumulation by Lightning for a method that steps its optimisers by hand.
 
     Raises:
-        ValueError: If that was asked for.
+        ValueError: If ``count`` is above 1 for such a method.
     """
     if model.automatic_optimization or count == 1:
         return
@@ -249,11 +259,11 @@ def check_accumulation(model: pl.LightningModule, count: int) -> None:
 
 
 def _quiet() -> None:
-    """Leaves of Lightning's start-up talk what concerns this run."""
+    """Hides messages of Lightning's start-up that do not concern this run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_news)
-    # A frozen classifier stays in eval mode and the run folder holds config.yaml: both are meant.
+    # A frozen classifier stays in eval mode, and the run folder holds config.yaml: both are intended.
     for message in (".*in eval mode at the start.*", ".*exists and is not empty.*", ".*LeafSpec.*", ".*many workers.*"):
         warnings.filterwarnings("ignore", message=message)
 

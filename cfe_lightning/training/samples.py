@@ -22,26 +22,25 @@ from cfe_lightning import images
 from cfe_lightning.explanation import DIFFERENCES, Explanation
 from cfe_lightning.files.atomic import atomic_path
 from cfe_lightning.training.averaging import EMA
-from cfe_lightning.training.watching import iteration
+from cfe_lightning.training.lightning_inside import iteration
 
 #: Pixels of the row labels, of the column names and around every image.
 _MARGIN, _HEADER, _PADDING = 150, 18, 2
 
 
 class SampleGrid(pl.Callback):
-    """Draws the same validation images at the start and every ``every_n_batches`` and keeps the pictures.
+    """Draws the same validation images at the start and every ``every_n_batches``.
 
-    One row per image: the image, its parts, the counterfactual, the steps, the attribution; the predicted class with
-    its probability and that of the target before and after. A module that explains nothing says in ``samples`` what is
-    shown: images [B, C, H, W] to named columns and row labels, as ``draw_table`` takes them. Written to
-    ``<folder>/samples/<iteration>.png`` and to W&B where that is a logger. Uses the averaged weights when ``EMA`` is a
-    callback too (list ``EMA`` first). Random state, training mode and gradients are left as they were, so a run is the
-    same with and without.
+    A row holds the image, its parts, the counterfactual, the steps and the attribution, with the predicted class and
+    the probabilities of prediction and target before and after. A module that explains nothing returns the columns and
+    row labels of ``draw_table`` from a method ``samples(image)``. Pictures go to ``<folder>/samples/<iteration>.png``
+    and to W&B, if that is a logger. The averaged weights are used if ``EMA`` is listed before this callback. Random
+    state, training mode and gradients stay as they were, so a run is the same with and without pictures.
 
     Args:
         every_n_batches: Training batches between two grids.
-        num_images: Rows, taken evenly over the validation split.
-        folder: Where the pictures go; None takes the trainer's ``default_root_dir``, the run folder of ``train.py``.
+        num_images: Number of rows, taken evenly over the validation split.
+        folder: Folder of the pictures; None takes the trainer's ``default_root_dir``, the run folder of ``train.py``.
     """
 
     def __init__(self, every_n_batches: int = 1000, num_images: int = 8, folder: str | None = None) -> None:
@@ -55,18 +54,19 @@ class SampleGrid(pl.Callback):
         self._image: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws with the untrained weights; not again when a run is resumed."""
+        """Draws with the untrained weights, unless the run is resumed."""
         if trainer.is_global_zero and iteration(trainer) == 0:
             self._draw(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draws every ``every_n_batches``."""
+        """Draws on schedule."""
         if trainer.is_global_zero and iteration(trainer) % self.every_n_batches == 0:
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Picture.
         averaging = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
         with isolate_rng(), _evaluating(pl_module), torch.no_grad():
             if self._image is None:
@@ -79,6 +79,8 @@ class SampleGrid(pl.Callback):
                     explanation: Explanation = pl_module.explain(image)  # type: ignore[operator]
                     names = pl_module.classifier.class_names  # type: ignore[union-attr]
                     picture = draw_samples(explanation, names)  # type: ignore[arg-type]
+
+        # File and loggers.
         step = iteration(trainer)
         path = Path(self.folder or trainer.default_root_dir) / "samples" / f"{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ class SampleGrid(pl.Callback):
                 logger.log_image(key="samples", images=[picture], step=step, caption=[f"after {step} batches"])
 
     def _fixed_images(self, trainer: pl.Trainer) -> Tensor:
-        """Evenly spaced over the split: folders are often sorted by class."""
+        """Takes images evenly over the split, because folders are often sorted by class."""
         dataset = trainer.datamodule.val_dataloader().dataset  # type: ignore[attr-defined]
         count = min(self.num_images, len(dataset))
         indices = [position * len(dataset) // count for position in range(count)]
@@ -98,13 +100,13 @@ class SampleGrid(pl.Callback):
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every layer's own mode again after: some layers stay in eval mode during training."""
+    """Evaluates inside the context, and restores the mode of every layer: some stay in eval mode during training."""
     modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        # A module may forget what it has cached for explaining when its mode is changed.
+        # Changing the mode lets a module drop what it has cached for explaining.
         module.train(modes[0][1])
         for layer, mode in modes:
             layer.training = mode
@@ -114,9 +116,9 @@ def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int
     """Draws explanations as a labelled table, one row per image.
 
     Args:
-        explanation: What to draw; columns are left out where it has none.
+        explanation: Explanation to draw; fields that are None have no column.
         class_names: K names in logit order.
-        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+        tile: Smallest side of an image in pixels; smaller images are enlarged, so that the labels fit.
     """
     return draw_table(_columns(explanation), _row_labels(explanation, class_names), tile)
 
@@ -125,9 +127,9 @@ def draw_table(columns: Mapping[str, Tensor], labels: Sequence[str], tile: int =
     """Draws batches of images side by side, one row per image.
 
     Args:
-        columns: Names and batches, [B, C, H, W] in [-1, 1].
-        labels: One for each row, of as many lines as fit.
-        tile: Small images are enlarged to at least this many pixels, so that the labels fit.
+        columns: Images [B, C, H, W] in [-1, 1] by column name.
+        labels: Label of each row; lines that do not fit are cut.
+        tile: Smallest side of an image in pixels; smaller images are enlarged, so that the labels fit.
     """
     enlarge = max(1, -(-tile // next(iter(columns.values())).shape[-1]))
     enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]

@@ -1,4 +1,4 @@
-"""The clock of ``train.py --dry-run``: a callback that times a few iterations of a run and then ends it."""
+"""The clock of ``train.py --dry-run``: times a few iterations of a run and then ends it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import Dataset, Subset
 
-from cfe_lightning.compute.signals import kill_children
 from cfe_lightning.data.base import ImageData, Sample, Split
 from cfe_lightning.training.checkpoints import AtomicCheckpointIO
+from cfe_lightning.training.lightning_inside import kill_children
 
-#: Iterations before the clock counts, and the fewest that it counts.
+#: Iterations before timing starts, and the fewest that are timed.
 _WARM_UP, _TIMED = 3, 10
-#: Seconds after which no more iterations are timed, though the lazy penalties may not have come once each.
+#: Seconds after which timing ends, even if a lazy penalty has not come yet.
 _PATIENCE = 120.0
-#: Batches of the short validation, and those that a method sees which reads the training split before it starts.
+#: Batches of the short validation, and of a preparation that would read the whole training split.
 VAL_BATCHES, _PREPARED_BATCHES = 3, 4
 
 
 @dataclass
 class Measured:
-    """What was seen of a run.
+    """Measurements of a run.
 
     Attributes:
-        batch: Images of an iteration, all processes together.
-        iterations: Of an epoch.
+        batch: Images per iteration over all processes.
+        iterations: Iterations per epoch.
         cycle: Iterations in which every lazy penalty comes once.
-        images: Of the splits that are used.
-        seconds: Of every timed iteration.
-        waits: Seconds of each that passed before its batch was there.
-        steps: Optimiser steps of an iteration.
-        preparation: Seconds before the first iteration, for all images where they are read.
+        images: Number of images by split.
+        seconds: Seconds of every timed iteration.
+        waits: Seconds that every timed iteration waited for its batch.
+        steps: Optimiser steps per iteration.
+        preparation: Seconds before the first iteration, extrapolated to all images.
         val_batches: Batches of a whole validation.
-        val_seconds: Of a whole validation.
-        memory: In words, where the system tells.
-        memory_share: Of a GPU's memory, at the peak.
-        trouble: Why the end of the validation could not be seen.
+        val_seconds: Seconds of a whole validation.
+        memory: Peak memory in words; None where the system does not tell.
+        memory_share: Share of a GPU's memory used at the peak.
+        trouble: Reason why the end of the validation could not be measured.
     """
 
     batch: int = 0
@@ -64,18 +64,18 @@ class Measured:
 
     @property
     def iteration_seconds(self) -> float:
-        """Mean over as many whole cycles as were timed: iterations with a penalty take longer than others."""
+        """Averages over whole cycles, because iterations with a penalty take longer."""
         whole = len(self.seconds) // self.cycle * self.cycle or len(self.seconds)
         return statistics.mean(self.seconds[:whole])
 
     @property
     def waiting(self) -> float:
-        """The share of the time that passes before batches are there."""
+        """Returns the share of the time spent waiting for batches."""
         return sum(self.waits) / sum(self.seconds)
 
 
 class MeasuredError(Exception):
-    """Ends a run that has been measured, before it writes anything at its end."""
+    """Ends a measured run before it writes anything at its end."""
 
 
 class _Scales(AtomicCheckpointIO):
@@ -93,19 +93,19 @@ class _Scales(AtomicCheckpointIO):
         return length
 
     def flush(self) -> None:
-        """``torch.save`` asks files to."""
+        """Does nothing; ``torch.save`` calls it."""
 
 
 class Stopwatch(pl.Callback):
-    """Times what comes before training, some iterations and a short validation, then ends the run.
+    """Times the preparation, some iterations and a short validation, then ends the run.
 
     Args:
-        val_limit: The run's own ``limit_val_batches``; the trainer's is that of the short validation.
+        val_limit: The run's own ``limit_val_batches``; the trainer holds that of the short validation.
 
     Attributes:
-        measured: What was seen; complete when the run has ended.
-        scales: Weighs checkpoints in place of the trainer's own writing.
-        is_judging: Whether the run is in its validation.
+        measured: The measurements, complete when the run has ended.
+        scales: Weighs checkpoints in place of the trainer's writer.
+        is_judging: True during the validation.
     """
 
     def __init__(self, val_limit: float) -> None:
@@ -120,13 +120,13 @@ class Stopwatch(pl.Callback):
         self._first_step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gets between a module and its preparation, which comes next."""
+        """Wraps the preparation of the module, which comes next."""
         self._resident = resident_bytes()
         prepare = partial(self._prepare, trainer, pl_module, pl_module.on_fit_start)
         pl_module.on_fit_start = prepare  # type: ignore[method-assign]
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule, prepare: Callable[[], None]) -> None:
-        """A method that reads the whole training split before it starts is given a few batches of it."""
+        """Times a preparation on a few batches, for methods that read the whole training split before they start."""
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         whole, share = data.dataset, 1.0
         most = _PREPARED_BATCHES * data.batch_size * trainer.world_size
@@ -142,12 +142,12 @@ class Stopwatch(pl.Callback):
         try:
             prepare()
         finally:
-            # The classes' own methods come back.
+            # Restores the methods of the classes.
             del data.dataset, module.on_fit_start
         self.measured.preparation = (time.perf_counter() - started) / share
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts images, iterations, and how many of them make a cycle."""
+        """Counts images and iterations, and finds the length of a cycle."""
         self.measured.images["train"] = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         self.measured.iterations = int(trainer.num_training_batches)
         named = [value for name, value in pl_module.hparams.items() if name.endswith("_interval")]
@@ -156,19 +156,19 @@ class Stopwatch(pl.Callback):
         self._first_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The time since the last iteration was no part of one."""
+        """Restarts the clock: the time since the last iteration belongs to none."""
         self._since = _Tick(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is there."""
+        """Notes how long the batch was waited for."""
         self._waits.append(time.perf_counter() - self._since.host)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the time, and asks for the validation when enough was seen."""
+        """Takes the time, and asks for the validation when enough iterations were timed."""
         since, self._since = self._since, _Tick(pl_module.device)
         self._iterations.append((since, self._since))
         self.measured.batch = len(batch["image"]) * trainer.world_size
@@ -200,7 +200,7 @@ class Stopwatch(pl.Callback):
         self._validation.append(_Tick(pl_module.device))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the run if enough was seen."""
+        """Ends the run if enough iterations were timed."""
         self.is_judging = False
         self._validation.append(_Tick(pl_module.device))
         if self._is_done:
@@ -208,40 +208,43 @@ class Stopwatch(pl.Callback):
         self._since = _Tick(pl_module.device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run with few iterations was seen whole."""
+        """Ends a run with fewer iterations than were to be timed."""
         self._end(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves no process that waits for this one; where all was measured, they end with it."""
+        """Leaves no process that waits for this one; after a complete measurement they end with it."""
         if not isinstance(exception, MeasuredError):
             kill_children(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
-        # Once more: a validation may have left something in it.
+        # Weighed again, because a validation may have added to the checkpoint.
         trainer.save_checkpoint("")
         self.read(trainer.strategy.root_device)
         raise MeasuredError
 
     def read(self, device: torch.device) -> None:
-        """Fills ``measured``. Only at the end: to wait for a device after every iteration would slow it down."""
+        """Fills ``measured`` at the end: waiting for a device after every iteration would slow it down."""
+        # Training.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         measured = self.measured
-        # A run of very few iterations has no others to warm up with.
+        # A run of very few iterations cannot spare any for warming up.
         first = min(_WARM_UP, len(self._iterations) - 1)
         measured.seconds = [since.until(now) for since, now in self._iterations[first:]]
         measured.waits = self._waits[first:]
+
+        # Validation and memory.
         ticks = self._validation
         if len(ticks) > 1:
             batches = [since.until(now) for since, now in pairwise(ticks[: VAL_BATCHES + 1])]
-            # The median: loader processes start before the first, and a method may think after the last.
+            # The median: loader processes start before the first batch, and a method may compute after the last.
             missing = measured.val_batches - len(batches)
             measured.val_seconds = ticks[0].until(ticks[-1]) + missing * statistics.median(batches)
         measured.memory, measured.memory_share = _peak_memory(device, self._resident)
 
 
 class _Tick:
-    """A moment on the host and, where that runs ahead of a GPU, in the GPU's work."""
+    """A moment on the host and, if the host runs ahead of a GPU, in the GPU's work."""
 
     def __init__(self, device: torch.device) -> None:
         self.host = time.perf_counter()
@@ -250,14 +253,14 @@ class _Tick:
             self.event.record()
 
     def until(self, other: _Tick) -> float:
-        """Seconds, once the GPU has come that far."""
+        """Returns seconds; call it once the GPU has come that far."""
         if self.event is None or other.event is None:
             return other.host - self.host
         return self.event.elapsed_time(other.event) / 1000
 
 
 def resident_bytes() -> tuple[int, int] | None:
-    """Main memory of this process now and at its peak; None where the system does not tell."""
+    """Returns the main memory of this process in bytes, now and at its peak; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -268,7 +271,7 @@ def resident_bytes() -> tuple[int, int] | None:
 
 
 def _peak_memory(device: torch.device, before: tuple[int, int] | None) -> tuple[str | None, float]:
-    """In words, and the share of a GPU's."""
+    """Returns the peak memory in words, and its share of a GPU's."""
     if device.type == "cuda":
         peak, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         return f"{size_in_words(peak)} of {size_in_words(whole)} on {torch.cuda.get_device_name(device)}", peak / whole
@@ -280,7 +283,7 @@ def _peak_memory(device: torch.device, before: tuple[int, int] | None) -> tuple[
 
 
 def size_in_words(count: float) -> str:
-    """Bytes with three digits."""
+    """Formats a number of bytes with three digits."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

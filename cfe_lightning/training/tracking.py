@@ -29,50 +29,55 @@ class WandbRun(pl.Callback):
         self._id = ids[0] if ids else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The id; None without W&B."""
+        """Stores the id; None without W&B."""
         return {"id": self._id}
 
     @staticmethod
     def run_id(checkpoint: dict[str, Any]) -> str | None:
-        """The id that a checkpoint holds."""
+        """Reads the id from a checkpoint."""
         return checkpoint.get("callbacks", {}).get("WandbRun", {}).get("id")
 
 
 def wandb_is_installed() -> bool:
-    """Whether there is W&B to log to; a run goes on without it, and that is said in one line."""
+    """Tells whether W&B can be imported; warns in one line if a run has to go on without it."""
     try:
-        # The name is asked for, too: without the package, a folder wandb/ that runs have left is imported.
+        # The name is imported, too: without the package, Python would import a folder wandb/ left by runs.
         from wandb import init  # noqa: F401
     except ImportError as error:
-        log.warning("W&B cannot be used (%s): metrics.csv and samples/ hold all there is to log.", error)
+        log.warning("W&B cannot be used (%s): everything is logged to metrics.csv and samples/.", error)
         return False
     return True
 
 
 def wandb_must_be_offline() -> bool:
-    """Whether W&B could only ask for a key or wait for a network, which is said in one line.
+    """Tells whether W&B lacks a key or a network, and warns in one line if so.
 
-    A ``WANDB_MODE`` of the user is respected, but ``online`` is W&B's default anyway and helps no run without a key.
+    The user's ``WANDB_MODE`` is respected, except ``online``: it is W&B's default and helps no run without a key.
 
     Raises:
-        ValueError: If a setting of W&B in the environment cannot be used.
+        ValueError: If W&B refuses a setting in the environment.
     """
+    # The user's mode.
     mode = os.environ.get("WANDB_MODE", "online")
     if mode not in _WANDB_MODES:
         raise ValueError(f"WANDB_MODE={mode!r} is no mode of W&B: choose from {', '.join(_WANDB_MODES)}, or unset it.")
     if mode != "online":
         return False
+
+    # W&B's own settings.
     import wandb
 
     try:
         host = str(wandb.setup().settings.base_url)
     except ValueError as error:
-        # A report of pydantic's: a headline, then setting, reason and technical remarks.
+        # Pydantic reports a headline, then setting, reason and technical remarks.
         why = " ".join(str(error).partition("\n")[2].partition("[type=")[0].split()) or str(error)
         raise ValueError(
             f"W&B refuses one of its environment variables WANDB_... ({why}): correct or unset it, or train with "
             "--trainer.logger false."
         ) from error
+
+    # Key and network.
     reason = None
     try:
         if not wandb.login(prompt=False, verify=False):
@@ -86,7 +91,7 @@ def wandb_must_be_offline() -> bool:
     if reason is None:
         return False
     log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
-    # It would say the same again in more words; it reads the environment when it is set up anew.
+    # W&B would repeat the warning at length; it reads the environment when it is set up anew.
     os.environ.setdefault("WANDB_SILENT", "true")
     wandb.teardown()
     wandb.setup()

@@ -13,17 +13,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-
-def iteration(trainer: pl.Trainer) -> int:
-    """Training batches finished so far, over all epochs; call it after a batch or before the first."""
-    return trainer.fit_loop.total_batch_idx + 1
+from cfe_lightning.training.lightning_inside import forget_batch_metrics, iteration
 
 
 class Throughput(pl.Callback):
-    """Logs ``images_per_second`` of training, over all processes and without validation.
+    """Logs ``images_per_second`` of training over all processes, without validation.
 
     Args:
-        every_n_batches: Training batches per measurement; a window hides that accelerators run behind.
+        every_n_batches: Training batches per measurement; averaging over a window hides asynchronous GPU execution.
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
@@ -35,7 +32,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Starts a window after the first batch, which is slower than all others, and logs at its end."""
+        """Starts a window after the slow first batch, and logs at the end of every window."""
         now = time.perf_counter()
         if self._start is None:
             self._images, self._start, self._paused = 0, now, 0.0
@@ -56,20 +53,17 @@ class Throughput(pl.Callback):
 
 
 class FreshMetrics(pl.Callback):
-    """Logs of every training batch only what was measured in it.
+    """Logs only values measured in the current training batch.
 
-    Lightning repeats the last value of what is not measured in every batch until the epoch ends: a penalty that is due
-    now and then, the throughput. A resumed run cannot know it, so its log would differ.
+    Lightning repeats the last value of a quantity that is not measured in every batch, such as a lazy penalty or the
+    throughput, until the epoch ends. A resumed run does not know that value, so its log would differ.
     """
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the batch before; means over an epoch go on."""
-        assert trainer._results is not None, "there are results while batches are trained on"
-        for metric in trainer._results.values():
-            if not metric.meta.on_epoch:
-                metric.reset()
+        """Forgets the values of the batch before; means over an epoch continue."""
+        forget_batch_metrics(trainer)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -77,14 +71,14 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Stops a run whose loss is no number, and never lets such weights replace a good checkpoint.
+    """Stops a run with a non-finite loss before its weights replace a good checkpoint.
 
     The first bad iteration of every ``train/<term>`` is noted on the device and read only every ``every_n_batches`` and
-    before a checkpoint is written, so the device is not waited for after every batch. The broken state is saved as
-    ``nonfinite.ckpt`` for inspection; ``last.ckpt`` stays from before.
+    before a checkpoint is written, so that batches do not wait for the device. The broken state is saved as
+    ``nonfinite.ckpt`` for inspection; ``last.ckpt`` stays as it was.
 
     Args:
-        every_n_batches: Training batches between two looks.
+        every_n_batches: Training batches between two checks.
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
@@ -95,7 +89,7 @@ class NonFiniteGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes this batch's terms, looks at what was noted when it is time."""
+        """Notes non-finite terms of this batch, and checks on schedule."""
         step = iteration(trainer)
         terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
         if terms:
@@ -104,20 +98,20 @@ class NonFiniteGuard(pl.Callback):
             names = tuple(terms)
             self._first_bad[names] = torch.minimum(self._first_bad.get(names, now), now)
         if step % self.every_n_batches == 0:
-            self._look(trainer)
+            self._check(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Looks before anything is written."""
+        """Checks before anything is written."""
         if not self._saving:
-            self._look(trainer)
+            self._check(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks at the last batches."""
-        self._look(trainer)
+        """Checks the last batches."""
+        self._check(trainer)
 
-    def _look(self, trainer: pl.Trainer) -> None:
+    def _check(self, trainer: pl.Trainer) -> None:
         first = [
             (step, name)
             for names, steps in self._first_bad.items()
@@ -129,7 +123,7 @@ class NonFiniteGuard(pl.Callback):
         path = Path(trainer.default_root_dir) / "nonfinite.ckpt"
         self._saving = True
         trainer.save_checkpoint(path)
-        # Of terms that break in the same iteration the one that is logged first: the others follow from it.
+        # Among terms that break in the same iteration, the first one logged: the others follow from it.
         step, name = min(bad, key=lambda item: item[0], default=(float("nan"), "a loss of another process"))
         raise NonFiniteLossError(
             f"{name} is not finite at iteration {step:.0f}: training stopped and its state was saved as {path}; the "

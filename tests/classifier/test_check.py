@@ -2,17 +2,18 @@ import logging
 
 import pytest
 import torch
+from classifiers import spec_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.classifier.check import _near_chance, check_classifier
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Judge(nn.Module):
-    """Any function of the prepared image as a network; counts the images it has seen."""
+    """Turns any function of the prepared image into a network that counts its images."""
 
     def __init__(self, logits):
         super().__init__()
@@ -25,16 +26,7 @@ class Judge(nn.Module):
 
 
 def classifier_of(logits, class_names=("dark", "light"), size=8, mean=(0.5,) * 3, std=(0.5,) * 3, bgr=False):
-    spec = ClassifierSpec(
-        class_path="unused.Judge",
-        init_args={},
-        head=None,
-        class_names=tuple(class_names),
-        image_size=size,
-        mean=mean,
-        std=std,
-        bgr=bgr,
-    )
+    spec = spec_of(head=None, class_names=tuple(class_names), image_size=size, mean=mean, std=std, bgr=bgr)
     return FrozenClassifier(Judge(logits), spec)
 
 
@@ -46,14 +38,14 @@ def batches_of(image, label, batch_size=16):
 
 
 def grey_levels(num_images=40, levels=(0.49, 0.51)):
-    """Plain images whose class is their grey level on the [0, 1] scale."""
+    """Returns uniform images, the class of each being its grey level on the [0, 1] scale, and their labels."""
     label = torch.arange(num_images) % len(levels)
     level = torch.tensor(levels)[label]
     return (level * 2 - 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8), label
 
 
 def lighter_than_middle(mean, std):
-    """A network that was trained with this mean and std: class 1 where the image is lighter than 0.5."""
+    """Returns a network as if trained with this mean and std: class 1 if the image is lighter than 0.5."""
 
     def logits(image):
         level = (image[:, 0] * std[0] + mean[0]).mean(dim=(1, 2))
@@ -63,7 +55,7 @@ def lighter_than_middle(mean, std):
 
 
 def answers(table):
-    """A network that answers ``table[i]`` where the image's level is i / len(table)."""
+    """Returns a network that answers ``table[i]`` for an image of the level i / len(table)."""
 
     def logits(image):
         index = (image[:, 0, 0, 0] * len(table)).round().long()
@@ -73,7 +65,7 @@ def answers(table):
 
 
 def asked(labels, table, class_names):
-    """Checks a network that answers ``table[i]`` for the i-th label's level, whose images are its own index."""
+    """Checks a network that answers ``table[i]`` for image i, which has the label ``labels[i]``."""
     level = torch.arange(len(table)) / len(table)
     image = (level * 2 - 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     classifier = classifier_of(answers(table), class_names, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -124,7 +116,7 @@ def test_swapped_colours_are_found(trained_bgr, order):
 
 
 def halves():
-    """Class 0 is bright in the upper half, class 1 in the lower."""
+    """Returns images that are bright in the upper half (class 0) or in the lower (class 1), and their labels."""
     label = torch.arange(20) % 2
     image = torch.full((20, 3, 16, 16), -0.5)
     for index, lower in enumerate(label.tolist()):
@@ -244,7 +236,7 @@ def test_unusable_data_are_refused(batches, message):
 
 
 class Sorted(Dataset):
-    """1,200 images, first all of class 0 and then all of class 1."""
+    """Holds 1,200 images, first all of class 0 and then all of class 1."""
 
     def __init__(self):
         self.read = 0

@@ -176,12 +176,12 @@ def test_layers_can_be_named(toy_weights):
     assert classifier.feature_map(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 16, 16)
     with pytest.raises(ValueError, match="head names 'classifier', but ToyNetwork has no such layer"):
         wrap_classifier(**TOY, state_dict_path=path, head="classifier")
-    with pytest.raises(ValueError, match=r"feature_map names 'fc', whose output \[2, 2\] is no map"):
+    with pytest.raises(ValueError, match=r"feature_map names 'fc', but its output \[2, 2\] is no map"):
         wrap_classifier(**TOY, state_dict_path=path, feature_map="fc")
 
 
 class Outputs(nn.Module):
-    """Returns what a test asks for."""
+    """Returns one logit, logits, probabilities, a dictionary or a map, by ``kind``."""
 
     def __init__(self, kind: str = "one") -> None:
         super().__init__()
@@ -204,16 +204,9 @@ class Outputs(nn.Module):
 
 def wrapped_outputs(kind, tmp_path, class_names, **arguments):
     torch.save(Outputs(kind).state_dict(), tmp_path / "weights.pt")
-    return wrap_classifier(
-        class_path=f"{__name__}.Outputs",
-        init_args={"kind": kind},
-        state_dict_path=str(tmp_path / "weights.pt"),
-        class_names=class_names,
-        image_size=8,
-        mean=[0.5] * 3,
-        std=[0.5] * 3,
-        **arguments,
-    )
+    names = {"class_path": f"{__name__}.Outputs", "class_names": class_names}
+    weights = str(tmp_path / "weights.pt")
+    return wrap_classifier(**(TOY | names), init_args={"kind": kind}, state_dict_path=weights, **arguments)
 
 
 @pytest.mark.parametrize("kind", ["one", "squeezed"])
@@ -287,7 +280,7 @@ def test_an_exported_program_gives_logits_and_gradients_but_no_features(exported
     assert list(classifier.parameters()) == []
     classifier(image).sum().backward()
     assert all(weight.grad is None for program in classifier.network._program for weight in program.parameters())
-    message = r"\(ExportedNetwork\) has no feature map that this method could read.*only logits \(DXAI, StylEx and Ste"
+    message = r"\(ExportedNetwork\) has no feature map that this method could read.*only logits \(DXAI, StylEx, Steer"
     with pytest.raises(ValueError, match=message):
         classifier.feature_map(image)
     with pytest.raises(ValueError, match=r"has no head that this method could read"):
@@ -333,7 +326,7 @@ def test_a_state_dictionary_cannot_exchange_the_program(tmp_path):
 
 def test_a_program_for_one_batch_size_is_refused(tmp_path):
     export(small_network(), tmp_path / "fixed.pt2", dynamic=False)
-    with pytest.raises(ValueError, match=r"fixed.pt2 takes no batch but of 2 images: export it for any number, with"):
+    with pytest.raises(ValueError, match=r"fixed.pt2 takes only batches of 2 images: export it for any number, with"):
         exported_classifier(str(tmp_path / "fixed.pt2"), **EXPORT)
 
 
@@ -403,6 +396,8 @@ def test_every_source_is_a_class_path_in_yaml(toy_weights, tmp_path):
         "torchvision_classifier": f"{{name: resnet18, weights: '{tmp_path / 'resnet.pth'}', {common}}}",
     }
     image = torch.rand(2, 3, 16, 16) * 2 - 1
+
+    # One parser per source.
     for name, arguments in sources.items():
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--classifier", type=FrozenClassifier)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from cfe_lightning.classifier.tracing import (
     returns_probabilities,
     trace_layers,
     trace_levels,
+    why_no_feature_map,
 )
 
 
@@ -91,7 +94,7 @@ def test_swin_keeps_its_channels_last_until_the_map():
 
 
 class Tiny(nn.Module):
-    """Four features from a map of a chosen layout, pooled and put through a linear head."""
+    """Pools four features from a map of a chosen layout and puts them through a linear head."""
 
     def __init__(self, layout, classes=3):
         super().__init__()
@@ -102,6 +105,7 @@ class Tiny(nn.Module):
 
     def forward(self, image):
         body = self.body(image)
+        # Pooled features of the layer ``last``.
         match self.layout:
             case "none":
                 features = self.last(body).mean(dim=(2, 3))
@@ -143,6 +147,19 @@ def test_tokens_become_rows_of_the_map_in_reading_order():
 
 def test_other_pooling_has_no_map():
     assert traced(Tiny("maximum"), channels=1, image_size=8) == ("fc", None, "none")
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()), "Sequential has no linear layer that could be watched"),
+        (nn.Sequential(nn.Linear(8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "layer, 0, does not return the logits"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), r"linear layer is 1 \(64 inputs\), but no layer returns a map"),
+        (Tiny("maximum"), r"fc \(4 inputs\), but no layer's output averages to them \(closest: (body|last), relative"),
+    ],
+)
+def test_the_reason_for_a_missing_map_is_named(network, reason):
+    assert re.search(reason, why_no_feature_map(network, 1, 8))
 
 
 def test_a_dead_network_claims_no_map():

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
-from toy import ToyData, toy_class_names, toy_classifier
+from toy import ToyData, toy_class_names, toy_classifier, toy_trainer
 
 from cfe_lightning.classifier import load_classifier
 from cfe_lightning.classifier.training import ClassifierTraining
@@ -19,7 +19,7 @@ TOY = {"architecture": "toy.ToyNetwork", "init_args": {"num_classes": 2}}
 
 
 class Spoil(Callback):
-    """Exchanges the classes' weights from the second epoch on, so that the first is the best, and keeps that one.
+    """Swaps the classes' weights from the second epoch on, so that the first is the best, and keeps the first.
 
     ``first`` replaces the weights that the first epoch has found.
     """
@@ -41,7 +41,7 @@ class Spoil(Callback):
 
 
 class Note(Callback):
-    """Writes what every process holds for the best epoch."""
+    """Writes every process's accuracy, loss and number of the best epoch."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -52,7 +52,7 @@ class Note(Callback):
 
 
 class Watch(Callback):
-    """Notes whether the network was in train mode in every training batch, and in eval mode in every validation."""
+    """Records the network's mode in every training batch and every validation batch."""
 
     def __init__(self):
         self.training, self.validating = [], []
@@ -66,18 +66,7 @@ class Watch(Callback):
 
 def fit(module, data, tmp_path, callbacks=(), max_epochs=1, resume=None, **options):
     pl.seed_everything(0)
-    trainer = pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        devices=options.pop("devices", 1),
-        default_root_dir=tmp_path,
-        logger=options.pop("logger", False),
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
+    trainer = toy_trainer(tmp_path, callbacks, max_epochs=max_epochs, inference_mode=True, **options)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return trainer
 
@@ -247,7 +236,7 @@ def test_a_fast_development_run_writes_nothing(tmp_path):
 def test_a_file_of_another_kind_is_not_written_over(tmp_path):
     output = tmp_path / "thesis.pt"
     output.write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis.pt, which is no classifier file: choose another output, or remove"):
+    with pytest.raises(ValueError, match=r"thesis.pt exists and is no classifier file: choose another output, or"):
         fit(ClassifierTraining(output=str(output), **TOY), ToyData(), tmp_path)
     assert output.read_text() == "years of work"
     toy_classifier().save(output)
@@ -283,7 +272,7 @@ def test_data_that_do_not_say_enough_are_refused(tmp_path):
     data = ToyData()
     module = ClassifierTraining(output="x.pt")
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-    with pytest.raises(ValueError, match=r"class_names was not given and the data \(NoneType\) do not say it"):
+    with pytest.raises(ValueError, match=r"class_names was not given and the data \(NoneType\) lack it"):
         trainer.fit(module, data.train_dataloader(), data.val_dataloader())
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from classifiers import spec_of
 from torch import nn
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.classifier.weights import load_weights
 
 
@@ -70,6 +71,12 @@ def test_a_mismatch_names_what_differs_and_changes_nothing(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_a_value_without_a_shape_does_not_fit(tmp_path):
+    content = dict(network_of().state_dict()) | {"3.bias": "text"}
+    with pytest.raises(ValueError, match=r"fit Sequential: 1 of another shape \(3.bias None instead of \[3\]\)\."):
+        load_weights(network_of(), saved(content, tmp_path))
+
+
 def test_long_lists_are_shortened(tmp_path):
     with pytest.raises(ValueError, match=r"9 missing \(0.weight, 0.bias, 1.weight, 1.bias, ...\); 1 unexpected \(x\)"):
         load_weights(nn.Sequential(*network_of(), nn.Linear(3, 3, bias=False)), saved({"x": torch.ones(1)}, tmp_path))
@@ -96,10 +103,7 @@ def test_other_content_is_named(content, message, tmp_path):
 
 
 def test_our_own_file_and_a_missing_file_are_told_apart(tmp_path):
-    spec = ClassifierSpec(
-        class_path="x.Y", init_args={}, head=None, class_names=("a", "b"), image_size=2, mean=(0.5,), std=(0.5,)
-    )
-    FrozenClassifier(network_of(), spec).save(tmp_path / "ours.pt")
+    FrozenClassifier(network_of(), spec_of(head=None)).save(tmp_path / "ours.pt")
     with pytest.raises(ValueError, match="is a classifier file of cfe_lightning: read it with load_classifier"):
         load_weights(network_of(), tmp_path / "ours.pt")
     with pytest.raises(FileNotFoundError, match="There is no file of weights"):

@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     explained: list[str] = []
 
     def record(self: OutputFolder, rank: int, rows: Any) -> None:
-        explained.extend(row["name"] for row in rows)
+        explained.extend(row.name for row in rows)
         append(self, rank, rows)
 
     monkeypatch.setattr(OutputFolder, "append", record)
@@ -208,16 +208,16 @@ def test_a_method_without_training_needs_a_classifier_only(
     out = tmp_path / "out"
     settings = ["--set", "beta=1", "--set", "residual_gain=1", "--set", "num_steps=5"]
     assert untrained("steerable_lens", classifier, photos, out, *settings) == 0
-    rows = [row for row in OutputFolder(out).rows() if row["status"] == "ok"]
+    rows = [row for row in OutputFolder(out).rows() if row.status == "ok"]
     assert len(rows) == 7
     for row in rows:
-        assert set(row["files"]) >= {"counterfactual", "steps", "motion", "part_magnified"}
+        assert set(row.files) >= {"counterfactual", "steps", "motion", "part_magnified"}
         # Every step carries its probabilities, its change and its clipped share; no flip is called one.
-        assert {len(values) for values in row["curve"]["scores"].values()} == {5}
-        assert set(row["curve"]["scores"]) == {"l2_norm", "clipped"}
-        assert len(row["curve"]["target"]) == 5
-        assert row["flipped"] == row["flipped_saved"] == (row["scores"]["reached"] == 1)
-        assert (row["note"] is None) == row["flipped"]
+        assert {len(values) for values in row.curve["scores"].values()} == {5}
+        assert set(row.curve["scores"]) == {"l2_norm", "clipped"}
+        assert len(row.curve["target"]) == 5
+        assert row.flipped == row.flipped_saved == (row.scores["reached"] == 1)
+        assert (row.note is None) == row.flipped
     summary = json.loads((out / "summary.json").read_text())
     assert summary["untrained"] == "steerable_lens"
     assert "no evidence of a recognisable change" in summary["caution"]
@@ -475,14 +475,14 @@ def explain_hostile_folder(checkpoint: Path, folder: Path, num_files: int) -> di
     out = folder / "out"
     assert run(checkpoint, folder / "photos", out) == explain.FAILED_ROWS
     assert {path for path in folder.rglob("*") if "out" not in path.relative_to(folder).parts} == outside
-    rows = {row["name"]: row for row in OutputFolder(out).rows()}
+    rows = {row.name: row for row in OutputFolder(out).rows()}
     assert rows.keys() == good | bad
-    assert {name for name, row in rows.items() if row["status"] == "ok"} == good
-    folders = [row["folder"].lower() for row in rows.values() if row["status"] == "ok"]
+    assert {name for name, row in rows.items() if row.status == "ok"} == good
+    folders = [row.folder.lower() for row in rows.values() if row.status == "ok"]
     assert len(set(folders)) == len(folders)
     for name in good:
-        for file in rows[name]["files"].values():
-            path = out / rows[name]["folder"] / file
+        for file in rows[name].files.values():
+            path = out / rows[name].folder / file
             assert path.is_file()
             assert path.resolve().is_relative_to(out.resolve() / "images")
     assert len(table(out)) == len(rows)
@@ -490,7 +490,7 @@ def explain_hostile_folder(checkpoint: Path, folder: Path, num_files: int) -> di
     assert "<script>alert" not in page
     # Pictures of the global view are ours; those of names are none.
     assert set(re.findall(r"<img (.{10})", page)) <= {'src="data:', 'src="globa', 'src="image'}
-    return {name: rows[name]["error"] for name in bad}
+    return {name: rows[name].error for name in bad}
 
 
 def test_hostile_files_become_rows(checkpoint: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfe_lightning.cli import explain
 from cfe_lightning.explaining.folder import OutputFolder, Shard
+from cfe_lightning.explaining.row import Row
 from cfe_lightning.explaining.run import _own_device
 from cfe_lightning.explaining.writer import ExplanationWriter
 from cfe_lightning.explanation import Explanation
@@ -63,7 +64,7 @@ def test_a_killed_shard_goes_on_where_it_was(checkpoint: Path, photos: Path, tmp
     # The second batch was recorded in part.
     rows.write_bytes(before[: before.index(b"\n", closed) + 40])
     run(checkpoint, photos, out, "--shard", "1/2")
-    mine = [row["name"] for row in OutputFolder(out, Shard(1, 2)).rows()]
+    mine = [row.name for row in OutputFolder(out, Shard(1, 2)).rows()]
     assert sorted(mine) == ["a/0.png", "a/2.png", "b/1.png", "b/3.png"]
     first = rows.stat().st_size
     run(checkpoint, photos, out, "--shard", "1/2")
@@ -111,12 +112,12 @@ def test_a_shard_keeps_away_from_the_rows_of_others(tmp_path: Path) -> None:
     for index in (1, 2):
         folder = OutputFolder(tmp_path, Shard(index, 2))
         folder.prepare({"classes": []})
-        folder.append(0, [{"name": f"{index}.png", "status": "failed", "error": "gone"}])
+        folder.append(0, [Row({"name": f"{index}.png", "status": "failed", "error": "gone"})])
     OutputFolder(tmp_path, Shard(2, 2)).prepare({"classes": []})
-    assert [row["name"] for row in OutputFolder(tmp_path, Shard(1, 2)).rows()] == ["1.png"]
+    assert [row.name for row in OutputFolder(tmp_path, Shard(1, 2)).rows()] == ["1.png"]
     assert (tmp_path / "manifest.1of2-0.jsonl").exists()
     OutputFolder(tmp_path).prepare({"classes": []})
-    assert [row["name"] for row in OutputFolder(tmp_path).rows()] == ["1.png", "2.png"]
+    assert [row.name for row in OutputFolder(tmp_path).rows()] == ["1.png", "2.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
 
 

@@ -223,7 +223,7 @@ def test_without_the_package_of_wandb_a_run_is_logged_to_its_folder(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train("--trainer.max_epochs", "1") == 0
-    assert "metrics.csv and samples/ hold all there is to log." in caplog.text
+    assert "everything is logged to metrics.csv and samples/." in caplog.text
     assert Path("checkpoints/toy/metrics.csv").is_file()
 
 
@@ -253,7 +253,7 @@ def test_a_run_is_not_overwritten_by_accident(workplace: Path, capsys: pytest.Ca
     assert Path("checkpoints/toy/notes.txt").read_text() == "mine"
     assert not Path("checkpoints/toy/samples/00000008.png").exists()
     message = error(capsys, "--config", "toy.yaml", "--overwrite", "--resume")
-    assert message.startswith("--overwrite would remove checkpoints/toy/last.ckpt, which is to be resumed")
+    assert message.startswith("--overwrite would remove checkpoints/toy/last.ckpt, which --resume needs")
 
 
 def test_an_explainer_without_parameters_is_saved_at_once(workplace: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_classifier_is_trained_by_the_same_command(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Which run? Give --config FILE; in configs/ there are: "),
+        ([], "No config is named: give --config FILE; in configs/ there are: "),
         (
             ["--config", "toi.yaml"],
             "There is no config 'toi.yaml', neither as given nor in configs/, where there are: toy",

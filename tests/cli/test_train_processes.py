@@ -4,7 +4,7 @@ Every method is trained three times, at once (one of them in the first way only)
 
     ``two``    two processes, all terms, all random numbers: what users run;
     ``steady`` two processes whose batches could be one: random numbers are the same for every image (see
-               ``toy.Witness``), terms that compare the images of a batch are switched off (see ``Method.apart``);
+               ``Witness``), terms that compare the images of a batch are switched off (see ``Method.apart``);
     ``one``    one process with the batches of those two together.
 
 In all of them every lazy term (R1, path length, averages, the search of a validation) has its turn twice at least.
@@ -148,12 +148,12 @@ def write_run(folder: Path, name: str, run: str) -> forked.Run:
                 {"class_path": "cfe_lightning.training.EMA", "init_args": {"decay": 0.9}},
                 *([grid] if name != "ClassifierTraining" else []),
                 *({"class_path": path} for path in method.callbacks),
-                {"class_path": "toy.Witness", "init_args": {"folder": "seen", "steady": run != "two"}},
+                {"class_path": "witness.Witness", "init_args": {"folder": "seen", "steady": run != "two"}},
             ],
         },
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(config))
-    command = ["--config", "toy.yaml", "--trusted", "toy", "--skip-classifier-check"]
+    command = ["--config", "toy.yaml", "--trusted", "toy", "--trusted", "witness", "--skip-classifier-check"]
     return forked.Run(folder=str(folder), devices=1 if run == "one" else 2, arguments=command)
 
 
@@ -288,14 +288,14 @@ def test_the_command_starts_its_processes_itself(tmp_path: Path) -> None:
                     "class_path": "cfe_lightning.training.SampleGrid",
                     "init_args": {"every_n_batches": 2, "num_images": 2},
                 },
-                {"class_path": "toy.Witness", "init_args": {"folder": "seen"}},
+                {"class_path": "witness.Witness", "init_args": {"folder": "seen"}},
             ],
         },
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
     command = [
         *(sys.executable, str(forked.CHECKOUT / "train.py"), "--config", "toy.yaml", "--trusted", "toy"),
-        *("--trainer.accelerator", "cpu", "--trainer.devices", "2"),
+        *("--trusted", "witness", "--trainer.accelerator", "cpu", "--trainer.devices", "2"),
     ]
     done = subprocess.run(
         command, cwd=tmp_path, env=forked.environment(), capture_output=True, text=True, timeout=600, check=False
@@ -329,6 +329,6 @@ def test_more_processes_than_the_run_is_configured_for(
     monkeypatch.chdir(tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["--config", "toy.yaml", "--trusted", "toy"]) == 2
+    assert main(["--config", "toy.yaml", "--trusted", "toy", "--trusted", "witness"]) == 2
     assert "torchrun or srun has started 2 processes, but the run is configured for 1" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,4 +1,4 @@
-"""Layout, compiler and recomputing change neither results nor checkpoints; recomputing keeps less for the gradient."""
+"""Layout, compiler and recomputing change neither results nor checkpoints; recomputing saves memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ CALLBACKS = {
 
 
 class Gradients(pl.Callback):
-    """Keeps the gradients and buffers that the first batch leaves, and the terms that it logs."""
+    """Records gradients, buffers and logged terms of the first batch."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Gradients(pl.Callback):
     ) -> None:
         terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
         gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
-        # What batch norms have counted, for example.
+        # For example the counters of batch norms.
         buffers = {name: buffer.clone().float() for name, buffer in pl_module.named_buffers()}
         self.seen = self.seen or (terms | gradients | buffers)
 
@@ -109,7 +109,7 @@ def assert_alike(seen: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     assert seen.keys() == expected.keys()
     assert len(seen) > 10
     for name, value in seen.items():
-        # What should be zero is rounding error.
+        # Zeros come out as rounding errors.
         size = float(expected[name].abs().max()) + 0.01
         assert (value - expected[name]).abs().max() <= tolerance * size, name
 
@@ -162,6 +162,7 @@ class Killed(pl.Callback):
 @pytest.mark.parametrize("name", CALLBACKS)
 @pytest.mark.parametrize("last", [True, False], ids=["after-EMA", "before-EMA"])
 def test_checkpoints_know_nothing_of_it_and_resume(name: str, last: bool, tmp_path: Path) -> None:
+    # Trainings with the callback and without.
     def run(folder: str, *others: pl.Callback, resume: Path | None = None, extra: bool = True) -> Path:
         callbacks: list[pl.Callback] = [EMA(0.5)]
         if extra:
@@ -177,6 +178,7 @@ def test_checkpoints_know_nothing_of_it_and_resume(name: str, last: bool, tmp_pa
         saved = torch.load(path, weights_only=True)
         return saved["state_dict"] | {f"own.{name}": value for name, value in saved["current_model_state"].items()}
 
+    # Resumed with it, and without it.
     straight = weights(run("straight"))
     resumed = weights(run("resumed", resume=run("killed", Killed())))
     assert straight.keys() == resumed.keys()
@@ -186,6 +188,7 @@ def test_checkpoints_know_nothing_of_it_and_resume(name: str, last: bool, tmp_pa
     assert {weight: value.shape for weight, value in without.items()} == {
         weight: value.shape for weight, value in straight.items()
     }
+    # Explained without it.
     explained = load_explainer(tmp_path / "straight" / "last.ckpt", ["toy"]).explain(toy_images(4, NUM_CLASSES))
     assert explained.counterfactual is not None
     assert explained.counterfactual.isfinite().all()
@@ -219,6 +222,7 @@ def test_an_explanation_is_the_same_when_compiled() -> None:
 
 
 def test_grouped_convolutions_keep_their_layout() -> None:
+    # Layers.
     network = nn.Sequential(
         nn.Conv2d(4, 8, 3),
         nn.Conv2d(8, 8, 3, groups=2),
@@ -228,6 +232,7 @@ def test_grouped_convolutions_keep_their_layout() -> None:
     to_channels_last(network)
     laid_out = [layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in network]
     assert laid_out == [True, False, False, True]
+    # Maps between the layers of DXAI's generator.
     model, seen = dxai(), []
     to_channels_last(model)
     for layer in model.generator.modules():
@@ -272,7 +277,7 @@ def test_a_copy_recomputes_for_itself() -> None:
         assert twin.forward.args[0] is twin
 
 
-# Its own way to put limits back: monkeypatch would leave the settings without them.
+# torch's own patch, because monkeypatch would delete the limits instead of restoring them.
 @torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8)
 def test_the_compiler_does_not_stop_after_eight_widths() -> None:
     class Widening(nn.Module):
@@ -309,7 +314,7 @@ def test_maps_of_another_size_are_compiled_anew(dynamic: bool | None, num_graphs
     compile_blocks(network, "eager", dynamic=dynamic)
     for side, block in zip((16, 8, 4), network.blocks(), strict=True):
         block(torch.zeros(2, 4, side, side))
-    # A second size would have stood for any.
+    # With dynamic=None the second size already stands for any.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
     assert not torch._dynamo.config.optimize_ddp
 
@@ -334,6 +339,7 @@ def test_what_is_differentiated_twice_is_not_compiled() -> None:
         (second,) = torch.autograd.grad(gradient.square().sum(), [critic.heads.weight])
         return second
 
+    # Compiled, then under autocast.
     expected = penalty()
     for block in critic.blocks():
         block.compile(backend="aot_eager")
@@ -361,7 +367,7 @@ def test_an_uncounted_pass_leaves_running_statistics() -> None:
     network = nn.Sequential(norm)
     image = torch.randn(4, 3, 5, 5) + 2
     with uncounted(network):
-        # Synchronised over processes a norm insists on a counter.
+        # A norm that is synchronised over processes needs a counter.
         assert norm.num_batches_tracked is not None
         same = network(image)
     assert norm.running_mean is not None

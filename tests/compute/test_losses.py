@@ -1,4 +1,4 @@
-"""Analytic tests of the losses of ``cfe_lightning.compute.losses`` that compare features and paths."""
+"""Losses of critics, paths and features that were computed by hand, and the perceptual distance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cfe_lightning.compute.losses import Lpips, path_length_penalty, relative_distance
+from cfe_lightning.compute.losses import Lpips, adversarial_loss, path_length_penalty, r1_penalty, relative_distance
+
+
+def test_r1_of_a_linear_critic_is_half_its_squared_weight():
+    weight = torch.randn(3 * 4 * 4)
+    image = torch.randn(5, 3, 4, 4, requires_grad=True)
+    assert r1_penalty(image.flatten(1) @ weight, image).item() == pytest.approx(0.5 * weight.square().sum().item())
+
+
+def test_a_convinced_critic_costs_the_generator_less():
+    assert adversarial_loss(torch.tensor([3.0]), real=True) < adversarial_loss(torch.tensor([-3.0]), real=True)
+    assert adversarial_loss(torch.tensor([0.0]), real=False).item() == pytest.approx(0.6931, abs=1e-4)
 
 
 @pytest.mark.parametrize(

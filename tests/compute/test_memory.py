@@ -1,4 +1,4 @@
-"""Explaining in parts where memory is short."""
+"""Batches are explained in parts where memory is short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfe_lightning.explanation import Explanation
 
 
 class Limited:
-    """Explains up to ``most`` images at a time and keeps the sizes that it was asked for."""
+    """Explains up to ``most`` images at a time and records the sizes of all attempts."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -28,7 +28,7 @@ class Limited:
 
 
 def explained(back_off: BackOff, limited: Limited, image: Tensor, target: Tensor | None) -> Explanation:
-    """What ``predict_step`` of every method returns."""
+    """Returns the answer of ``predict_step``, which all methods share."""
     explainer = limited.explainer
     explainer.back_off, explainer.explain = back_off, limited.__call__  # type: ignore[method-assign]
     return explainer.predict_step({"image": image} | ({} if target is None else {"target": target}), 0)

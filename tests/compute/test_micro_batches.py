@@ -1,4 +1,4 @@
-"""The gradient of a batch that is computed in parts is that of the batch, for every method with a critic."""
+"""A batch computed in parts has the gradient of the whole batch, for every method with a critic."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Build = Callable[..., ExplainerModule]
 def dxai(**changes: Any) -> ExplainerModule:
     terms = {"preset": "first", "objective": "neutral", "image_skip": True, "neutral_weight": 1.0}
     terms |= {"sparsity_weight": 1.0, "counterfactual_weight": 1.0}
-    # Its mean runs over selected pixels of a part.
+    # Not the masked term, a mean over selected pixels of a part.
     return Dxai(toy_classifier(3), **(DXAI | terms | {"masked_weight": 0.0} | changes))
 
 
 def stylex(**changes: Any) -> ExplainerModule:
-    # The running mean of the path length takes in the mean of a part.
+    # The running mean of path lengths would be updated by the mean of a part.
     return StylEx(toy_classifier(3), **(STYLEX | {"path_decay": 0.0, "perception": "none"} | changes))
 
 
@@ -53,10 +53,10 @@ def stylex_labelled_by_the_classifier(**changes: Any) -> ExplainerModule:
 
 
 def mirror(**changes: Any) -> ExplainerModule:
-    # Both compare with other images of a part.
+    # Both terms compare the images of a part.
     alone = {"feature_weight": 0.0, "triangulation_weight": 0.0}
     model = MirrorCFE(pooled_classifier(), **(MIRROR | alone | changes))
-    # In training mode every call refines the critic's spectral norms.
+    # In training mode every call would update the critic's spectral norms.
     model.critic.eval()
     return model
 
@@ -73,7 +73,7 @@ def classifier() -> pl.LightningModule:
 
 
 class Descent(torch.optim.SGD):
-    """Keeps the gradient of every step. Adam would make the first step of a gradient of rounding errors a full one."""
+    """Records the gradient of every step. Not Adam, which takes a full step for a gradient of rounding errors."""
 
     taken: list[list[Tensor]]
 
@@ -86,14 +86,14 @@ class Descent(torch.optim.SGD):
 
 
 class Reseeded(pl.Callback):
-    """Every batch draws the same numbers, whatever the parts of the one before have drawn."""
+    """Seeds every batch, so that the numbers drawn by earlier parts do not matter."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         torch.manual_seed(index)
 
 
 def watched(model: pl.LightningModule, rate: float) -> list[list[Tensor]]:
-    """Gives a module ``Descent`` for its optimisers; the gradients of all steps, once there are any."""
+    """Replaces a module's optimisers by ``Descent`` and returns the list that receives the gradients of all steps."""
     taken: list[list[Tensor]] = []
     published = model.configure_optimizers
 
@@ -111,7 +111,7 @@ def watched(model: pl.LightningModule, rate: float) -> list[list[Tensor]]:
 
 
 def gradients(build: Build, folder: Path, batch_size: int = 6, **changes: Any) -> tuple[list[list[Tensor]], Any]:
-    """Of every step of two batches, and what was logged after the last."""
+    """Returns the gradients of every step of two batches, and the terms logged after the last."""
     torch.manual_seed(0)
     model = build(**changes)
     taken = watched(model, 0.01)
@@ -122,7 +122,7 @@ def gradients(build: Build, folder: Path, batch_size: int = 6, **changes: Any) -
 
 @pytest.fixture
 def images_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switches the minibatch standard deviation off, which StylEx' critic takes over the images of a part."""
+    """Disables the minibatch standard deviation, which StylEx' critic computes over the images of a part."""
 
     def zeros(x: Tensor) -> Tensor:
         return torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
@@ -171,7 +171,7 @@ def test_a_batch_norm_counts_every_part_once(tmp_path: Path) -> None:
 
 
 class Island(pl.LightningModule):
-    """A layer in single precision, whatever is around it."""
+    """A layer in single precision inside a module of any precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,14 +216,16 @@ def test_steps_by_hand_are_not_taken_in_float16(build: Build, tmp_path: Path) ->
 
 @pytest.mark.parametrize("build", [dxai, mirror])
 def test_fused_steps_are_those_without_and_go_on_from_them(build: Build) -> None:
-    """Checkpoints from before hold the state of optimisers that are not fused."""
+    """Checkpoints of earlier versions hold the state of optimisers that are not fused."""
     ends = []
     for fused_from in (0, 1, 3):
         torch.manual_seed(0)
+        # One optimiser of each kind.
         optimizer, _ = build().configure_optimizers()  # type: ignore[misc]
         assert optimizer.defaults["fused"]
         plain = torch.optim.Adam([group | {"fused": False} for group in optimizer.param_groups])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Three steps with the same gradients, fused from one of them on.
         for step in range(3):
             if step == fused_from == 1:
                 optimizer.load_state_dict(plain.state_dict())
@@ -259,7 +261,8 @@ def test_with_one_optimiser_lightning_adds_up_gradients(
 def test_processes_exchange_gradients_once(
     kind: type[ParallelStrategy], expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under DDP by hand, those of weights that take a step; under another strategy in its way, with the last part."""
+    """Under DDP by hand, for the weights that take a step; under other strategies by themselves, with the last part."""
+    # Recorded exchanges.
     weight, apart, seen, averaged = torch.ones(1, requires_grad=True), [False], [], []
 
     @contextmanager
@@ -275,6 +278,7 @@ def test_processes_exchange_gradients_once(
     monkeypatch.setattr(kind, "block_backward_sync", block)
     monkeypatch.setattr(micro_batches, "average_gradients", lambda weights: averaged.append([*weights]))
     module: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=kind()), manual_backward=backward)
+    # Three parts of a batch of four.
     parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0]), torch.tensor([6.0])]
     optimizer = torch.optim.SGD([weight], lr=0.0)
     terms = accumulate_and_step(module, parts, lambda part: {"loss": (weight * part).mean()}, "loss", optimizer)

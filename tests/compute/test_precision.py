@@ -1,4 +1,4 @@
-"""What is rounded once stays what it was: the numbers of every pass, and the weights afterwards."""
+"""Weights rounded once give the numbers of autocast in every pass, and are restored afterwards."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_decoding_and_inverting_round_the_blocks_of_the_network_once() -> None:
         picture = model.decode(IMAGE, code, 2)
         noise_map, _ = model.invert(IMAGE, code, 2)
         assert torch.bfloat16 in seen
-        # What autocast makes of weights in single precision.
+        # The reference: autocast with weights in single precision.
         process, predict = model.process, model._noise_predictor(code)
         assert torch.equal(picture, process.decode(predict, IMAGE, 2).clamp(-1, 1))
         assert torch.equal(noise_map, process.invert(predict, IMAGE, 2)[0])

@@ -1,4 +1,4 @@
-"""Who is the first process, and means and rows of all; with several of them in ``cli/test_train_processes.py``."""
+"""Ranks, means and rows of processes; whole trainings with several are in ``cli/test_train_processes.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.compute.search`` on goals whose first crossing is known."""
+"""The smallest step is found for goals with a known first crossing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.compute.search import smallest_step
-from cfe_lightning.decisions import leads
 
 
 def beyond(threshold: Tensor) -> object:
@@ -54,10 +53,3 @@ def test_of_several_crossings_the_first_counts() -> None:
 def test_without_further_rounds_the_grid_decides() -> None:
     step, _ = smallest_step(beyond(torch.tensor([1.1])), torch.tensor([4.0]), points=4, rounds=0)  # type: ignore[arg-type]
     assert step.item() == 2.0
-
-
-def test_leading_takes_more_than_a_tie() -> None:
-    probabilities = torch.tensor([[[0.5, 0.5], [0.509, 0.491], [0.511, 0.489]], [[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]]])
-    found = leads(probabilities.log(), torch.tensor([0, 1]))
-    assert found.tolist() == [[False, False, True], [True, False, False]]
-    assert not leads(torch.tensor([[[0.4, 0.35, 0.25]]]).log(), torch.tensor([1])).any()

@@ -66,7 +66,7 @@ def assert_same(one: tuple[torch.Tensor, list[str]], other: tuple[torch.Tensor, 
 
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Whoever opens a picture fails; ``undo`` allows it again."""
+    """Makes opening a picture fail; ``undo`` allows it again."""
 
     def refused(path: Path, *_: Any, **__: Any) -> None:
         raise AssertionError(f"{path} was decoded")
@@ -139,6 +139,7 @@ def test_the_version_of_what_reads_a_medical_file_decides_on_its_entry(
         medical_files._versions.cache_clear()
         ImageCache(tmp_path / "cache").load(tmp_path / name, "", (1, 2, 2), value)
 
+    # Read once, and again only for a newer version of its own reader.
     load(), load()
     assert len(read) == 1
     version = importlib.metadata.version
@@ -224,7 +225,7 @@ def test_a_full_disk_switches_it_off_with_one_warning(
         assert_same(expected, epoch(folder(root)))
     assert [record.getMessage() for record in caplog.records] == [
         f"No more images are kept in cache_folder {root / 'cache'} (less than 1073741824 GiB would be left on the "
-        "disk): the run goes on with what it holds."
+        "disk): the run continues with those it holds."
     ]
     assert not entries(root)
     # The loader's processes share the switch: nobody tries again.

@@ -34,9 +34,13 @@ def write_tables(root: Path, form: str = "txt", rows: list[Any] = ROWS) -> None:
     folder = root / "celeba"
     folder.mkdir(parents=True, exist_ok=True)
     ids = [f"{number:06d}.jpg" for number in range(1, len(rows) + 1)]
+
+    # Rows.
     attributes = [(name, *map(str, row[1])) for name, row in zip(ids, rows, strict=True)]
     partition = [(name, str(row[0])) for name, row in zip(ids, rows, strict=True)]
     identities = [(name, str(row[2])) for name, row in zip(ids, rows, strict=True)]
+
+    # Files.
     if form == "txt":
         head = f"{len(rows)}\n{' '.join(ATTRIBUTES)}\n"
         (folder / "list_attr_celeba.txt").write_text(head + "".join("  ".join(row) + "\n" for row in attributes))

@@ -279,13 +279,16 @@ class TestCsv:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("file;label\na.png;x\n", "has no column 'name' but ['file;label']: set name_column and label_column"),
+            (
+                "file;label\na.png;x\n",
+                "no column 'name' and no column 'label' but ['file;label']: set name_column and label_column",
+            ),
             ("name,label\n", "has no rows"),
             ("name,label\na.png,x\nd.png,y\n", "line 3: there is no image 'd.png' below"),
             ("name,label\na.png,x\n../b.png,y\n", "line 3: there is no image '../b.png' below"),
             ("name,label\na.png,x\nb.png,\n", "line 3: 'b.png' has no label in the column 'label'"),
             ("name,label\na.png,x\nb.png\n", "line 3: 'b.png' has no label in the column 'label'"),
-            ("name,label\na.png,x\na,y\n", "names 'a.png' twice: one row for each image is needed"),
+            ("name,label\na.png,x\na,y\n", "names 'a.png' 2 times: one row for each image is needed"),
             ("name,label,split\na.png,x,train\nb.png,y,dev\n", "line 3: 'dev' in the column 'split' is none of train,"),
             ("name,label,split\na.png,x,train\nb.png,y,\n", "line 3: 'b.png' has an empty field in the column 'split'"),
             ("name,label,group\na.png,x,\nb.png,y,1\n", "line 2: 'a.png' has an empty field in the column 'group'"),

@@ -61,7 +61,7 @@ def shown(image: Tensor, num_slices: int = 4) -> list[int]:
 
 
 def epoch(data: PatientSlices, number: int) -> dict[str, list[int]]:
-    """What the training loader shows of every patient in an epoch."""
+    """Returns the levels that the training loader shows of every patient in an epoch."""
     loader = data.train_dataloader()
     loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
     return {
@@ -157,7 +157,7 @@ class TestMontage:
 
 class TestOrder:
     def stack(self, root: Path, rows: Sequence[str], header: str = "patient,path,label,slice") -> list[int]:
-        """What is shown of patient p, whose files are called after their levels."""
+        """Returns the shown levels of patient p, after writing its files, named by their levels."""
         for row in rows:
             name = row.split(",")[1]
             write_slice(root / name, int(re.findall(r"\d+", name)[-1]))
@@ -223,6 +223,7 @@ class TestTraining:
             loader.sampler.set_epoch(3)  # type: ignore[attr-defined]
             return loader
 
+        # Two batches, then a new loader.
         expected = list(started())
         interrupted = started()
         batches = iter(interrupted)
@@ -372,6 +373,7 @@ class TestTable:
     def test_other_columns_a_spreadsheets_mark_and_absolute_paths(self, tmp_path: Path) -> None:
         write_slice(tmp_path / "elsewhere" / "a.png", 1)
         write_slice(tmp_path / "in" / "deep" / "b.png", 2)
+        # An absolute and a relative path, and a mark before the first column.
         text = f"id,file,age,dx\n7,{tmp_path}/elsewhere/a.png,3,mel\n8,deep/b.png,4,nv\n"
         write_table(tmp_path, text, "utf-8-sig")
         data = PatientSlices(

@@ -1,4 +1,4 @@
-"""Which slices a patient has who stands in no CSV, and in which order DICOM slices lie."""
+"""Patients without a CSV: their slices, and the order of DICOM slices."""
 
 from __future__ import annotations
 
@@ -57,9 +57,13 @@ def test_every_folder_of_slices_and_every_volume_is_a_patient(tmp_path: Path) ->
     write_nifti(tmp_path / "c.nii.gz", np.zeros((4, 4, 3), dtype=np.int16))
     (tmp_path / "b" / "notes.txt").write_text("")
     (tmp_path / "empty").mkdir()
+
+    # Patients and their slices.
     assert list(find_patients(tmp_path)) == ["a/deep", "a/deep/deeper", "b", "c.nii.gz"]
     assert [one.name for one in find_stack(tmp_path / "b")] == ["2.png", "10.png"]
     assert [one.axial for one in find_stack(tmp_path / "c.nii.gz")] == [0, 1, 2]
+
+    # Refusals.
     with pytest.raises(UnreadableImageError, match="holds no slices"):
         find_stack(tmp_path / "empty")
     with pytest.raises(UnreadableImageError, match="No such file"):

@@ -396,11 +396,15 @@ def test_a_small_network_learns_every_cue_and_follows_the_counterfactual(cue: An
         nn.ReLU(),
         nn.Linear(64, 2),
     )
+
+    # One pass.
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     for batch in data.train_dataloader():
         optimiser.zero_grad()
         F.cross_entropy(network(batch["image"]), batch["label"]).backward()
         optimiser.step()
+
+    # Images and counterfactuals.
     test = data.dataset("test")
     with torch.no_grad():
         predicted = network(stacked(test, "image", 200)).argmax(dim=1)

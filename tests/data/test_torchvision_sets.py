@@ -1,4 +1,4 @@
-"""torchvision's sets from files that the test writes itself; no network."""
+"""Sets of torchvision, from files that the test writes itself; no network."""
 
 from __future__ import annotations
 

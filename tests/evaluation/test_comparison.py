@@ -44,7 +44,7 @@ def test_differences_are_paired_and_need_both_to_be_defined() -> None:
     found = {(one.first, one.second, one.key): one.measured for one in paired_differences(evaluation())}
     assert set(found) == {("ours", "theirs", "l1"), ("ours", "theirs", "flip_rate")}
     l1 = found["ours", "theirs", "l1"]
-    # -0.1, -0.2, 0 and -0.3 of the images that both have.
+    # The mean of -0.1, -0.2, 0 and -0.3, on the images that both have.
     assert l1.value == pytest.approx(-0.15)
     assert l1.n_used == 4
     assert l1.low is not None
@@ -67,7 +67,7 @@ def test_every_pair_of_classes_and_every_true_class_has_its_mean() -> None:
     assert found["ours", "dog", "cat", "flip_rate"].value == 0.5
     assert found["ours", "owl", "cat", "flip_rate"].value == 0.0
     assert found["ours", "owl", "dog", "l1"].status == "undefined"
-    # True classes: cat is 0, 1 and 5.
+    # True classes: the images 0, 1 and 5 are cats.
     assert found["ours", "cat", None, "l1"].value == pytest.approx(0.3)
     assert found["ours", "cat", None, "l1"].n_used == 3
     assert not any(explainer == "broken" for explainer, *_ in found)
@@ -75,6 +75,7 @@ def test_every_pair_of_classes_and_every_true_class_has_its_mean() -> None:
 
 def test_the_worst_pair_follows_the_metrics_direction() -> None:
     groups = group_means(evaluation())
+    # More flips are better, more change is worse.
     flips, change = (worst_pair(groups, "ours", key) for key in ("flip_rate", "l1"))
     assert flips is not None
     assert (flips.source, flips.target) == ("owl", "cat")
@@ -84,6 +85,7 @@ def test_the_worst_pair_follows_the_metrics_direction() -> None:
 
 
 def test_tables_show_differences_to_the_first_and_the_worst_pair(tmp_path: Path) -> None:
+    # Markdown.
     evaluation_table.save(evaluation(), tmp_path, {})
     text = (tmp_path / "table.md").read_text()
     assert "## Paired differences" in text
@@ -91,6 +93,8 @@ def test_tables_show_differences_to_the_first_and_the_worst_pair(tmp_path: Path)
     assert "-0.150 [-0.2" in text
     assert "## Worst pair of classes" in text
     assert "0.000 owl > cat" in text
+
+    # CSV.
     with (tmp_path / "differences.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(line["metric"], line["n"]) for line in lines] == [("flip_rate", "6"), ("l1", "4")]

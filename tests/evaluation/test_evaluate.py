@@ -21,11 +21,12 @@ from cfe_lightning.data.synthetic import SyntheticShapes
 from cfe_lightning.evaluation import tables as evaluation_table
 from cfe_lightning.evaluation.comparison import at_equal_strength
 from cfe_lightning.evaluation.evaluate import Evaluation, evaluate, sample_indices, unavailable
-from cfe_lightning.evaluation.tally import Measures
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.methods.baselines.captum import build_baseline
 from cfe_lightning.metrics import path, realism
+from cfe_lightning.metrics.case import Measures
 from cfe_lightning.metrics.catalogue import METRICS
+from cfe_lightning.metrics.similarity import cosine
 
 KEYS = {metric.key for metric in METRICS}
 PATH = {"mono", "rho", "regress", "crossing", "schedule", "smooth", "agree", "agent_kl"}
@@ -346,7 +347,7 @@ def test_distances_of_features_equal_their_definitions() -> None:
     assert edited is not None
     before, after = classifier.features(image), classifier.features(edited)
     assert value(row, "fid_f") == pytest.approx(realism.fid(before, after), rel=1e-4)
-    assert value(row, "sim_f") == pytest.approx(float(realism.cosine(before, after).mean()), abs=1e-5)
+    assert value(row, "sim_f") == pytest.approx(float(cosine(before, after).mean()), abs=1e-5)
     found = row.measurements["sfid_f"]
     assert found.low is not None
     assert found.high is not None
@@ -529,7 +530,7 @@ class HeatMapOnly:
 
 
 class Still(HeatMapOnly):
-    """Its counterfactual is the image."""
+    """Returns the image as its counterfactual."""
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         explanation = super().explain(image, target)

@@ -31,24 +31,17 @@ needs_browser = pytest.mark.skipif(
 
 
 def explanation(counterfactual: Tensor | None = None, side: int = 8, **rest: Any) -> Explanation:
-    """Two images, grey and nearly so, of which the first asks for the second class and the second for the first."""
+    """Explains two even images, the first towards the second class and the second towards the first."""
     image = torch.stack([torch.zeros(3, side, side), torch.full((3, side, side), 0.5)])
     logits = SURE.log().clamp_min(-9)
-    return Explanation(
-        **{
-            "image": image,
-            "logits": logits,
-            "target": torch.tensor([1, 0]),
-            "attribution": torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(0)),
-            "counterfactual": counterfactual,
-            "counterfactual_logits": None if counterfactual is None else logits,
-            **rest,
-        }
-    )
+    attribution = torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(0))
+    given = {"image": image, "logits": logits, "target": torch.tensor([1, 0]), "attribution": attribution}
+    edit = {} if counterfactual is None else {"counterfactual": counterfactual, "counterfactual_logits": logits}
+    return Explanation(**given | edit | rest)
 
 
 def edited(by: float, side: int = 8) -> Tensor:
-    """The images with one pixel brighter, by ``by`` of the way from black to white."""
+    """Returns the images with one pixel made brighter by ``by``, where 1 is black to white."""
     made = explanation(side=side).image.clone()
     made[:, 1, 2, 3] += 2 * by
     return made
@@ -60,12 +53,15 @@ def add(gallery: Gallery, explainer: str, given: Explanation, before: Tensor = S
 
 
 def full() -> Gallery:
-    """Every kind of explainer."""
+    """Returns a gallery with every kind of explainer."""
+    # Edits, attributions and renderings.
     gallery = Gallery(64)
     add(gallery, "edits", explanation(edited(0.12)))
     add(gallery, f"points {NASTY}", explanation())
     rendering = edited(0.12).sub(0.1)
     add(gallery, "renders", explanation(edited(0.25), parts={"reconstruction": rendering}))
+
+    # A decomposition, and a failure.
     distinct = torch.zeros(2, 3, 8, 8)
     distinct[:, :, 4:, 4:] = -0.3
     parts = {"reconstruction": rendering, "distinct": distinct}
@@ -81,7 +77,7 @@ def write(gallery: Gallery, folder: Path) -> str:
 
 
 def cell(text: str, explainer: str, section: int = 0) -> str:
-    """What the page says of an explainer, on its first image unless told."""
+    """Returns the page's HTML about an explainer on the image number ``section``."""
     articles = re.findall(r"<article.*?</article>", text.split('<section class="card"')[section + 1], re.DOTALL)
     (found,) = [one for one in articles if f'<h4 class="name">{explainer}<' in one]
     return str(found)
@@ -94,7 +90,7 @@ def captions(text: str) -> list[str]:
 
 
 def pictures(text: str) -> list[Tensor]:
-    """The embedded pictures, [3, h, w] in [-1, 1]."""
+    """Reads the embedded pictures, [3, h, w] in [-1, 1]."""
     found = []
     for payload in re.findall(r"data:image/webp;base64,([^\"]*)", text):
         with Image.open(io.BytesIO(base64.b64decode(payload))) as opened:
@@ -103,6 +99,7 @@ def pictures(text: str) -> list[Tensor]:
 
 
 def test_a_state_draws_the_same_page_byte_for_byte(tmp_path: Path) -> None:
+    # Two galleries.
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
@@ -113,7 +110,8 @@ def test_a_state_draws_the_same_page_byte_for_byte(tmp_path: Path) -> None:
     write(gallery, first)
     write(resumed, second)
     assert (first / "gallery.html").read_bytes() == (second / "gallery.html").read_bytes()
-    # And what comes later is added to both alike, and does not reach into a state that was taken.
+
+    # Later answers are added to both alike, and an earlier state does not change.
     state = gallery.state()
     for one in (gallery, resumed):
         add(one, "edits", explanation(edited(0.12)))
@@ -124,6 +122,7 @@ def test_a_state_draws_the_same_page_byte_for_byte(tmp_path: Path) -> None:
 
 def test_the_page_escapes_names_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     text = write(full(), tmp_path)
+    # Names.
     assert NASTY not in text
     assert "<b>dog</b>" not in text
     assert "is <b>&lt;i&gt;owl&lt;/i&gt;</b>" in text
@@ -131,6 +130,8 @@ def test_the_page_escapes_names_and_needs_nothing_from_elsewhere(tmp_path: Path)
     assert '<span class="folder">animals/&lt;script&gt;alert(1)&lt;/</span>script&gt;.png' in text
     assert "quote&#34;&#39;\\udcff&amp;amp;.png" in text
     assert "gave a &lt;script&gt;" in text
+
+    # Policy.
     assert "http" not in text.replace("http-equiv", "")
     assert "<script" not in text
     assert 'style="' not in text, "the policy would not let it act"
@@ -144,15 +145,16 @@ def test_the_page_escapes_names_and_needs_nothing_from_elsewhere(tmp_path: Path)
 def test_a_change_is_told_by_its_largest_value(by: float, said: str | None, tmp_path: Path) -> None:
     gallery = Gallery(64)
     add(gallery, "edits", explanation(edited(by)))
+    # Caption.
     found = cell(write(gallery, tmp_path), "edits")
     faint = ", less than a grey level" if by == 0.001 else ""
-    assert captions(found) == [
-        "counterfactual",
-        "change nothing" if said is None else f"change full colour = {said}{faint}",
-    ]
+    peak = "nothing" if said is None else f"full colour = {said}{faint}"
+    assert captions(found) == ["counterfactual", f"change {peak}"]
+
+    # Pictures.
     shown, change = pictures(found)
     assert torch.equal(shown, images.saved(edited(by)[0]))
-    # Blue, green and red, [-1, 1]: full colour where it changed, white elsewhere.
+    # Levels in [-1, 1]: full colour at the change, white elsewhere.
     expected = {0.0: [1, 1, 1], -0.25: [-1, -1, 1]}.get(by, [1, -1, -1])
     assert change[:, 2, 3].tolist() == expected
     assert change[:, 0, 0].tolist() == [1, 1, 1]
@@ -168,11 +170,9 @@ def test_what_leaves_the_range_does_not_count(tmp_path: Path) -> None:
 
 def test_of_a_rendering_only_what_was_changed_beyond_it_is_shown(tmp_path: Path) -> None:
     found = cell(write(full(), tmp_path), "renders")
-    assert captions(found) == [
-        *("counterfactual", "rendering alone"),
-        # One pixel by 0.25 against the image; 0.05 everywhere and 0.13 + 0.05 there against the rendering.
-        *("change full colour = 0.25", "changed beyond it full colour = 0.18"),
-    ]
+    # One pixel by 0.25 against the image; 0.05 everywhere and 0.13 + 0.05 there against the rendering.
+    changes = ["change full colour = 0.25", "changed beyond it full colour = 0.18"]
+    assert captions(found) == ["counterfactual", "rendering alone", *changes]
     _, rendering, change, beyond = pictures(found)
     assert torch.equal(rendering, images.saved(edited(0.12).sub(0.1)[0]))
     assert change[:, 0, 0].tolist() == [1, 1, 1]
@@ -181,10 +181,8 @@ def test_of_a_rendering_only_what_was_changed_beyond_it_is_shown(tmp_path: Path)
 
 def test_a_decomposition_shows_its_distinct_part(tmp_path: Path) -> None:
     text = write(full(), tmp_path)
-    assert captions(cell(text, "splits")) == [
-        *("counterfactual", "without this part"),
-        *("change full colour = 0.12", "distinct part full colour = 0.15"),
-    ]
+    changes = ["change full colour = 0.12", "distinct part full colour = 0.15"]
+    assert captions(cell(text, "splits")) == ["counterfactual", "without this part", *changes]
     _, without, _, distinct = pictures(cell(text, "splits"))
     assert without[0, 6, 6] == pytest.approx(0.3, abs=0.01)
     assert distinct[:, 6, 6].tolist() == [-1, -1, 1]
@@ -193,10 +191,13 @@ def test_a_decomposition_shows_its_distinct_part(tmp_path: Path) -> None:
 
 def test_without_a_counterfactual_there_is_the_attribution_or_the_part_that_it_shows(tmp_path: Path) -> None:
     gallery = Gallery(64)
+    # A distinct part that is not the attribution, and one that is.
     distinct = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     add(gallery, "points", explanation(parts={"distinct": distinct}))
     add(gallery, "splits", explanation(parts={"distinct": distinct}, attribution=distinct.abs().mean(1, keepdim=True)))
     text = write(gallery, tmp_path)
+
+    # Pictures.
     assert captions(cell(text, "points")) == ["attribution"]
     (heat,) = pictures(cell(text, "points"))
     assert torch.equal(heat, images.saved(images.heat_map(explanation().attribution)[0]))
@@ -222,7 +223,7 @@ def test_decisions_are_those_of_the_judge(tmp_path: Path) -> None:
 def test_classifiers_that_decide_differently_are_told_apart(tmp_path: Path) -> None:
     gallery = Gallery(64)
     add(gallery, "one", explanation(edited(0.1)))
-    # Of the first image another class, as surely; of the second the same class, less surely.
+    # Another class for the first image with the same probability; the same class for the second with a smaller one.
     add(gallery, "other", explanation(edited(0.1)), before=torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.6, 0.2]]))
     text = write(gallery, tmp_path)
     assert "decided cat, 90.0%" in cell(text, "one")
@@ -235,6 +236,7 @@ def test_classifiers_that_decide_differently_are_told_apart(tmp_path: Path) -> N
 
 def test_a_failure_has_a_cell_with_the_reason(tmp_path: Path) -> None:
     gallery = Gallery(64)
+    # An explainer that answers for all images, one for the first, and one for none.
     add(gallery, "whole", explanation(edited(0.1)))
     half = explanation(edited(0.1))
     one = Explanation(
@@ -244,6 +246,8 @@ def test_a_failure_has_a_cell_with_the_reason(tmp_path: Path) -> None:
     gallery.add("half", NAMES[:1], torch.tensor([0]), one, SURE[:1], AFTER[:1])
     gallery.fail("half", "gave a picture that is not finite")
     gallery.fail("none", "cannot explain this classifier")
+
+    # Reasons.
     text = write(gallery, tmp_path)
     assert "not finite" not in cell(text, "half")
     assert "gave a picture that is not finite" in cell(text, "half", 1)
@@ -256,7 +260,7 @@ def test_pictures_are_kept_small(tmp_path: Path) -> None:
     add(gallery, "edits", explanation(edited(0.12, side=40), side=40))
     text = write(gallery, tmp_path)
     assert {tuple(picture.shape) for picture in pictures(text)} == {(3, 20, 20)}
-    # The value is that of the whole picture, not of the shrunk one.
+    # The value is measured before the picture is shrunk.
     assert captions(cell(text, "edits"))[1] == "change full colour = 0.12"
     kept = gallery.state()["cells"]["edits"][0]["pictures"][0]["pixels"]
     assert kept.dtype == torch.uint8
@@ -289,11 +293,14 @@ def test_other_images_than_the_others_had_are_refused() -> None:
 
 @needs_browser
 def test_a_telephone_shows_all_of_it_and_nothing_is_refused(tmp_path: Path) -> None:
+    # Nine more columns with long names.
     gallery = full()
     for index in range(9):
         add(gallery, f"point_{'_'.join(str(index) * 9)}{'x' * 60}", explanation())
     path = gallery.write(tmp_path, CLASSES)
     assert path is not None
+
+    # Two widths.
     with Browser(tmp_path / "profile") as browser:
         browser.open(path.as_uri())
         loaded = "return [...document.images].filter((image) => !image.naturalWidth).length"

@@ -1,4 +1,4 @@
-"""Networks that measure beside the judge: random weights in files show that loading and preparing are right."""
+"""Tests of ``cfe_lightning.evaluation.instruments`` and ``embeddings`` with random weights in files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from classifiers import simple
 from torch import Tensor, nn
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2.functional import normalize
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
-from cfe_lightning.classifier.networks import SimpleCnn
 from cfe_lightning.evaluation import instruments
 from cfe_lightning.evaluation.embeddings import FaceEmbedding, SimSiamEmbedding, UserEmbedding
 from cfe_lightning.evaluation.instruments import NAMES, Instruments, load_instruments, read_labels, weights_from
@@ -33,21 +32,21 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def backbone(name: str) -> nn.Module:
-    """The features of torchvision's network."""
+    """Returns the features of torchvision's network."""
     torch.manual_seed(0)
     return getattr(torchvision.models, name)().features
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_classifiers() -> Iterator[None]:
-    """No need to draw the hundred million weights of VGG's classifier again and again."""
+    """Saves the time for the hundred million random weights of VGG's classifier."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "vgg16", lambda **_: SimpleNamespace(features=make_layers(cfgs["D"])))
         yield
 
 
 def written(name: str, features: nn.Module, path: Path) -> Path:
-    """Each network's file is of another kind: a whole model, its features alone, a model out of ``DataParallel``."""
+    """Writes another kind of file for each network: a whole model, its features, a model out of ``DataParallel``."""
     prefix = {"alexnet": "features.", "vgg16": "", "squeezenet1_1": "module.features."}[name]
     state = {f"{prefix}{key}": value for key, value in features.state_dict().items()}
     if prefix:
@@ -58,7 +57,7 @@ def written(name: str, features: nn.Module, path: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["alexnet", "vgg16", "squeezenet1_1"])
 def perceptual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Name and features of a backbone, and what was loaded from its file."""
+    """Returns name and features of a backbone, and the instruments with its file."""
     features = backbone(request.param)
     path = written(request.param, features, tmp_path_factory.mktemp("lpips") / "backbone.pt")
     return request.param, features, load_instruments({"lpips": path})
@@ -80,13 +79,9 @@ def test_perceptual_distance_is_torchmetrics_with_the_same_backbone(
 ) -> None:
     name, features, found = perceptual
     monkeypatch.setattr(torchvision.models, name, lambda weights: SimpleNamespace(features=features))
-    kinds: dict[str, Literal["alex", "vgg", "squeeze"]] = {
-        "alexnet": "alex",
-        "vgg16": "vgg",
-        "squeezenet1_1": "squeeze",
-    }
+    kind = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}[name]
     image, edited = noise(2, 3, 64, 64), noise(2, 3, 64, 64, seed=1)
-    expected = learned_perceptual_image_patch_similarity(image, edited, net_type=kinds[name], reduction="none")
+    expected = learned_perceptual_image_patch_similarity(image, edited, net_type=kind, reduction="none")  # type: ignore[arg-type]
     torch.testing.assert_close(found.lpips(image, edited), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -95,9 +90,9 @@ def test_small_and_grey_images_are_made_large_and_coloured(tmp_path: Path) -> No
     lpips = load_instruments({"lpips": path}).lpips
     assert lpips is not None
     grey, edited = noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1)
-    large = [
-        nn.functional.interpolate(one.expand(-1, 3, -1, -1), size=(64, 64), mode="bilinear") for one in (grey, edited)
-    ]
+    # Equal channels, enlarged to 64 pixels.
+    coloured = (one.expand(-1, 3, -1, -1) for one in (grey, edited))
+    large = [nn.functional.interpolate(one, size=(64, 64), mode="bilinear") for one in coloured]
     assert torch.equal(lpips(grey, edited), lpips(*large))
     assert lpips(grey, edited).isfinite().all()
 
@@ -158,6 +153,7 @@ def test_embeddings_of_faces(face: FaceEmbedding, resnet: nn.Module) -> None:
 
 
 def test_the_face_network_halves_its_maps_where_caffe_did(face: FaceEmbedding) -> None:
+    # Sizes of the maps behind some layers.
     sizes: dict[str, int] = {}
 
     def watched(name: str) -> Callable[..., None]:
@@ -169,23 +165,29 @@ def test_the_face_network_halves_its_maps_where_caffe_did(face: FaceEmbedding) -
     for hook in hooks:
         hook.remove()
     assert sizes == {"maxpool": 56, "layer3.0.conv1": 14, "layer3.0.conv2": 14}
-    # The first window of a pooling without a border starts at the border.
+
+    # Without a border the first window of the pooling starts at the edge of the map.
     corner = torch.zeros(1, 1, 112, 112)
     corner[..., 2, 2] = 1
     assert face.network.maxpool(corner)[0, 0, 0, 0] == 1
 
 
 def simsiam_checkpoint(path: Path) -> tuple[Path, nn.Module]:
-    """A checkpoint as it is published, and its encoder."""
+    """Writes a checkpoint of the published form, and returns it with its encoder."""
+    # Encoder and projector.
     torch.manual_seed(1)
     encoder = torchvision.models.resnet50()
+    # fmt: off
     encoder.fc = nn.Sequential(  # type: ignore[assignment]
-        *(nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU()),
-        *(nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU()),
-        *(nn.Linear(2048, 2048), nn.BatchNorm1d(2048, affine=False)),
+        nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU(),
+        nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU(),
+        nn.Linear(2048, 2048), nn.BatchNorm1d(2048, affine=False),
     )
+    # fmt: on
     encoder.fc[7].running_mean.normal_()
     encoder.fc[4].running_var.uniform_(0.5, 2)
+
+    # File, with the predictor and other content of a training.
     state = {f"module.encoder.{name}": value for name, value in encoder.state_dict().items()}
     state |= {"module.predictor.0.weight": torch.zeros(512, 2048), "module.predictor.3.bias": torch.zeros(2048)}
     optimizer = {"state": {}, "param_groups": [{"lr": 0.05, "params": [0]}]}
@@ -207,7 +209,7 @@ def test_simsiam_is_compared_after_its_projector(tmp_path: Path) -> None:
 
 
 class Pooled(nn.Module):
-    """Mean colour of the four quarters."""
+    """Returns the mean colours of the four quarters."""
 
     def forward(self, image: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(image, (2, 2)).flatten(1)
@@ -227,6 +229,7 @@ def program(network: nn.Module, path: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["script", "export"])
 def test_the_user_s_network_sees_colours_in_unit_range(form: str, tmp_path: Path) -> None:
+    # Program.
     path = tmp_path / "program.pt"
     if form == "script":
         program(Pooled(), path)
@@ -234,6 +237,8 @@ def test_the_user_s_network_sees_colours_in_unit_range(form: str, tmp_path: Path
         automatic = torch.export.Dim.AUTO
         shapes = ({0: automatic, 2: automatic, 3: automatic},)
         torch.export.save(torch.export.export(Pooled(), (noise(2, 3, 16, 12),), dynamic_shapes=shapes), path)
+
+    # Features.
     found = load_instruments({"user": path})
     assert isinstance(found.user, UserEmbedding)
     image = noise(3, 3, 8, 8)
@@ -291,19 +296,7 @@ TABLE = "image,b,spare,q,a\n1.jpg,-1,1,1,1\n2.jpg,1,-1,1,1\n3.jpg,-1,1,-1,-1\n4.
 
 
 def oracle_file(path: Path, label: str | None = "a") -> Path:
-    torch.manual_seed(0)
-    arguments = {"num_classes": 3, "channels": 3, "image_size": 8}
-    spec = ClassifierSpec(
-        class_path="cfe_lightning.classifier.networks.SimpleCnn",
-        init_args=arguments,
-        head="fc",
-        class_names=("q", "a", "b"),
-        image_size=8,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        label=label,
-    )
-    FrozenClassifier(SimpleCnn(**arguments), spec).save(path)
+    simple(class_names=("q", "a", "b"), label=label).save(path)
     return path
 
 
@@ -313,18 +306,19 @@ def table_file(path: Path, content: str = TABLE) -> Path:
 
 
 def test_an_oracle_and_the_correlations_of_its_labels(tmp_path: Path) -> None:
+    # With a table.
     table, path = table_file(tmp_path / "table.csv"), oracle_file(tmp_path / "oracle.pt")
     found = load_instruments({"oracle": path}, attributes=table, asked="q")
     assert found.oracle is not None
     assert found.correlations is not None
     assert (found.asked, found.oracle.label_names) == (0, ("q", "a", "b"))
-    # In the oracle's order, not the table's: the document's numbers.
+    # In the oracle's order, not the table's.
     assert found.correlations.tolist() == pytest.approx([1, 0.577350, 0], abs=1e-6)
     assert found.oracle.label_probabilities(noise(2, 1, 16, 16)).shape == (2, 3)
-    digests = {
-        name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in (("oracle", path), ("attributes", table))
-    }
-    assert found.hashes == digests
+    files = {"oracle": path, "attributes": table}
+    assert found.hashes == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+    # Without.
     alone = load_instruments({"oracle": path}, asked="b")
     assert (alone.asked, alone.correlations) == (2, None)
 
@@ -335,7 +329,7 @@ def test_an_oracle_and_the_correlations_of_its_labels(tmp_path: Path) -> None:
         ("zeros.csv", TABLE.replace("-1", "0")),
         ("blanks.csv", TABLE.replace(",", " , ") + "\n"),
         ("bom.txt", "\ufeff" + TABLE.replace("image,", "").replace(",", " ")),
-        # As CelebA comes: the number of images first, no name over the images, blanks between.
+        # CelebA's form: the number of images first, no name over the images, blanks between.
         ("list_attr_celeba.txt", TABLE.replace("image,", "4\n").replace(",", "  ")),
     ],
 )
@@ -364,11 +358,14 @@ def test_a_table_that_is_none_is_refused(content: str, message: str, tmp_path: P
 
 
 def test_an_oracle_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    # Labels.
     path, table = oracle_file(tmp_path / "oracle.pt"), table_file(tmp_path / "table.csv")
     with pytest.raises(ValueError, match=r"oracle .*exclusive.pt decides between classes \(q, a, b\), but"):
         load_instruments({"oracle": oracle_file(tmp_path / "exclusive.pt", label=None)})
     with pytest.raises(ValueError, match="no label 'smile' to ask for: it has q, a, b"):
         load_instruments({"oracle": path}, asked="smile")
+
+    # Tables.
     with pytest.raises(ValueError, match="name that one too"):
         load_instruments({"oracle": path}, attributes=table)
     for arguments in ({"attributes": table}, {"asked": "q"}):
@@ -393,6 +390,7 @@ class Malicious:
 def test_files_that_are_something_else_are_refused_and_not_run(
     name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # File.
     monkeypatch.chdir(tmp_path)
     if name == "inception":
         monkeypatch.setattr(instruments.importlib.util, "find_spec", lambda _: True)
@@ -403,6 +401,8 @@ def test_files_that_are_something_else_are_refused_and_not_run(
         torch.save(nn.Linear(2, 2).state_dict(), path)
     else:
         path.write_bytes(b"" if content == "nothing" else b"no weights at all")
+
+    # Refusal.
     with pytest.raises(ValueError, match=r"^(file.pt cannot be used as|file.pt is not a classifier file)"):
         load_instruments({name: path})
     assert not Path("executed").exists()

@@ -1,4 +1,4 @@
-"""The known-cause bench on maps and networks whose answers are known on paper."""
+"""Tests of the known-cause bench on maps and networks with known answers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import spec_of
 from torch import Tensor, nn
 
-from cfe_lightning.classifier import ClassifierSpec, FrozenClassifier
+from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.data.synthetic import SyntheticShapes
-from cfe_lightning.evaluation.known_cause import (
-    VALUES,
-    Bench,
-    Cell,
-    MarkUse,
-    area_under_curve,
-    classifier_auc,
-    headline,
-    image_auc,
-    mark_use,
-    measure,
-)
+from cfe_lightning.evaluation import known_cause
+from cfe_lightning.evaluation.known_cause import VALUES, Bench, Cell, MarkUse, headline, image_auc, mark_use, measure
 from cfe_lightning.evaluation.known_cause_page import save
 from cfe_lightning.explanation import Explanation
 
@@ -34,7 +25,7 @@ NUMBER = 8
 
 
 class ReadsPixel(nn.Module):
-    """Class 0 where the pixel (row, column) is brighter than mid grey."""
+    """Decides for class 0 where the pixel (row, column) is brighter than mid grey."""
 
     def __init__(self, row: int, column: int) -> None:
         super().__init__()
@@ -46,15 +37,7 @@ class ReadsPixel(nn.Module):
 
 
 def frozen(network: nn.Module) -> FrozenClassifier:
-    spec = ClassifierSpec(
-        class_path="none",
-        init_args={},
-        head=None,
-        class_names=("healthy", "lesion"),
-        image_size=32,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
+    spec = spec_of(head=None, class_names=("healthy", "lesion"), image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     return FrozenClassifier(network, spec)
 
 
@@ -81,6 +64,7 @@ class Paints:
 
 @pytest.fixture
 def batch() -> dict[str, Any]:
+    """All known causes of the first test images."""
     data = SyntheticShapes(shortcut=0.5, num_test=NUMBER).dataset("test")
     samples = [data[index] for index in range(NUMBER)]
     keys = ("image", "mask", "mark", "counterfactual")
@@ -111,9 +95,11 @@ class TestUse:
         assert use.verdict == "blind"
 
     def test_one_that_reads_a_corner_changes_every_decision(self, batch: dict[str, Any], moved: Tensor) -> None:
-        # A background of -0.72 to -0.45 with a mark of 0.6: the sign tells most images, and no centre could.
+        # The background is -0.72 to -0.45 and a mark 0.6, so the sign of a corner's pixel shows the mark.
         classifier = frozen(ReadsPixel(2, 2))
         use = mark_use(self.cell, classifier, batch["image"], moved, batch["label"])
+
+        # Definition.
         before, after = classifier(batch["image"]).softmax(dim=1), classifier(moved).softmax(dim=1)
         decided = before.argmax(dim=1)
         expected = (before - after).abs()[torch.arange(NUMBER), decided]
@@ -138,6 +124,7 @@ class TestMeasure:
         explainer = Paints(frozen(ReadsPixel(16, 16)), batch["mark"][0, 0], attribution_only)
         _, values = measure(explainer, batch)
         assert list(values) == list(VALUES)
+        # All of the change.
         assert torch.allclose(values["mark_share"], torch.ones(NUMBER))
         # Two squares of 3 x 3 in 32 x 32 pixels.
         assert torch.allclose(values["alarm"], torch.full((NUMBER,), 32 * 32 / 18))
@@ -150,13 +137,16 @@ class TestMeasure:
         assert values["truth_l1"].isnan().all()
 
     def test_no_change_is_undefined_and_not_finite_is_refused(self, batch: dict[str, Any]) -> None:
+        # No change.
         classifier = frozen(ReadsPixel(16, 16))
         _, values = measure(Paints(classifier, torch.zeros(32, 32)), batch)
         assert values["alarm"].isnan().all()
         assert values["flip"].max() == 0
+
+        # A map, and a counterfactual.
         with pytest.raises(ValueError, match="gave an explanation that is not finite"):
             measure(Paints(classifier, torch.full((32, 32), math.nan), attribution_only=True), batch)
-        # The map of an infinite counterfactual is finite: it is cut off to the range of images.
+        # The map of an infinite counterfactual would be finite: it is clamped to the range of images.
         with pytest.raises(ValueError, match="gave a counterfactual that is not finite"):
             measure(Paints(classifier, torch.full((32, 32), math.inf)), batch)
 
@@ -180,10 +170,11 @@ class TestMeasure:
 class TestAuc:
     def test_numbers_with_ties(self) -> None:
         # Pairs: 3>1, 3>2, 3=3, 2>1, 2=2, 2<3 -> 3 wins and 2 ties of 6.
-        assert area_under_curve(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(4 / 6)
-        assert area_under_curve(torch.tensor([3.0, math.nan]), torch.tensor([1.0, math.nan])) == 1
-        assert area_under_curve(torch.ones(3), torch.ones(2)) == 0.5
-        assert math.isnan(area_under_curve(torch.tensor([math.nan]), torch.ones(2)))
+        auc = known_cause.area_under_curve
+        assert auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(4 / 6)
+        assert auc(torch.tensor([3.0, math.nan]), torch.tensor([1.0, math.nan])) == 1
+        assert auc(torch.ones(3), torch.ones(2)) == 0.5
+        assert math.isnan(auc(torch.tensor([math.nan]), torch.ones(2)))
 
     def test_images_of_cells_are_pooled(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -191,7 +182,7 @@ class TestAuc:
         blind = list(torch.rand(2, 20, generator=generator))
         used[0][3] = math.nan
         found = image_auc(used, blind)
-        assert found.value == pytest.approx(area_under_curve(torch.cat(used), torch.cat(blind)))
+        assert found.value == pytest.approx(known_cause.area_under_curve(torch.cat(used), torch.cat(blind)))
         assert (found.n_used, found.n_total) == (99, 100)
         assert found.low is not None
         assert found.high is not None
@@ -203,27 +194,22 @@ class TestAuc:
         assert image_auc([], [torch.ones(2)]).reason == "no classifier here uses the mark"
         assert image_auc([torch.ones(2)], []).reason == "no classifier here is blind to the mark"
         assert image_auc([torch.full((2,), math.nan)], [torch.ones(2)]).reason == "no explanation changes anything"
-        assert classifier_auc([torch.ones(2)], []).status == "undefined"
+        assert known_cause.classifier_auc([torch.ones(2)], []).status == "undefined"
 
     def test_classifiers_are_compared_by_their_means(self) -> None:
+        # Means 2 and 1 against 1: a win and a tie.
         used, blind = [torch.tensor([0.0, 4.0]), torch.tensor([1.0, math.nan])], [torch.tensor([1.0, 1.0])]
-        found = classifier_auc(used, blind)
+        found = known_cause.classifier_auc(used, blind)
         assert (found.value, found.n_used) == (0.75, 3)
 
 
 def small_bench() -> Bench:
-    """Two cells, used and not, and one in between; ``right`` sees the mark, ``mute`` failed in one cell."""
+    """Returns a used cell, an unused one and one in between; ``right`` sees the mark, ``mute`` failed in one cell."""
     bench = Bench(explainers=["right", "mute"], num_cells=4)
     for p, use, alarm in ((0.0, 0.0, 1.0), (0.5, 0.05, 99.0), (1.0, 0.9, 5.0)):
         cell = Cell(cue="lesion", cue_size=1.0, p=p)
-        bench.uses.append(
-            MarkUse(
-                cell=cell,
-                probability=torch.full((4,), use),
-                decision=torch.full((4,), use > 0.5),
-                correct=torch.ones(4, dtype=torch.bool),
-            )
-        )
+        change, flips = torch.full((4,), use), torch.full((4,), use > 0.5)
+        bench.uses.append(MarkUse(cell=cell, probability=change, decision=flips, correct=torch.ones(4).bool()))
         values = {key: torch.full((4,), 0.25) for key in VALUES} | {"alarm": torch.arange(4.0) / 10 + alarm}
         bench.values[cell.name, "right"] = values
     bench.failures["lesion_1_p0", "mute"] = "it <b>broke</b>"
@@ -240,19 +226,22 @@ class TestReport:
         assert headline(small_bench(), "mute")["auc_images"].reason == "no classifier here uses the mark"
 
     def test_files(self, tmp_path: Path) -> None:
+        # Names.
         save(small_bench(), tmp_path, {"seed": 3, "bench": "synthetic"}, tmp_path / "cells", 18 / 1024)
         names = ["known_cause.csv", "known_cause.html", "known_cause.json", "known_cause.md"]
         assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+        # Numbers.
         content = json.loads((tmp_path / "known_cause.json").read_text())
         assert [one["verdict"] for one in content["classifiers"]] == ["blind", "between", "uses"]
         assert content["explainers"]["right"]["auc_images"]["value"] == 1
         with (tmp_path / "known_cause.csv").open(newline="") as stream:
             rows = list(csv.DictReader(stream))
-        assert [(row["cell"], row["explainer"], row["n"]) for row in rows[:2]] == [
-            ("lesion_1_p0", "right", "4"),
-            ("lesion_1_p0", "mute", "0"),
-        ]
+        found = [(row["cell"], row["explainer"], row["n"]) for row in rows[:2]]
+        assert found == [("lesion_1_p0", "right", "4"), ("lesion_1_p0", "mute", "0")]
         assert rows[1]["alarm"] == ""
+
+        # Text and page.
         text = (tmp_path / "known_cause.md").read_text()
         assert "1 classifiers use the mark, 1 do not, 1 lie in between" in text
         page = (tmp_path / "known_cause.html").read_text()

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from cfe_lightning.explaining import overview as global_view
-from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder
+from cfe_lightning.explaining.folder import OutputFolder
+from cfe_lightning.explaining.names import image_folder
 from cfe_lightning.explaining.overview import write_overview
+from cfe_lightning.explaining.row import Row
 
 HEADER = {"checkpoint_sha256": "aa", "classes": ["cat", "dog"]}
 SIDE = 16
@@ -44,22 +46,21 @@ def add(
     """Adds flipped rows with their pictures and returns their names."""
     rows: list[Row] = []
     for index in range(count):
+        # Pictures.
         name = f"{prefix}{index:04d}.png"
         folder = output.path / image_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         before = np.full((SIDE, SIDE), 100)
         for file, values in (("image.png", before), ("counterfactual.png", before + changes(index))):
             Image.fromarray(values.astype(np.uint8)).save(folder / file)
-        rows.append(
-            {
-                **{"name": name, "status": "ok", "predicted": pair[0], "target": pair[1], "flipped_saved": True},
-                **{"folder": image_folder(name), "files": {key: f"{key}.png" for key in ("image", "counterfactual")}},
-                **more,
-            }
-        )
+
+        # Row.
+        line = {"name": name, "status": "ok", "predicted": pair[0], "target": pair[1], "flipped_saved": True}
+        line |= {"folder": image_folder(name), "files": {key: f"{key}.png" for key in ("image", "counterfactual")}}
+        rows.append(Row(line | more))
     output.append(0, rows)
     output.merge()
-    return [row["name"] for row in rows]
+    return [row.name for row in rows]
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_only_flips_on_saved_pixels_count(output: OutputFolder):
     add(output, 2, centre, prefix="kept", flipped_saved=False)
     add(output, 2, centre, ("dog", "dog"), "same", flipped_saved=None)
     add(output, 1, centre, prefix="map", flipped_saved=None, files={"image": "image.png"})
-    output.append(0, [{"name": "z.png", "status": "failed", "error": "broken"}])
+    output.append(0, [Row({"name": "z.png", "status": "failed", "error": "broken"})])
     output.merge()
     write_overview(output)
     assert [(pair["predicted"], pair["num_flipped"]) for pair in content(output)["pairs"]] == [("cat", 2)]
@@ -232,6 +233,8 @@ def test_an_earlier_view_gives_way_and_other_files_stay(output: OutputFolder):
     first = (output.path / "global.json").read_bytes()
     write_overview(output)
     assert (output.path / "global.json").read_bytes() == first
+
+    # One pair less.
     (output.path / "global" / "mine.png").write_text("mine")
     (output.path / "global" / ".x.7.part").write_text("torn")
     add(output, 1, centre, ("dog", "cat"), "d", flipped_saved=False)
@@ -239,6 +242,8 @@ def test_an_earlier_view_gives_way_and_other_files_stay(output: OutputFolder):
     assert sorted(path.name for path in (output.path / "global").iterdir()) == [
         *("0-change.png", "0-strength.png", "mine.png"),
     ]
+
+    # No pair.
     add(output, 2, centre, flipped_saved=False)
     write_overview(output)
     assert not (output.path / "global.json").exists()

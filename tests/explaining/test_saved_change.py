@@ -7,6 +7,7 @@ from cfe_lightning.explaining.saved_change import (
     MILD,
     REGIONS,
     SPREAD,
+    SavedChange,
     changed_area,
     frame_mask,
     measure,
@@ -17,7 +18,7 @@ from cfe_lightning.metrics.robustness import TRANSFORMATIONS
 
 
 def level(value: float, *shape: int) -> Tensor:
-    """Images of one level of 255."""
+    """Makes images of one level of 255."""
     return torch.full(shape, value / 255 * 2 - 1)
 
 
@@ -40,10 +41,10 @@ def test_a_change_of_nine_by_nine_pixels_has_the_shares_that_were_put_in():
     for y, x in ((0, 0), (1, 1), (2, 2), (8, 8)):
         counterfactual[..., y, x] = level(140, 1)
     (row,) = measure(explained(image, counterfactual, torch.tensor([1])), toy.toy_classifier(2), torch.tensor([False]))
-    assert row["changed_area"] == pytest.approx(4 / 81)
-    assert (row["where"], row["where_share"]) == ("upper left", pytest.approx(0.75))
-    assert (row["survives"], row["lost_under"]) == (None, None)
-    assert (row["attribution_where"], row["attribution_share"]) == (SPREAD, None)
+    assert row.area == pytest.approx(4 / 81)
+    assert row.place == ("upper left", pytest.approx(0.75))
+    assert (row.survives, row.lost_under) == (None, None)
+    assert row.attribution == (SPREAD, None)
 
 
 def test_more_than_eight_levels_is_a_change_and_eight_are_none():
@@ -101,8 +102,8 @@ def test_a_flip_survives_what_leaves_the_decision_and_others_are_not_asked(monke
 
     rows = measure(given, counting, torch.tensor([True, True, False]))  # type: ignore[arg-type]
     assert batches == [2] * (2 * len(MILD)), "one call for all flips"
-    assert [row["survives"] for row in rows] == [list(MILD), list(MILD), None]
-    assert [row["lost_under"] for row in rows] == [[], [], None]
+    assert [row.survives for row in rows] == [list(MILD), list(MILD), None]
+    assert [row.lost_under for row in rows] == [[], [], None]
 
     # JPEG that turns the counterfactual back, and a blur that turns the image itself over.
     def turned_back(pixels: Tensor) -> Tensor:
@@ -114,11 +115,11 @@ def test_a_flip_survives_what_leaves_the_decision_and_others_are_not_asked(monke
     monkeypatch.setitem(TRANSFORMATIONS, "jpeg90", turned_back)
     monkeypatch.setitem(TRANSFORMATIONS, "blur1", exchanged)
     row = measure(given, classifier, torch.tensor([True, False, False]))[0]
-    assert (row["survives"], row["lost_under"]) == (["down_up"], ["jpeg90"])
+    assert (row.survives, row.lost_under) == (["down_up"], ["jpeg90"])
     for name in MILD:
         monkeypatch.setitem(TRANSFORMATIONS, name, exchanged)
     row = measure(given, classifier, torch.tensor([True, False, False]))[0]
-    assert (row["survives"], row["lost_under"]) == (None, None)
+    assert (row.survives, row.lost_under) == (None, None)
 
 
 def test_without_a_counterfactual_only_the_attribution_is_measured():
@@ -126,9 +127,11 @@ def test_without_a_counterfactual_only_the_attribution_is_measured():
     given.attribution = torch.zeros(2, 1, 16, 16)
     given.attribution[0, :, 14, 1] = 1
     rows = measure(given, toy.toy_classifier(2), None)
-    assert (rows[0]["attribution_where"], rows[0]["attribution_share"]) == ("lower left", 1.0)
-    assert all(value is None for value in rows[1].values())
-    assert rows[0]["changed_area"] is None
+    assert rows[0].attribution == ("lower left", 1.0)
+    assert rows[1] == SavedChange(
+        attribution=(None, None), area=None, place=(None, None), survives=None, lost_under=None
+    )
+    assert rows[0].area is None
 
 
 def test_an_image_that_is_not_finite_does_not_spoil_the_others():
@@ -139,7 +142,7 @@ def test_an_image_that_is_not_finite_does_not_spoil_the_others():
     rows = measure(
         explained(image, counterfactual, torch.tensor([1, 1])), toy.toy_classifier(2), torch.tensor([True, False])
     )
-    assert (rows[1]["changed_area"], rows[1]["where"]) == (pytest.approx(1 / 81), "upper left")
+    assert (rows[1].area, rows[1].place[0]) == (pytest.approx(1 / 81), "upper left")
 
 
 def test_a_ninth_of_a_montage_is_one_of_every_slice():
@@ -154,8 +157,8 @@ def test_a_ninth_of_a_montage_is_one_of_every_slice():
     given = explained(image, image + strength * 80 / 255, torch.tensor([1]))
     given.attribution = strength
     (row,) = measure(given, toy.toy_classifier(2), torch.tensor([False]), num_slices=4)
-    assert (row["where"], row["where_share"]) == ("lower right", pytest.approx(1.0))
-    assert (row["attribution_where"], row["attribution_share"]) == ("lower right", 1.0)
+    assert row.place == ("lower right", pytest.approx(1.0))
+    assert row.attribution == ("lower right", 1.0)
 
 
 def test_the_last_digit_of_a_machine_decides_no_region():

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from cfe_lightning.explaining.row import Row
 from cfe_lightning.explaining.sentence import measured_sentence, place
 from cfe_lightning.explaining.values import percent, short_percent
 
@@ -108,16 +109,16 @@ NOT_FLIPPED = {"flipped": False, "flipped_saved": False, "survives": None, "lost
     ],
 )
 def test_a_sentence_for_everything_that_can_happen(changes: dict[str, Any], sentence: str):
-    assert measured_sentence(row(**changes)) == sentence
+    assert measured_sentence(Row(row(**changes))) == sentence
 
 
 def test_what_was_not_measured_has_no_sentence():
-    assert measured_sentence({"name": "x.png", "status": "failed", "error": "broken"}) is None
-    assert measured_sentence(row(p_target_saved=None)) is None
+    assert measured_sentence(Row({"name": "x.png", "status": "failed", "error": "broken"})) is None
+    assert measured_sentence(Row(row(p_target_saved=None))) is None
     old = row()
     for key in ("changed_area", "where", "where_share", "survives", "lost_under"):
         del old[key]
-    assert measured_sentence(old) is None
+    assert measured_sentence(Row(old)) is None
 
 
 def test_shares_are_neither_nothing_nor_everything_unless_they_are():

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of a method that surveys, and photos."""
+    """Trains a method that surveys, and returns its checkpoint and a folder of photos."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     trainer = toy_trainer(folder, max_epochs=1)
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def run(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Explains the photos with a copy of the checkpoint; returns how often directions were searched."""
+    """Explains the photos with a copy of the checkpoint; returns the number of searches for directions."""
     searches: list[int] = []
     search = StylEx.search
 
@@ -45,6 +45,7 @@ def run(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         searches.append(1)
         return search(self, *arguments, **options)
 
+    # A checkpoint of its own, with no survey beside it.
     monkeypatch.setattr(StylEx, "search", counted)
     checkpoint = tmp_path / "best.ckpt"
     checkpoint.write_bytes(trained[0].read_bytes())

@@ -1,4 +1,4 @@
-"""``explain.py --verify``: what it confirms, what it finds, and which classifier it takes."""
+"""``explain.py --verify``: confirmed rows, problems, and the classifier that counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfe_lightning.explaining import verify as verification
 
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder of the toy, its checkpoint beside it."""
+    """Makes an output folder of the toy, its checkpoint beside it."""
     root = tmp_path_factory.mktemp("verify")
     for index, image in enumerate(toy.toy_images(7, 3)):
         images.save_image(image, root / "photos" / f"{index}.png")

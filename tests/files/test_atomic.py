@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and where they were meant to."""
+"""Files appear whole or not at all, and never through a link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs of strangers: which classes they may name, and that reading them ends."""
+"""Untrusted configs name classes of trusted packages only, and are read in bounded time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of torch.save from strangers: as large as they say, or refused before memory is taken."""
+"""Untrusted files of torch.save are no larger than they claim, or refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_is_small_in_the_file_only_is_refused(content: Any, told: str, tmp_
 
 
 class Grown:
-    """A number that is repeated and then copied, as tensors of some accelerators are stored."""
+    """A number that is repeated and then copied, in the form in which tensors of some accelerators are stored."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
@@ -87,6 +87,7 @@ def test_what_would_grow_while_it_is_read_is_refused_before(
 
 @pytest.mark.parametrize("archive", [True, False])
 def test_all_that_trainings_save_is_plain(archive: bool, tmp_path: Path) -> None:
+    # Content.
     marked = nn.Parameter(torch.ones(2))
     marked.note = "an attribute"  # type: ignore[attr-defined]
     tensors = {
@@ -101,8 +102,9 @@ def test_all_that_trainings_save_is_plain(archive: bool, tmp_path: Path) -> None
         "milestones": Counter([1, 2]),
         "plain": [1.5, None, True, {1, 2}, 1j, b"bytes", torch.Size([1]), torch.float32, torch.device("cpu")],
     }
-    if archive:  # PyTorch cannot read these out of older files
+    if archive:  # PyTorch cannot read this type from older files
         content["unsigned"] = torch.zeros(2, dtype=torch.uint16)
+    # Read back.
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
     read = load_plain(tmp_path / "file.pt", any_age=True)
     assert read.keys() == content.keys()

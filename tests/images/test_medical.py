@@ -1,4 +1,4 @@
-"""The door between medical files and tensors: units, windows, orientations, and a sentence for what cannot be read."""
+"""Medical files are read with the right units, windows and orientations, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TestNifti:
 
     @staticmethod
     def as_shown(volume: np.ndarray, z: int) -> torch.Tensor:
-        """From the front down, from the patient's right to the left; the window is [-4, 4]."""
+        """Returns a slice from the front down and from the patient's right to the left, with the window [-4, 4]."""
         return windowed(volume[::-1, ::-1, z].T, 0, 8)
 
     @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])

@@ -1,4 +1,4 @@
-"""What every method promises, whatever it does: one test per promise, run for every row of ``cases.py``."""
+"""The promises of every method, whatever it does: one test per promise, run for every row of ``cases.py``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def trained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExplainerModule, dict[str, Any]]:
-    """A briefly trained explainer in eval mode and what was seen on the way."""
+    """Trains an explainer briefly; returns it in eval mode, and observations from before and during the training."""
     pl.seed_everything(0, verbose=False)
     explainer = case.build()
     seen: dict[str, Any] = {
@@ -92,6 +92,8 @@ def test_an_explanation_is_complete_and_in_range(trained: tuple[ExplainerModule,
     assert torch.equal(explanation.target, explainer.default_target(explanation.logits))
     assert (explanation.target != explanation.predicted).all()
     assert explanation.attribution.min() >= 0
+
+    # Pictures and numbers.
     tensors = [explanation.attribution, *explanation.parts.values(), *explanation.scores.values()]
     if explanation.counterfactual is not None:
         assert explanation.counterfactual.abs().max() <= 1
@@ -101,6 +103,8 @@ def test_an_explanation_is_complete_and_in_range(trained: tuple[ExplainerModule,
     if explanation.steps is not None:
         tensors.append(explanation.steps)
     assert all(tensor.isfinite().all() for tensor in tensors)
+
+    # Decomposition.
     if {"agnostic", "distinct", "residual"} <= explanation.parts.keys():
         total = sum(explanation.parts[name] for name in ("agnostic", "distinct", "residual"))
         torch.testing.assert_close(total, image, rtol=0, atol=1e-5)
@@ -130,7 +134,7 @@ def test_explaining_depends_on_nothing_but_the_image(trained: tuple[ExplainerMod
 def test_explaining_does_not_depend_on_how_many_pictures_are_made_at_a_time(
     trained: tuple[ExplainerModule, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer than the batch has images, and a number that nothing is a multiple of."""
+    """At a time: fewer pictures than the batch has images, and a number of which nothing is a multiple."""
     explainer, _ = trained
     whole = explain(explainer)
     monkeypatch.setattr("cfe_lightning.compute.memory._PIXELS_ON_CPU", 5 * IMAGE_SIZE**2)
@@ -177,7 +181,7 @@ def test_every_term_is_finite_and_every_parameter_moves(
 def test_every_fit_begins_with_weights_that_can_learn(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several processes exchange the gradients of those weights alone that can learn when the strategy is set up."""
+    """Processes exchange the gradients only of the weights that require one when the strategy is set up."""
     explainer = case.build()
     seen: list[set[str]] = []
 
@@ -200,7 +204,7 @@ def test_hyper_parameters_are_plain_data(case: Case, tmp_path: Path) -> None:
     for name, value in checkpoint["hyper_parameters"].items():
         assert isinstance(value, plain), name
     assert "classifier" not in checkpoint["hyper_parameters"]
-    # What a method was built with, its defaults included, is what the command line may give it.
+    # The command line may give a method every argument that it was built with, defaults included.
     check_arguments(case.kind, checkpoint["hyper_parameters"])
     assert case.arguments.items() <= checkpoint["hyper_parameters"].items()
 
@@ -238,6 +242,7 @@ def test_resuming_equals_a_straight_run(case: Case, batch: int, tmp_path: Path) 
             assert stop is not None
         return torch.load(folder / "last.ckpt", weights_only=True)
 
+    # A run straight on, and one that is killed and resumed.
     straight = run(tmp_path / "straight")
     run(tmp_path / "killed", stop=batch)
     resumed = run(tmp_path / "resumed", resume=tmp_path / "killed" / "last.ckpt")
@@ -247,7 +252,7 @@ def test_resuming_equals_a_straight_run(case: Case, batch: int, tmp_path: Path) 
 
 
 class Types(Terms):
-    """Notes the types of weights and gradients, too."""
+    """Records the types of weights and gradients, too."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *rest)
@@ -291,7 +296,7 @@ def test_explaining_in_bfloat16_is_nearly_that_in_single_precision(
         expected = pictures(exact)[name]
         assert value.dtype == torch.float32, name
         assert value.isfinite().all(), name
-        # A hundredth of the range on average; one place can be redrawn or one step taken where it was not before.
+        # A hundredth of the range on average: at single places a mask or a step may fall on the other side.
         assert (value - expected).abs().mean() <= 0.02 * expected.abs().max().clamp_min(1), name
     for name, score in rounded.scores.items():
         assert score.dtype == torch.float32, name

@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.methods.find``: which names explain without training, and what is said of the others."""
+"""Tests of ``cfe_lightning.methods.find``: names that explain without training, and errors for the others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_a_baseline_explains_as_it_does_elsewhere() -> None:
     ("name", "arguments", "sentence"),
     [
         ("stylex", {}, "StylEx has to be trained first: run `python train.py --config stylex_<data>.yaml`"),
-        ("grad-cam", {}, "There is no method 'grad-cam' to use untrained: choose from steerable_lens, integrated_grad"),
+        ("grad-cam", {}, "There is no method 'grad-cam' to use untrained: choose from "),
+        ("grad-cam", {}, "steerable_lens, integrated_gradients, gradient_shap, "),
         ("lens_course", {}, "There is no method 'lens_course' to use untrained"),
         ("os", {}, "There is no method 'os' to use untrained"),
         ("../dxai", {}, "There is no method '../dxai' to use untrained"),

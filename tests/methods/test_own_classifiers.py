@@ -35,7 +35,7 @@ class TheirNet(nn.Module):
 
 
 def their_network() -> dict[str, Any]:
-    """A class in a file of the user's, with weights in another."""
+    """Writes a class and its weights into two files of a user."""
     Path("their_package.py").write_text(_OWN)
     from their_package import TheirNet  # type: ignore[import-not-found]
 
@@ -66,6 +66,8 @@ def test_a_classifier_named_in_yaml_alone(
     monkeypatch.syspath_prepend(str(tmp_path))
     for index, image in enumerate(toy_images(24, 3, image_size=64)):
         images.save_image(image, tmp_path / "photos" / "ab"[index % 2] / f"{index}.png")
+
+    # Train.
     config = {
         "model": {
             "class_path": "cfe_lightning.methods.mirror_cfe.MirrorCFE",
@@ -84,6 +86,8 @@ def test_a_classifier_named_in_yaml_alone(
     explainer = load_explainer(checkpoint, ["their_package"])
     assert explainer.classifier.class_names == ("a", "b")
     assert explainer.classifier.spec.feature_map in ("layer4", "late")
+
+    # Explain.
     arguments = ["--checkpoint", checkpoint, "--input", "photos", "--output", "out", "--limit", "3", *trusted]
     arguments += ["--accelerator", "cpu"]
     assert explain.main([*arguments, "--animation", "gif"]) == 0

@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.metrics.attributes``: the check numbers of evaluation, sections 3.6, 6.4 and 6.5."""
+"""Tests of ``cfe_lightning.metrics.attributes`` on tables whose numbers are computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check numbers of evaluation, sections 3 and 4; images given on [0, 1] are moved to the package's [-1, 1]."""
+"""Tests of ``cfe_lightning.metrics.counterfactual``; images given on [0, 1] are moved to the package's [-1, 1]."""
 
 import pytest
 import torch

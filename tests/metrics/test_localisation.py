@@ -1,4 +1,4 @@
-"""The check numbers of evaluation, section 9.6, and agreement with a known difference."""
+"""Tests of ``cfe_lightning.metrics.localisation`` on four pixels, and agreement with a known difference."""
 
 import pytest
 import torch

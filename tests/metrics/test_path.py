@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.metrics.path``: the check numbers of evaluation, section 8, and the edges."""
+"""Tests of ``cfe_lightning.metrics.path`` on paths whose numbers are computed by hand, and at the edges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.metrics.realism``: the check numbers of evaluation, section 5."""
+"""Tests of ``cfe_lightning.metrics.realism`` on sets of features whose distances are computed by hand."""
 
 from __future__ import annotations
 
@@ -73,10 +73,3 @@ def test_too_few_images_are_an_error(count: int) -> None:
             distance(few, SQUARE)
     with pytest.raises(ValueError, match="at least four images"):
         realism.split_fid(SQUARE[:3], SQUARE[:3])
-
-
-def test_cosines_of_the_document() -> None:
-    one, other = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
-    found = realism.cosine(one, other)
-    assert found.tolist() == pytest.approx([0.707107, -1.0], abs=1e-5)
-    assert float(found.mean()) == pytest.approx(-0.146447, abs=1e-5)

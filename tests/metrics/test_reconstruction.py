@@ -1,4 +1,4 @@
-"""The check numbers of evaluation, section 9.1."""
+"""Tests of ``cfe_lightning.metrics.reconstruction`` on images whose error is known."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Intervals, populations and the result that is never NaN (evaluation, sections 0 and 12)."""
+"""Intervals, populations and the result that is never NaN."""
 
 import math
 

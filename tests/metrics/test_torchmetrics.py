@@ -62,7 +62,7 @@ def test_frechet_distance_of_images_and_of_their_features() -> None:
     features = [Extractor()(images.double()) for images in (real, edited)]
     found = realism.fid(*features)
     assert found == pytest.approx(float(metric.compute()), rel=1e-6)
-    # The document's formula, section 5.1.
+    # The formula: distance of the means, traces, and roots of the eigenvalues of the product.
     (first, second), (left, right) = [f.mean(dim=0) for f in features], [torch.cov(f.T) for f in features]
     roots = torch.linalg.eigvals(left @ right).real.clamp_min(0).sqrt().sum()
     assert found == pytest.approx(float((first - second).square().sum() + (left + right).trace() - 2 * roots), rel=1e-6)
@@ -76,7 +76,7 @@ def test_kernel_distance_of_images_and_of_their_features() -> None:
     features = [Extractor()(images.double()) for images in (real, edited)]
     found, _ = realism.kid(*features)
     assert found == pytest.approx(float(metric.compute()[0]), rel=1e-6)
-    # The document's formula, section 5.3: an image is not compared with itself.
+    # The formula of the unbiased estimate: an image is not compared with itself.
     among, across = [((f @ f.T) / 3 + 1) ** 3 for f in features], ((features[0] @ features[1].T) / 3 + 1) ** 3
     inside = sum(float(k.sum() - k.trace()) / (20 * 19) for k in among)
     assert found == pytest.approx(inside - 2 * float(across.mean()), rel=1e-6)

@@ -17,8 +17,10 @@ from PIL import Image
 
 from cfe_lightning import images
 from cfe_lightning.explaining.atlas import write_atlas
-from cfe_lightning.explaining.folder import OutputFolder, Row, image_folder
+from cfe_lightning.explaining.folder import OutputFolder
+from cfe_lightning.explaining.names import image_folder
 from cfe_lightning.explaining.overview import write_overview
+from cfe_lightning.explaining.row import Row
 from cfe_lightning.report.page import write_html
 
 KEYS = ("image", "counterfactual", "difference", "attribution", "steps", "part_distinct")
@@ -38,7 +40,7 @@ def row(name: str, index: int, side: int, folder: Path) -> Row:
     for key in KEYS:
         picture(folder / place / f"{key}.png", side * len(STRENGTHS) if key == "steps" else side, side)
     flipped, after = index % 3 != 0, 0.8 if index % 3 else 0.3
-    return {
+    line: dict[str, Any] = {
         **{"name": name, "source": [1, 1], "status": "ok", "predicted": "cat" if index % 2 else "dog"},
         **{"target": "dog" if index % 2 else "<b>owl</b>", "p_predicted_before": 0.9, "p_target_before": 0.05},
         **{"p_predicted_after": 1 - after, "p_target_after": after, "flipped": flipped, "flipped_saved": flipped},
@@ -46,6 +48,7 @@ def row(name: str, index: int, side: int, folder: Path) -> Row:
         **{"files": {key: f"{key}.png" for key in KEYS}, "gains": {"distinct": 4.0}, "scores": {"agreement": 0.5}},
         "curve": {"strength": STRENGTHS, "predicted": [0.9, 0.8, 0.6, 0.3, 0.1], "target": [0.1, 0.2, 0.4, 0.7, 0.9]},
     }
+    return Row(line)
 
 
 def make(folder: Path, names: list[str], failures: list[str], side: int = 24) -> Path:
@@ -58,7 +61,7 @@ def make(folder: Path, names: list[str], failures: list[str], side: int = 24) ->
         }
     )
     rows = [row(name, index, side, folder) for index, name in enumerate(names)]
-    rows += [{"name": name, "source": [0, 0], "status": "failed", "error": f"Why <{name}>."} for name in failures]
+    rows += [Row({"name": n, "source": [0, 0], "status": "failed", "error": f"Why <{n}>."}) for n in failures]
     output.append(0, rows)
     output.merge()
     facts: dict[str, Any] = {"checkpoint": "runs/<u>/best.ckpt", "device": "cpu", "versions": {"torch": "2.15"}}
@@ -286,6 +289,7 @@ def test_no_name_of_the_atlas_becomes_markup(tmp_path: Path):
         folder,
     )
     page = write_html(folder).read_text(encoding="utf-8")
+    # Names are text.
     section = page.partition("</header>\n")[2].partition('<nav class="toolbar"')[0]
     for name in (*EVIL[:3], EVIL[5]):
         assert name not in section
@@ -339,7 +343,7 @@ def test_pairs_without_directions_or_curve_and_long_lists(tmp_path: Path):
 
 
 def broken(**changes: Any) -> str:
-    """atlas.json with one thing changed, named pairs.0.directions.0.file or the like, or removed by None."""
+    """Returns atlas.json with values changed, named like pairs__0__directions__0__file, or removed by None."""
     content = json.loads(BROKEN_FROM)
     for path, value in changes.items():
         *way, last = path.split("__")
@@ -425,18 +429,18 @@ MEASURED = {
 def measured(folder: Path, **changes: Any) -> None:
     """Adds what later versions measure to every row of a folder."""
     output = OutputFolder(folder)
-    rows = [entry | MEASURED | changes for entry in output.rows() if entry["status"] == "ok"]
+    rows = [Row(vars(entry) | MEASURED | changes) for entry in output.rows() if entry.status == "ok"]
     output.append(0, rows)
     output.merge()
 
 
 def with_global(folder: Path, names: list[str], **changes: Any) -> Path:
-    """A folder of changes at the upper edge, with its global view."""
+    """Makes a folder of changes at the upper edge, with its global view."""
     make(folder, names, ["z/broken.png"])
     measured(folder, **changes)
     for entry in OutputFolder(folder).rows():
-        if entry["status"] == "ok":
-            place = folder / entry["folder"]
+        if entry.status == "ok":
+            place = folder / entry.folder
             values = np.asarray(Image.open(place / "image.png")).copy()
             values[:2] = 255 - values[:2]
             Image.fromarray(values).save(place / "counterfactual.png")
@@ -529,6 +533,8 @@ def test_twelve_pairs_are_shown_and_all_alarms(tmp_path: Path):
     assert "The 12 most frequent of 20 pairs are shown" in words(section)
     assert section.count("Shortcut alarm, ") == 1
     assert "→ class 15:" in words(section)
+
+    # Alarms everywhere.
     view["pairs"][0] |= {"num_flipped": 3000, "num_used": 1999, "num_left_out": 1}
     view["pairs"] = [pair | {"alarm": True} for pair in view["pairs"]]
     (folder / "global.json").write_text(json.dumps(view))
@@ -672,6 +678,7 @@ class TestInABrowser:
         frame = "return getComputedStyle(document.querySelector('.card.active .frame')).backgroundPositionX"
         assert browser.run(frame).startswith("25%")
         assert browser.run("return document.querySelector('.card.active .cursor').getAttribute('x1')") == "25"
+        # Pages and search.
         browser.press("n")
         assert browser.run(active) == "card-27"
         assert cards(browser)[2] == "a/044.png"

@@ -291,7 +291,7 @@ def test_a_method_that_finds_it_has_learnt_nothing_is_measured_all_the_same(
     write_config(f"{__name__}.Doubtful")
     rows, said = dry_run(capsys, "--trusted", __name__.partition(".")[0])
     assert {"epoch", "run", "checkpoint"} <= rows.keys()
-    assert said[0] == "The end of a validation is not in the numbers: It has learnt nothing."
+    assert said[0] == "The end of a validation could not be measured: It has learnt nothing."
 
 
 def test_validations_and_epochs_are_counted_as_the_trainer_does() -> None:

@@ -25,7 +25,7 @@ from cfe_lightning.compute.signals import SIGNALS, StopRequested
 from cfe_lightning.images import UnreadableImageError
 from cfe_lightning.training import EMA, LastCheckpoint, checkpoints
 from cfe_lightning.training.checkpoints import AtomicCheckpointIO, RandomState
-from cfe_lightning.training.watching import iteration
+from cfe_lightning.training.lightning_inside import iteration
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
 

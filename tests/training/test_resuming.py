@@ -62,7 +62,7 @@ def test_checkpoints_of_the_run_itself_may_be_removed(
 )
 def test_checkpoints_elsewhere_may_not(state: dict[str, Any], checkpoint: dict[str, Any], tmp_path: Path) -> None:
     torch.save(checkpoint | {"callbacks": {KEY: state}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"no training to go on with \(missing or of another form: callbacks\): give"):
+    with pytest.raises(ValueError, match=r"no training to resume \(missing or malformed: callbacks\): give"):
         load_training(tmp_path / "last.ckpt")
 
 
@@ -79,7 +79,7 @@ def test_checkpoints_elsewhere_may_not(state: dict[str, Any], checkpoint: dict[s
 def test_parts_of_another_form_are_named(part: str, value: Any, checkpoint: dict[str, Any], tmp_path: Path) -> None:
     torch.save(checkpoint | {part: value}, tmp_path / "last.ckpt")
     named = "state_dict" if part == "current_model_state" else part
-    with pytest.raises(ValueError, match=rf"of another form: {named}\): give the last.ckpt"):
+    with pytest.raises(ValueError, match=rf"malformed: {named}\): give the last.ckpt"):
         load_training(tmp_path / "last.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""Attribution methods of Captum behind the same interface."""
+"""Attribution methods of Captum, and a naive descent, behind the same interface."""
 
 from cfe_lightning.methods.baselines.captum import BASELINES, Baseline
 

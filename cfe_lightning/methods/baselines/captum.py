@@ -1,8 +1,8 @@
-"""What an explainer is compared with: Captum's heat maps as decompositions.
+"""The baselines of the evaluation: Captum's heat maps as decompositions.
 
-A heat map a becomes a decomposition by w = a / max|a| and distinct = w * image, agnostic = (1 - w) * image (DXAI,
-section 5.3). It answers the ``Decomposer`` protocol, so evaluation never learns what it is. Everything runs on a copy
-of the classifier: Captum's hooks and changed weights never touch the one that is explained.
+A heat map a becomes a decomposition by w = a / max|a|, distinct = w * image and agnostic = (1 - w) * image, as in the
+comparison of DXAI (arXiv 2401.00320, table 1). It follows the ``Decomposer`` protocol, so the evaluation treats it like
+any other. Captum runs on a copy of the classifier: its hooks and changed weights never touch the explained one.
 """
 
 from __future__ import annotations
@@ -26,27 +26,22 @@ from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.files.text import one_line
 from cfe_lightning.methods.baselines.neutral_descent import NeutralDescent, decomposed
 
+# fmt: off
 Method = Literal[
-    "integrated_gradients",
-    "gradient_shap",
-    "internal_influence",
-    "guided_grad_cam",
-    "grad_cam",
-    "lrp",
-    "occlusion",
-    "saliency",
-    "random",
+    "integrated_gradients", "gradient_shap", "internal_influence", "guided_grad_cam", "grad_cam", "lrp", "occlusion",
+    "saliency", "random",
 ]
+# fmt: on
 Sign = Literal["keep", "relu", "abs"]
 
-#: Names that ``build_baseline`` understands.
+#: Names of all baselines.
 BASELINES: tuple[str, ...] = (*get_args(Method), "neutral_descent")
-#: Layer methods take the last convolution with a map of at least this side: a 1 x 1 map has no place to point at.
+#: Smallest side of the map that layer methods use: a 1 x 1 map has no position to point at.
 MIN_MAP_SIZE = 4
 
 
 def build_baseline(name: str, classifier: FrozenClassifier, seed: int = 0) -> Explainer:
-    """A baseline by its name in ``BASELINES``.
+    """Builds a baseline by its name in ``BASELINES``; ``seed`` is for the random ones.
 
     Raises:
         ValueError: If there is no such baseline, or it cannot explain this classifier.
@@ -59,15 +54,15 @@ def build_baseline(name: str, classifier: FrozenClassifier, seed: int = 0) -> Ex
 
 
 class Baseline(ExplainerModule):
-    """A baseline in the place of a method: what explains a folder of images.
+    """A baseline in the place of a method, so that it explains folders of images.
 
     Args:
         classifier: The classifier to be explained.
-        name: One of ``BASELINES``.
-        seed: Of the random ones.
+        name: Name of the baseline, one of ``BASELINES``.
+        seed: Random seed of the baselines with random numbers.
 
     Raises:
-        ValueError: As ``build_baseline``.
+        ValueError: If there is no such baseline, or it cannot explain this classifier.
     """
 
     needs_training: ClassVar[bool] = False
@@ -75,32 +70,33 @@ class Baseline(ExplainerModule):
     def __init__(self, classifier: FrozenClassifier, *, name: str = "integrated_gradients", seed: int = 0) -> None:
         super().__init__(classifier)
         self._explainer = build_baseline(name, classifier, seed)
-        # It works on a copy of the classifier, which would keep the weights from before.
+        # The baseline has its own copy of the classifier, which must get loaded weights, too.
         self.register_load_state_dict_post_hook(
             lambda module, _keys: setattr(module, "_explainer", build_baseline(name, classifier, seed))
         )
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """As the baseline does; there is no counterfactual."""
+        """Explains images [B, C, H, W] as the baseline does; there is no counterfactual."""
         return self._explainer.explain(image, target)
 
 
 class CaptumExplainer:
-    """A heat-map method behind the ``Decomposer`` protocol, with the settings of DXAI, section 5.3.
+    """A heat-map method behind the ``Decomposer`` protocol, with the settings of DXAI's code.
 
     Args:
         classifier: The classifier to be explained.
         method: Captum's method. Settings: integrated gradients 50 steps from mid-grey; GradientSHAP 25 samples from
-            mid-grey; internal influence, Grad-CAM, LRP and their kin keep positive relevance only; occlusion slides a
-            mid-grey square of an eighth of the image; random draws U[0, 1) per pixel.
-        sign: ``keep`` the sign of the heat map (the paper's tables), or its positive part, or its magnitude.
+            mid-grey; internal influence, Grad-CAM and LRP keep positive relevance only; occlusion slides a mid-grey
+            square of an eighth of the image; random draws U[0, 1) per pixel.
+        sign: Part of the heat map that counts: "keep" its sign (the paper's tables), "relu" its positive part, or "abs"
+            its magnitude.
         layer: Dotted name of the layer for Grad-CAM, guided Grad-CAM and internal influence, as in the classifier's
             spec; None takes the last convolution whose map has a side of at least ``MIN_MAP_SIZE``.
         chunk: Images in one forward pass of methods that need many passes per image.
-        seed: Of the random methods. Their draw depends on the image and the seed, never on the batch.
+        seed: Seed of the random methods. Their numbers depend on the image and the seed, never on the batch.
 
     Raises:
-        ValueError: If the method cannot explain this classifier; the sentence says why.
+        ValueError: If the method cannot explain this classifier; the message says why.
     """
 
     def __init__(
@@ -128,17 +124,12 @@ class CaptumExplainer:
         self._probe()
 
     def attribute(self, image: Tensor, weights: Tensor) -> Tensor:
-        """Relevance of each pixel for a weighted sum of logits.
+        """Returns the signed relevance of pixels, [B, C, H, W] -> [B, C or 1, H, W], for logits weighted by [B, K].
 
-        Args:
-            image: [B, C, H, W] in [-1, 1].
-            weights: Of the logits, [B, K]: one class, or predicted minus target.
-
-        Returns:
-            [B, C or 1, H, W], with sign.
+        The weights select one class, or predicted minus target.
         """
         self._score.to(image.device)
-        # Captum needs gradients, also when called from prediction or validation loops.
+        # Captum needs gradients, even in prediction and validation loops.
         with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="captum")
             warnings.filterwarnings("ignore", message=".*Setting (forward, )?backward hooks.*")
@@ -146,11 +137,11 @@ class CaptumExplainer:
         return attribution.detach().float()
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
-        """The part w * image of images [B, C, H, W] for class ``source`` [B]; w is the heat map scaled to [-1, 1]."""
+        """Returns w * image for images [B, C, H, W] and classes ``source`` [B]; w is the heat map on [-1, 1]."""
         return self._weights(self.attribute(image, self._one_class(source))) * image
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """Explains predicted against target: the heat map is of the difference of the two logits."""
+        """Explains predicted class against target: the heat map explains the difference of their logits."""
         with torch.no_grad():
             logits = self.classifier(image)
         target = runner_up(logits) if target is None else target
@@ -165,37 +156,41 @@ class CaptumExplainer:
 
     def _one_class(self, source: Tensor) -> Tensor:
         weights = F.one_hot(source, self.classifier.num_classes).float()
-        # Logits (0, z) of a sigmoid: class 0 is -z, since its own logit never moves.
+        # Logits (0, z) of a sigmoid: class 0 stands for -z, since its own logit never moves.
         return (weights * 2 - 1) * weights.new_tensor([0.0, 1.0]) if self._single_logit else weights
 
     def _probe(self) -> None:
-        """Runs the method once on noise, so that a classifier it cannot explain is refused before the long run."""
-        spec = self.classifier.spec
-        device = next((p.device for p in self.classifier.parameters()), torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.rand((2, spec.channels, spec.image_size, spec.image_size), generator=generator) * 2 - 1
-        noise = noise.to(device)
+        """Runs the method once on noise, so that a classifier it cannot explain is refused before a long run."""
+        noise = _noise(self.classifier)
         with torch.no_grad():
             logits = self.classifier(noise)
         self._single_logit = logits.shape[1] == 2 and bool((logits[:, 0] == 0).all())
+
+        # Heat map.
+        kind = type(self.classifier.network).__name__
         try:
-            result = self.attribute(noise, self._one_class(torch.zeros(2, dtype=torch.int64, device=device)))
+            result = self.attribute(noise, self._one_class(torch.zeros(2, dtype=torch.int64, device=noise.device)))
         except ValueError:
             raise
         # Captum, hooks and scripted networks fail in many ways; all mean that this pair does not work.
         except Exception as error:
-            kind = type(self.classifier.network).__name__
-            reason = one_line(error)
-            raise ValueError(f"{self.method} cannot explain this classifier ({kind}): {reason}") from error
+            raise ValueError(f"{self.method} cannot explain this classifier ({kind}): {one_line(error)}") from error
         if not result.isfinite().all():
-            kind = type(self.classifier.network).__name__
             raise ValueError(f"{self.method} gives no finite heat map for this classifier ({kind}).")
 
+    def run(self, name: str, image: Tensor, weights: Tensor, layer: nn.Module | None = None, **options: Any) -> Tensor:
+        """Runs Captum's class ``name`` on the weighted logits of images, at a layer if there is one."""
+        # Captum takes seconds to import.
+        from captum import attr
+
+        method = getattr(attr, name)(self._score, *([] if layer is None else [layer]))
+        return method.attribute(image, additional_forward_args=(weights,), **options)
+
     def layer(self) -> nn.Module:
-        """The layer that Grad-CAM and its kin look at, in the copy of the classifier.
+        """Returns the layer of Grad-CAM, guided Grad-CAM and internal influence, in the copy of the classifier.
 
         Raises:
-            ValueError: If a name was given and there is no such layer, or the network has no convolution to hook.
+            ValueError: If the network has no layer of the given name, or no convolution to hook.
         """
         network = self._score.classifier.network
         if self._layer is None:
@@ -207,7 +202,7 @@ class CaptumExplainer:
 
 
 class _Score(nn.Module):
-    """A weighted sum of the classifier's logits, [B, C, H, W] and [B, K] -> [B]: what Captum differentiates."""
+    """A weighted sum of the classifier's logits, [B, C, H, W] and [B, K] -> [B], for Captum to differentiate."""
 
     def __init__(self, classifier: FrozenClassifier) -> None:
         super().__init__()
@@ -218,21 +213,22 @@ class _Score(nn.Module):
 
 
 def _hookable_copy(classifier: FrozenClassifier) -> FrozenClassifier:
-    """A copy that computes the same without in-place activations, which backward hooks cannot see through."""
+    """Copies a classifier without in-place activations, which break backward hooks; its answers are the same."""
     with torch.inference_mode(False):
         duplicate = copy.deepcopy(classifier)
     for module in list(duplicate.network.modules()):
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
         for name, child in module.named_children():
-            # Captum's LRP has no rule for Identity; Dropout in eval mode is the same function and has one.
+            # Captum's LRP has no rule for Identity; Dropout in eval mode is the same function and has a rule.
             if type(child) is nn.Identity:
                 setattr(module, name, nn.Dropout(0.0).eval())
     return duplicate
 
 
 def _last_map(classifier: FrozenClassifier) -> nn.Module:
-    """The last convolution whose output is a map of at least ``MIN_MAP_SIZE``, else the last with any map."""
+    """Finds the last convolution with a map of at least ``MIN_MAP_SIZE``, or else the last with any map."""
+    # One pass with hooks.
     seen: list[tuple[nn.Module, int]] = []
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -241,13 +237,13 @@ def _last_map(classifier: FrozenClassifier) -> nn.Module:
 
     handles = [m.register_forward_hook(note) for m in classifier.network.modules() if isinstance(m, nn.Conv2d)]
     try:
-        size = classifier.spec.image_size
-        parameter = next(classifier.parameters(), torch.zeros(()))
         with torch.no_grad():
-            classifier(torch.zeros((1, classifier.spec.channels, size, size), device=parameter.device))
+            classifier(_noise(classifier))
     finally:
         for handle in handles:
             handle.remove()
+
+    # Choice.
     if not seen:
         raise ValueError(
             f"This classifier ({type(classifier.network).__name__}) has no convolution that can be hooked: name a "
@@ -257,100 +253,70 @@ def _last_map(classifier: FrozenClassifier) -> nn.Module:
     return large[-1] if large else seen[-1][0]
 
 
-# --- one function per method: image [B, C, H, W] and logit weights [B, K] to relevance [B, C or 1, H, W] ---
+# One function per method: images [B, C, H, W] and weights of logits [B, K] to relevance [B, C or 1, H, W].
 
 
 def _integrated_gradients(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import IntegratedGradients
-
-    return IntegratedGradients(explainer._score).attribute(
-        image, additional_forward_args=(weights,), n_steps=50, internal_batch_size=max(explainer.chunk, len(image))
-    )
+    at_once = max(explainer.chunk, len(image))
+    return explainer.run("IntegratedGradients", image, weights, n_steps=50, internal_batch_size=at_once)
 
 
 def _gradient_shap(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import GradientShap
-
-    method = GradientShap(explainer._score)
     collected = []
     # One image at a time: its draw must not depend on its neighbours, and Captum has no internal batch size here.
     for single, weight in zip(image.split(1), weights.split(1), strict=True):
         with _seeded(_seed_of(single, explainer.seed)):
             collected.append(
-                method.attribute(
-                    single, baselines=torch.zeros_like(single), n_samples=25, additional_forward_args=(weight,)
-                )
+                explainer.run("GradientShap", single, weight, baselines=torch.zeros_like(single), n_samples=25)
             )
     return torch.cat(collected)
 
 
 def _internal_influence(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import InternalInfluence
-
-    influence = InternalInfluence(explainer._score, explainer.layer()).attribute(
-        image, additional_forward_args=(weights,), n_steps=50, internal_batch_size=max(explainer.chunk, len(image))
-    )
+    options = {"n_steps": 50, "internal_batch_size": max(explainer.chunk, len(image))}
+    influence = explainer.run("InternalInfluence", image, weights, layer=explainer.layer(), **options)
     return _upsampled(influence.relu().mean(dim=1, keepdim=True), image)
 
 
 def _guided_grad_cam(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import GuidedGradCam
-
     if not any(isinstance(module, nn.ReLU) for module in explainer._score.modules()):
         raise ValueError(
             f"guided_grad_cam needs nn.ReLU layers to guide, and this classifier "
             f"({type(explainer.classifier.network).__name__}) has none: use grad_cam."
         )
-    return GuidedGradCam(explainer._score, explainer.layer()).attribute(
-        image, additional_forward_args=(weights,), interpolate_mode="bilinear"
-    )
+    return explainer.run("GuidedGradCam", image, weights, layer=explainer.layer(), interpolate_mode="bilinear")
 
 
 def _grad_cam(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import LayerGradCam
-
-    heat = LayerGradCam(explainer._score, explainer.layer()).attribute(
-        image, additional_forward_args=(weights,), relu_attributions=True
-    )
+    heat = explainer.run("LayerGradCam", image, weights, layer=explainer.layer(), relu_attributions=True)
     return _upsampled(heat, image)
 
 
 def _lrp(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import LRP
-
-    return LRP(explainer._score).attribute(image, additional_forward_args=(weights,)).relu()
+    return explainer.run("LRP", image, weights).relu()
 
 
 def _occlusion(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import Occlusion
-
     window = max(1, image.shape[-1] // 8)
     stride = max(1, window // 2)
-    return Occlusion(explainer._score).attribute(
+    return explainer.run(
+        "Occlusion",
         image,
+        weights,
         sliding_window_shapes=(image.shape[1], window, window),
         strides=(image.shape[1], stride, stride),
         baselines=0,
-        additional_forward_args=(weights,),
         perturbations_per_eval=max(1, explainer.chunk // len(image)),
     )
 
 
 def _saliency(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    from captum.attr import Saliency
-
-    return Saliency(explainer._score).attribute(image, additional_forward_args=(weights,))
+    return explainer.run("Saliency", image, weights)
 
 
 def _random(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    del weights
-    drawn = [
-        torch.rand(
-            (1, 1, *single.shape[-2:]), generator=torch.Generator().manual_seed(_seed_of(single, explainer.seed))
-        )
-        for single in image.split(1)
-    ]
-    return torch.cat(drawn).to(image)
+    generators = [torch.Generator().manual_seed(_seed_of(single, explainer.seed)) for single in image.split(1)]
+    return torch.cat([torch.rand((1, 1, *image.shape[-2:]), generator=one) for one in generators]).to(image)
 
 
 _ATTRIBUTIONS: dict[Method, Callable[[CaptumExplainer, Tensor, Tensor], Tensor]] = {
@@ -366,19 +332,26 @@ _ATTRIBUTIONS: dict[Method, Callable[[CaptumExplainer, Tensor, Tensor], Tensor]]
 }
 
 
+def _noise(classifier: FrozenClassifier) -> Tensor:
+    """Draws two images of noise in [-1, 1] on the classifier's device, the same in every call."""
+    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+    size, generator = classifier.spec.image_size, torch.Generator().manual_seed(0)
+    return (torch.rand((2, classifier.spec.channels, size, size), generator=generator) * 2 - 1).to(device)
+
+
 def _upsampled(heat: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(heat, size=image.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def _seed_of(image: Tensor, seed: int) -> int:
-    """A seed that belongs to the image's content, so the order and size of batches play no role."""
+    """Derives a seed from an image's content, so that the order and size of batches play no role."""
     digest = hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes() + str(seed).encode())
     return int.from_bytes(digest.digest()[:4], "big")
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Fixes the two global generators that Captum draws from, and gives them back as they were."""
+    """Seeds the two global generators that Captum draws from, and restores them afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The naive baseline: walk from the image to the nearest one that leaves the classifier undecided."""
+"""The naive baseline: descent from the image to one that leaves the classifier undecided."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from torch import Tensor
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.decisions import kl_from_uniform, runner_up
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.metrics.faithfulness import STRENGTHS
+from cfe_lightning.metrics.decomposition import STRENGTHS
 
 
 class NeutralDescent:
-    """The naive answer to DXAI's Definition 2: walk from the image until the classifier is undecided (appendix E).
+    """The naive solution of DXAI's Definition 2 (arXiv 2401.00320, appendix E): descent until C is undecided.
 
     z <- z - step * gradient of KL(uniform || C(z)); distinct = image - z. It ends in noise-like, adversarial patterns,
-    which is why it is a sanity baseline.
+    so it serves as a sanity check.
 
     Args:
-        classifier: The classifier to be explained.
-        num_steps: Steps at most.
-        step_size: Of each step, in [-1, 1] units per unit gradient.
-        tolerance: An image stops moving once its divergence is below this.
+        classifier: The classifier to be explained, C.
+        num_steps: Largest number of steps.
+        step_size: Length of a step in [-1, 1] units per unit gradient.
+        tolerance: Divergence below which an image stops moving.
     """
 
-    # Paper: direction of the divergence and step size are unknown; here as in the specification, section 5.6.
+    # Paper: direction of the divergence and step size are not given; here KL(uniform || C) and 0.1.
     def __init__(
         self, classifier: FrozenClassifier, *, num_steps: int = 200, step_size: float = 0.1, tolerance: float = 1e-4
     ) -> None:
@@ -34,8 +34,9 @@ class NeutralDescent:
         self.tolerance = tolerance
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
-        """Image minus its neutral neighbour, [B, C, H, W]; the same for every ``source``."""
+        """Returns images minus their neutral neighbours, [B, C, H, W]; ``source`` plays no role."""
         del source
+        # Also inside prediction loops, which switch gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             image = image.detach().clone()
             neutral = image.clone()
@@ -50,7 +51,7 @@ class NeutralDescent:
         return image - neutral.detach()
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """Explains with the distance moved as attribution; the target plays no role on the way."""
+        """Explains with the moved distance as attribution; the target plays no role in the descent."""
         with torch.no_grad():
             logits = self.classifier(image)
         target = runner_up(logits) if target is None else target
@@ -59,7 +60,7 @@ class NeutralDescent:
 
 
 def decomposed(image: Tensor, logits: Tensor, target: Tensor, attribution: Tensor, distinct: Tensor) -> Explanation:
-    """An explanation by parts and their sweep, without a counterfactual."""
+    """Makes an explanation by the parts agnostic and distinct, with their sweep but without a counterfactual."""
     strengths = torch.tensor(STRENGTHS, device=image.device, dtype=image.dtype)
     return Explanation(
         image=image,

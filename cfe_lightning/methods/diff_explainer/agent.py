@@ -1,7 +1,7 @@
-"""The student of DiffExplainer: a linear map from semantic codes to a classifier's features, and the step it implies.
+"""The agent of DiffExplainer: a linear map from semantic codes to the classifier's features, and the step it implies.
 
-Pure functions. Source: "DiffExplainer", MICCAI 2024, and its specification, sections 4 and 5. Everything is linear, so
-the agent's gradient is known in closed form and one step has an exact effect on the agent.
+Source: DiffExplainer (MICCAI 2024, arXiv 2406.15182). The map and the classifier's last layer are both linear, so the
+agent's gradient is known in closed form and a step changes the agent's margin by an exact amount. Pure functions.
 
 Shapes: N samples, B images, D entries of the code, F features, K classes.
 """
@@ -9,7 +9,7 @@ Shapes: N samples, B images, D entries of the code, F features, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,29 @@ from torch.nn import functional as F
 from torch.optim.adam import adam
 from torchmetrics.functional import classification
 
-from cfe_lightning.decisions import kl_between_logits
+from cfe_lightning.decisions import kl_between_logits, margin
 
-#: What the agent is fitted to: the classifier's features (l1, mse), or its decisions (kl).
+#: What the agent is fitted to: the classifier's features ("l1", "mse") or its decisions ("kl").
 Alignment = Literal["l1", "mse", "kl"]
-#: The metric in which a step is the shortest one: codes as they are, per entry in units of its spread, or in units of
-#: the codes' covariance, which keeps the edit plausible under the data.
+#: The metric in which a step is the shortest one: raw codes, entries in units of their spread, or codes in units of
+#: their covariance, which keeps the edit plausible under the data.
 StepMetric = Literal["identity", "diagonal", "covariance"]
 METRICS: tuple[StepMetric, ...] = ("identity", "diagonal", "covariance")
+
+#: Settings of ``torch.optim.Adam`` in the form of its function, which has no defaults.
+_ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+#: Standard deviation up to which an entry of the code counts as constant.
+_SMALLEST_SPREAD = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeStatistics:
-    """Where codes lie.
+    """The distribution of the codes, in float64.
 
     Attributes:
-        mean: [D] float64.
-        spread: Standard deviations [D], positive.
-        covariance: [D, D].
+        mean: Mean of every entry, [D].
+        spread: Standard deviation of every entry, [D], positive.
+        covariance: Covariance of the entries, [D, D].
     """
 
     mean: Tensor
@@ -43,24 +48,19 @@ class CodeStatistics:
 
 
 def code_statistics(codes: Tensor) -> CodeStatistics:
-    """Mean, spread and covariance of codes [N, D]; entries that never change get the spread 1."""
+    """Measures mean, spread and covariance of codes [N, D]; constant entries get the spread 1."""
     codes = codes.double()
     mean = codes.mean(dim=0)
     covariance = (codes - mean).T @ (codes - mean) / max(len(codes) - 1, 1)
     spread = covariance.diagonal().sqrt()
-    return CodeStatistics(mean=mean, spread=torch.where(spread > 1e-8, spread, 1.0), covariance=covariance)
+    spread = torch.where(spread > _SMALLEST_SPREAD, spread, 1.0)
+    return CodeStatistics(mean=mean, spread=spread, covariance=covariance)
 
 
 def fit_ridge(codes: Tensor, features: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Least squares with a penalty on the weights, in float64.
+    """Regresses features [N, F] on standardised codes [N, D], in float64; returns weight [F, D] and bias [F].
 
-    Args:
-        codes: Standardised, [N, D].
-        features: What they should give, [N, F].
-        penalty: In units of the number of samples; the bias is not penalised.
-
-    Returns:
-        Weight [F, D] and bias [F].
+    ``penalty`` of the squared weights is in units of the number of samples; the bias is not penalised.
     """
     codes, features = codes.double(), features.double()
     code_mean, feature_mean = codes.mean(dim=0), features.mean(dim=0)
@@ -72,10 +72,10 @@ def fit_ridge(codes: Tensor, features: Tensor, penalty: float) -> tuple[Tensor, 
 
 
 def fit_offset(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The constant to be added to logits [N, K] that brings them nearest to others [N, K] in KL(wanted || logits), [K].
+    """Fits one constant per class, [K], added to logits [N, K] so that KL(wanted || logits) is smallest.
 
-    An agent of the features ranks images as the classifier does long before it puts the threshold where the classifier
-    has it; an offset mends that and leaves every direction as it is. The problem is convex.
+    An agent fitted to features ranks images like the classifier long before it shares the classifier's threshold. The
+    offset moves the threshold and leaves every direction as it is. The problem is convex.
     """
     logits = logits.detach().double()
     target = wanted.detach().double().softmax(dim=1)
@@ -83,6 +83,7 @@ def fit_offset(logits: Tensor, wanted: Tensor) -> Tensor:
         offset = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([offset], max_iter=100, line_search_fn="strong_wolfe")
 
+        # Equal to the divergence up to a constant.
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(logits + offset, target)
@@ -90,12 +91,14 @@ def fit_offset(logits: Tensor, wanted: Tensor) -> Tensor:
             return loss
 
         optimizer.step(closure)
+
+    # A common shift of all logits changes no probability.
     offset = offset.detach()
     return offset - offset.mean()
 
 
 def alignment_loss(features: Tensor, wanted: Tensor, logits: Tensor, wanted_logits: Tensor, kind: Alignment) -> Tensor:
-    """Distance of agent and classifier: features [N, F] and logits [N, K] of both; KL(classifier || agent)."""
+    """Measures the distance of agent and classifier, []: by features [N, F], or KL(classifier || agent) by logits."""
     if kind == "kl":
         return kl_between_logits(wanted_logits, logits)
     return F.l1_loss(features, wanted) if kind == "l1" else F.mse_loss(features, wanted)
@@ -104,7 +107,7 @@ def alignment_loss(features: Tensor, wanted: Tensor, logits: Tensor, wanted_logi
 def alignment_gradient(
     features: Tensor, wanted: Tensor, wanted_logits: Tensor, head: tuple[Tensor, Tensor], kind: Alignment
 ) -> Tensor:
-    """How ``alignment_loss`` changes with the agent's features, [N, F]; the head makes logits of them."""
+    """Differentiates ``alignment_loss`` by the agent's features, [N, F]; ``head`` is weight and bias of the logits."""
     if kind == "kl":
         weight, bias = head
         logits = features @ weight.T + bias
@@ -125,108 +128,84 @@ def refine(
     learning_rate: float,
     batch_size: int = 64,
 ) -> None:
-    """Trains an agent further with Adam, in place; the same on every process.
+    """Trains an agent further with Adam on the ``alignment_loss``, in place; every process of a run computes the same.
 
-    The gradient is written out, and Adam is called as a function: that of so small a batch is a few products, and
-    autograd and an optimiser's bookkeeping would take most of the time, which every process of a run spends again.
+    The gradient is written out and Adam is called as a function. A batch costs only a few small products, so autograd
+    and the bookkeeping of an optimiser would take most of the time.
 
-    Args:
-        agent: [D] -> [F].
-        codes: Standardised, [N, D].
-        features: The classifier's, [N, F].
-        logits: The classifier's, [N, K].
-        head: Weight [K, F] and bias [K] that make logits of features.
-        kind: See ``alignment_loss``.
-        epochs: Passes over the codes, each in another order.
-        learning_rate: Adam's.
-        batch_size: Codes of one step.
+    The codes [N, D] are standardised. Features [N, F], logits [N, K] and the head between them, weight [K, F] and bias
+    [K], are the classifier's. Every epoch is a pass over the codes in another order.
     """
-    # The bias is the weight of an entry that is always 1: one tensor to be moved instead of two.
+    # The bias is the weight of an entry that is always 1: one tensor to update instead of two.
     codes = F.pad(codes, (0, 1), value=1.0)
     weight = torch.cat([agent.weight, agent.bias[:, None]], dim=1).detach()
     mean, square, taken = torch.zeros_like(weight), torch.zeros_like(weight), weight.new_zeros(())
+
+    # Epochs.
+    options = _ADAM | {"lr": learning_rate, "fused": True}
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         order = torch.randperm(len(codes), generator=generator).to(codes.device)
         shuffled = (values[order].split(batch_size) for values in (codes, features, logits))
         for code, wanted, wanted_logits in zip(*shuffled, strict=True):
             gradient = alignment_gradient(code @ weight.T, wanted, wanted_logits, head, kind)
-            adam(
-                [weight],
-                [gradient.T @ code],
-                [mean],
-                [square],
-                [],
-                [taken],
-                fused=True,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                lr=learning_rate,
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
+            adam([weight], [gradient.T @ code], [mean], [square], [], [taken], **options)
+
+    # Back into the layer.
     with torch.no_grad():
         agent.weight.copy_(weight[:, :-1])
         agent.bias.copy_(weight[:, -1])
 
 
 def metric_matrix(kind: StepMetric, statistics: CodeStatistics, shrinkage: float = 0.05) -> Tensor:
-    """The matrix G of a step metric, [D, D] float64; ``shrinkage`` mixes the covariance with a multiple of identity."""
+    """Returns the matrix G of a step metric, [D, D] float64; ``shrinkage`` is the identity's share in "covariance"."""
     covariance = statistics.covariance
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     if kind == "identity":
         return identity
     if kind == "diagonal":
         return statistics.spread.square().diag()
+    # The identity is scaled to the mean variance.
     return (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * identity
 
 
 def unit_step(gradient: Tensor, matrix: Tensor) -> Tensor:
-    """The change of the code [B, D] that moves the agent's margin by 1 and is the shortest in a metric [D, D]."""
+    """Returns the shortest change of codes [B, D] in a metric [D, D] that moves a margin with this gradient by 1."""
     step = gradient @ matrix
     return step / (step * gradient).sum(dim=1, keepdim=True)
 
 
 def travelled(step: Tensor, covariance: Tensor) -> Tensor:
-    """Length of changes [B, D] in standard deviations of the data along their own line, [B] (section 5.3)."""
+    """Measures changes of the code [B, D] in standard deviations of the data along the change's own line, [B]."""
     length = step.norm(dim=1)
     along = ((step @ covariance) * step).sum(dim=1).clamp_min(1e-30).sqrt() / length
     return length / along
 
 
 def agreement(logits: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """How well an agent's logits [N, K] tell the classifier's decisions, given its logits [N, K].
+    """Measures how well an agent's logits [N, K] predict the decisions of the classifier's logits [N, K].
 
-    ``auc``, ``accuracy``, ``sensitivity``, ``specificity``, ``f1`` (of class 1 for two classes, else the mean over
-    classes), ``kl`` (classifier || agent) and ``margin_correlation``.
+    Returns:
+        ``auc``, ``accuracy``, ``sensitivity``, ``specificity`` and ``f1`` (of class 1 for two classes, otherwise the
+        mean over classes), ``kl`` (classifier || agent) and ``margin_correlation``.
     """
-    num_classes, truth = logits.shape[1], wanted.argmax(dim=1)
+    # Decisions.
+    num_classes, truth, p = logits.shape[1], wanted.argmax(dim=1), logits.softmax(dim=1)
+    options: dict[str, Any] = {"task": "multiclass", "num_classes": num_classes, "average": "macro"}
     if num_classes == 2:
-        p = logits.softmax(dim=1)[:, 1]
-        values = {
-            "auc": classification.binary_auroc(p, truth),
-            "accuracy": classification.binary_accuracy(p, truth),
-            "sensitivity": classification.binary_recall(p, truth),
-            "specificity": classification.binary_specificity(p, truth),
-            "f1": classification.binary_f1_score(p, truth),
-        }
-    else:
-        p = logits.softmax(dim=1)
-        values = {
-            "auc": classification.multiclass_auroc(p, truth, num_classes),
-            "accuracy": classification.multiclass_accuracy(p, truth, num_classes, average="micro"),
-            "sensitivity": classification.multiclass_recall(p, truth, num_classes),
-            "specificity": classification.multiclass_specificity(p, truth, num_classes),
-            "f1": classification.multiclass_f1_score(p, truth, num_classes),
-        }
+        p, options = p[:, 1], {"task": "binary"}
+    values: dict[str, Any] = {
+        "auc": classification.auroc(p, truth, **options),
+        "accuracy": classification.accuracy(p, truth, **options | {"average": "micro"}),
+        "sensitivity": classification.recall(p, truth, **options),
+        "specificity": classification.specificity(p, truth, **options),
+        "f1": classification.f1_score(p, truth, **options),
+    }
+
+    # Margins over the runner-up, signed by the order of the two classes: unsigned, all the classifier's are positive.
     other = wanted.scatter(1, truth[:, None], -torch.inf).argmax(dim=1)
-    # Oriented at random, or every margin of the classifier would be positive.
     sign = torch.where(truth < other, 1.0, -1.0).to(logits)
-    margins = [
-        sign * (one.gather(1, truth[:, None]) - one.gather(1, other[:, None])).squeeze(1) for one in (logits, wanted)
-    ]
+    margins = [sign * margin(one, truth, other) for one in (logits, wanted)]
     values["kl"] = kl_between_logits(wanted, logits)
     values["margin_correlation"] = torch.corrcoef(torch.stack(margins))[0, 1]
     return values

@@ -2,7 +2,7 @@
 
 It knows no classifier: one is trained per image domain and serves every classifier of that domain.
 
-Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, arXiv 2111.15640; DiffExplainer, MICCAI 2024.
+Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, arXiv 2111.15640; DiffExplainer, arXiv 2406.15182.
 
 Shapes: B images, C channels, H, W pixels, D entries of the code.
 """
@@ -32,32 +32,35 @@ from cfe_lightning.methods.diff_explainer.diffusion import (
 )
 from cfe_lightning.methods.diff_explainer.unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
 
-#: Images that a validation reconstructs.
+#: Images that one validation reconstructs.
 _RECONSTRUCTED = 16
 
 
 class DiffusionAutoencoder(pl.LightningModule):
-    """Trains encoder and noise predictor together on the noise that was added.
+    """Trains an encoder and a noise predictor together on the noise that was added to images.
 
     Args:
-        image_size: Side of the images; a multiple of 2 to the number of halvings.
-        channels: 1 for grey, 3 for RGB.
-        code_dim: D.
+        image_size: Side of the images in pixels; divisible by 2 once for every halving of the resolution.
+        channels: Number of channels of the images: 1 for grey, 3 for RGB.
+        code_dim: Length of the semantic code, D.
         width: Channels at full resolution.
-        multipliers: Channels of every resolution of the U-Net in units of ``width``; None is the paper's at 256 pixels.
-        encoder_multipliers: The same of the encoder, which goes one resolution deeper.
+        multipliers: Channels of the U-Net at every resolution in units of ``width``, finest resolution first; None
+            takes those published for 256 pixels, [1, 1, 2, 2, 4, 4].
+        encoder_multipliers: Channels of the encoder at every resolution in units of ``width``; None takes
+            ``multipliers`` and repeats the last one for one more resolution.
         blocks: Residual blocks per resolution.
-        attention_sizes: Resolutions with self-attention; None is 16.
-        time_dim: Length of the diffusion step's embedding.
-        dropout: Inside the U-Net's blocks.
-        groups: Number of normalisation groups; at least two channels should share one.
-        code_mode: How the code enters the U-Net, see ``SemanticUnet``.
-        pool: How the encoder's last map becomes one code, see ``SemanticEncoder``.
-        noise_loss: "mse" estimates the mean noise, which DDIM assumes; "l1" (DiffExplainer's) the median.
-        prediction: What the U-Net predicts: the "noise" (published), or the "velocity", whose error counts most where
-            an image is almost all noise and only the code tells what it shows: codes know the image many times sooner.
-        learning_rate: Adam's.
-        validation_steps: Diffusion steps of the reconstructions that are measured in validation.
+        attention_sizes: Resolutions in pixels that get self-attention; None takes [16].
+        time_dim: Length of the embedding of the diffusion step.
+        dropout: Dropout rate inside the blocks of the U-Net.
+        groups: Number of normalisation groups; at least two channels should share a group.
+        code_mode: How the code enters the U-Net: "adagn" scales every block, "sum" is added to the step's embedding.
+        pool: How the encoder's last map becomes one code: by its "mean", or by "mean_max", mean and maximum.
+        noise_loss: Distance between prediction and truth: "mse" estimates the mean noise, which DDIM assumes; "l1"
+            (DiffExplainer's) estimates the median.
+        prediction: Quantity that the U-Net predicts: the "noise" (published), or the "velocity". The velocity's error
+            counts most where an image is almost pure noise and only the code knows the image, so codes learn faster.
+        learning_rate: Learning rate of Adam.
+        validation_steps: Diffusion steps of the reconstructions in validation.
 
     Raises:
         ValueError: If sizes do not fit each other.
@@ -85,23 +88,22 @@ class DiffusionAutoencoder(pl.LightningModule):
         validation_steps: int = 20,
     ) -> None:
         super().__init__()
-        # By name: Lightning walks up the calling frames, and would record the arguments of a DiffExplainer, too.
+        # By name: Lightning walks up the calling frames and would also record the arguments of a DiffExplainer.
         self.save_hyperparameters(*inspect.signature(type(self)).parameters)
+
+        # Networks.
         multipliers = [1, 1, 2, 2, 4, 4] if multipliers is None else multipliers
         encoder_multipliers = [*multipliers, multipliers[-1]] if encoder_multipliers is None else encoder_multipliers
-        shared: dict[str, Any] = {
-            "image_size": image_size,
-            "channels": channels,
-            "code_dim": code_dim,
-            "width": width,
-            "blocks": blocks,
-            "attention_sizes": [16] if attention_sizes is None else attention_sizes,
-            "groups": groups,
-        }
-        self.encoder = SemanticEncoder(multipliers=encoder_multipliers, pool=pool, **shared)
-        self.unet = SemanticUnet(
-            multipliers=multipliers, time_dim=time_dim, dropout=dropout, code_mode=code_mode, **shared
+        sizes: dict[str, Any] = dict(image_size=image_size, channels=channels, code_dim=code_dim, width=width)
+        sizes |= dict(
+            blocks=blocks, groups=groups, attention_sizes=[16] if attention_sizes is None else attention_sizes
         )
+        self.encoder = SemanticEncoder(multipliers=encoder_multipliers, pool=pool, **sizes)
+        self.unet = SemanticUnet(
+            multipliers=multipliers, time_dim=time_dim, dropout=dropout, code_mode=code_mode, **sizes
+        )
+
+        # Settings.
         self.process = DiffusionProcess()
         self.image_size = image_size
         self.channels = channels
@@ -110,59 +112,59 @@ class DiffusionAutoencoder(pl.LightningModule):
         self.prediction = prediction
         self.learning_rate = learning_rate
         self.validation_steps = check_steps(validation_steps)
-        # For DDP: every weight has a gradient, and no buffer ever changes.
+        # For DDP: every weight has a gradient and no buffer ever changes.
         self.ddp_options = {"find_unused_parameters": False, "broadcast_buffers": False}
 
     def blocks(self) -> list[nn.Module]:
-        """Of encoder and U-Net, see ``ExplainerModule.blocks``."""
+        """Returns the blocks of encoder and U-Net, to be compiled or recomputed one by one."""
         return [*self.encoder.blocks(), *self.unet.blocks()]
 
-    # What others use
+    # Encoding and decoding
 
     def encode(self, image: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] to semantic codes [B, D]."""
+        """Encodes images [B, C, H, W] in [-1, 1] as semantic codes [B, D]."""
         return self.encoder(image)
 
     def invert(self, image: Tensor, code: Tensor, num_steps: int, refinements: int = 1) -> tuple[Tensor, Tensor]:
-        """The noise maps [B, C, H, W] that ``decode`` turns into the images with the same codes, and residuals [B]."""
+        """Returns the noise maps [B, C, H, W] that ``decode`` turns back into the images, and residuals [B]."""
         with cast_once(self.unet.blocks(), image):
             return self.process.invert(self._noise_predictor(code), image, num_steps, refinements)
 
     def decode(self, noise_map: Tensor, code: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
-        """Noise maps [B, C, H, W] and codes [B, D] to images in [-1, 1]."""
+        """Decodes noise maps [B, C, H, W] and codes [B, D] to images in [-1, 1]."""
         with cast_once(self.unet.blocks(), noise_map):
             return self.process.decode(self._noise_predictor(code), noise_map, num_steps, sampler).clamp(-1, 1)
 
     def _noise_predictor(self, code: Tensor) -> NoisePredictor:
         def predict(state: Tensor, step: Tensor) -> Tensor:
-            said = self.unet(state, step, code)
-            return said if self.prediction == "noise" else self.process.noise_of(said.to(state), state, step)
+            output = self.unet(state, step, code)
+            return output if self.prediction == "noise" else self.process.noise_of(output.to(state), state, step)
 
         return predict
 
     def _reconstructed(self, image: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] inverted and decoded again, and the residuals of the inversion [B]."""
+        """Inverts and decodes images [B, C, H, W]; returns them with the residuals of the inversion [B]."""
         noise_map, residual = self.invert(image, code, self.validation_steps)
         return self.decode(noise_map, code, self.validation_steps), residual
 
     def samples(self, image: Tensor) -> tuple[dict[str, Tensor], list[str]]:
-        """What ``SampleGrid`` shows: images, their reconstructions, and what the codes alone make of random noise."""
+        """Draws the columns and row labels of ``SampleGrid``: images, reconstructions, and codes with random noise."""
         code = self.encode(image)
         reconstruction, _ = self._reconstructed(image, code)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(image.shape, generator=generator).to(image) for _ in range(2)]
-        columns = {"image": image, "reconstruction": reconstruction} | {
-            f"code, noise {index}": self.decode(start, code, self.validation_steps) for index, start in enumerate(noise)
-        }
+        columns = {"image": image, "reconstruction": reconstruction}
+        for index, start in enumerate(noise):
+            columns[f"code, noise {index}"] = self.decode(start, code, self.validation_steps)
         whole, alone = (psnr(image, columns[name]).tolist() for name in ("reconstruction", "code, noise 0"))
         return columns, [f"{a:.1f} dB\ncode {b:.1f} dB" for a, b in zip(whole, alone, strict=True)]
 
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The noise in a batch at random diffusion steps."""
+        """Predicts the noise that was added to a batch at random diffusion steps; returns the loss, []."""
         image = batch["image"]
-        # By shape: the memory layout of the images must not change the numbers.
+        # Drawn by shape: the memory layout of the images must not change the numbers.
         noise = torch.randn(image.shape, device=image.device, dtype=image.dtype)
         step = torch.randint(NUM_TRAINING_STEPS, (len(image),), device=image.device)
         loss = self._noise_error(image, noise, step)
@@ -170,23 +172,25 @@ class DiffusionAutoencoder(pl.LightningModule):
         return loss
 
     def _noise_error(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        predicted = self.unet(self.process.noised(image, noise, step), step, self.encode(image))
-        predicted = to_float32(predicted)
+        predicted = to_float32(self.unet(self.process.noised(image, noise, step), step, self.encode(image)))
         wanted = noise if self.prediction == "noise" else self.process.velocity(image, noise, step)
         return F.mse_loss(predicted, wanted) if self.noise_loss == "mse" else F.l1_loss(predicted, wanted)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same with noise that every epoch repeats; the first batch is reconstructed, too.
+        """Measures the loss with noise that every epoch repeats, and reconstructs images of the first batch.
 
-        ``val/psnr`` is the reconstruction from code and noise map. ``val/psnr_code`` starts from random noise: it says
-        what the code alone knows, without which there is nothing for a classifier's agent to read.
+        ``val/psnr`` judges the reconstruction from code and noise map. ``val/psnr_code`` starts from random noise: it
+        measures the information in the code alone, which is all that a classifier's agent can read.
         """
+        # Loss.
         image = batch["image"]
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(image.shape, generator=generator).to(image)
         step = torch.randint(NUM_TRAINING_STEPS, (len(image),), generator=generator).to(image.device)
         log_validation(self, {"loss": self._noise_error(image, noise, step)}, len(image))
+
+        # Reconstructions.
         if batch_idx == 0:
             image, noise = image[:_RECONSTRUCTED], noise[:_RECONSTRUCTED]
             code = self.encode(image)
@@ -200,11 +204,11 @@ class DiffusionAutoencoder(pl.LightningModule):
             log_validation(self, values, len(image))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam without decay or warm-up, as published."""
+        """Returns Adam without decay or warm-up, as published."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Marks the file for ``load_autoencoder``."""
+        """Marks the checkpoint so that ``load_autoencoder`` recognises it."""
         checkpoint["autoencoder"] = {"version": VERSION}
 
 
@@ -225,6 +229,5 @@ def load_autoencoder(path: str | Path) -> DiffusionAutoencoder:
         autoencoder = DiffusionAutoencoder(**checkpoint["hyper_parameters"])
         autoencoder.load_state_dict(checkpoint["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = one_line(error)
-        raise ValueError(f"{path} cannot be read as a diffusion autoencoder: {reason}.") from error
+        raise ValueError(f"{path} cannot be read as a diffusion autoencoder: {one_line(error)}.") from error
     return autoencoder.eval()

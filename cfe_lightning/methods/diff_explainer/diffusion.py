@@ -1,7 +1,7 @@
 """The diffusion of a diffusion autoencoder: noising, deterministic decoding (DDIM) and its exact inversion.
 
-Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, arXiv 2010.02502; DiffExplainer's specification,
-section 3. The state stays float32 and is never clipped: clipping on one of the two ways destroys the inversion.
+Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, arXiv 2010.02502. The state stays float32 and is
+never clipped: clipping in only one of the two directions destroys the inversion.
 
 Shapes: B images, C channels, H, W pixels.
 """
@@ -21,15 +21,17 @@ NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 #: "ddim" is exactly inverted by ``invert``; "dpm" (DPM-Solver++, second order) is for previews.
 Sampler = Literal["ddim", "dpm"]
 
+#: Diffusion steps of the schedule, fixed by the method.
 NUM_TRAINING_STEPS = 1000
+#: Variance of the noise added at the first and at the last step.
 _BETAS = (1e-4, 0.02)
 
 
 def check_steps(num_steps: int) -> int:
-    """The number of diffusion steps, if it divides ``NUM_TRAINING_STEPS``.
+    """Returns the number of diffusion steps.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not divide ``NUM_TRAINING_STEPS``.
     """
     if num_steps < 1 or NUM_TRAINING_STEPS % num_steps:
         raise ValueError(f"The number of diffusion steps must divide {NUM_TRAINING_STEPS}, got {num_steps}.")
@@ -37,10 +39,9 @@ def check_steps(num_steps: int) -> int:
 
 
 class DiffusionProcess(nn.Module):
-    """A linear schedule of 1,000 steps, fixed by the method.
+    """The linear schedule of 1,000 steps, numbered 0 to 999.
 
-    Steps are numbered 0 to 999. A grid of T steps (T divides 1,000) has the diffusion steps 0, 1000/T, ...; below the
-    first of them stands the clean image.
+    A grid of T steps (T divides 1,000) uses the diffusion steps 0, 1000/T, ...; below step 0 stands the clean image.
     """
 
     alpha_bar: Tensor
@@ -48,19 +49,19 @@ class DiffusionProcess(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         betas = torch.linspace(*_BETAS, NUM_TRAINING_STEPS, dtype=torch.float64)
-        # One entry more: the clean image before step 0.
+        # One more entry: the clean image before step 0.
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
-        #: The same as numbers: arithmetic on single numbers is no work for a GPU.
+        #: ``alpha_bar`` as Python numbers: scalar arithmetic is too small for a GPU.
         self._levels: list[float] = alpha_bar.tolist()
 
     def noised(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """Images and Gaussian noise [B, C, H, W] mixed as at diffusion steps [B]."""
+        """Mixes images and Gaussian noise [B, C, H, W] in the shares of diffusion steps [B]."""
         of_image, of_noise = self._shares(step, image)
         return of_image * image + of_noise * noise
 
     def velocity(self, image: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """What "velocity" networks predict: noise where there is little of it, minus the image where there is most.
+        """Returns the target of "velocity" networks: noise at early steps, minus the image at late ones.
 
         Source: Salimans and Ho, "Progressive Distillation", ICLR 2022, arXiv 2202.00512, appendix D.
         """
@@ -68,17 +69,17 @@ class DiffusionProcess(nn.Module):
         return of_image * noise - of_noise * image
 
     def noise_of(self, velocity: Tensor, state: Tensor, step: Tensor) -> Tensor:
-        """The noise in states [B, C, H, W] at steps [B] whose velocity is given."""
+        """Returns the noise in states [B, C, H, W] at diffusion steps [B], given their velocity."""
         of_image, of_noise = self._shares(step, state)
         return of_image * velocity + of_noise * state
 
     def _shares(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of the image and of the noise there is at diffusion steps [B], [B, 1, 1, 1] each."""
+        """Returns the factors of image and noise at diffusion steps [B], [B, 1, 1, 1] each."""
         level = self.alpha_bar[step + 1][:, None, None, None]
         return level.sqrt().to(like), (1 - level).sqrt().to(like)
 
     def decode(self, predict: NoisePredictor, state: Tensor, num_steps: int, sampler: Sampler = "ddim") -> Tensor:
-        """From states of pure noise [B, C, H, W] to images, the last ones not clipped."""
+        """Turns states of pure noise [B, C, H, W] into images, which are not clipped."""
         if sampler == "dpm":
             return self._decode_dpm(predict, state, num_steps)
         for step, below, level in reversed(self._grid(num_steps)):
@@ -89,32 +90,35 @@ class DiffusionProcess(nn.Module):
     def invert(
         self, predict: NoisePredictor, image: Tensor, num_steps: int, refinements: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """From images to the states that ``decode`` turns into them again.
+        """Turns images into the states from which ``decode`` restores them.
 
-        Every step is solved by a fixed-point iteration: at its end it is the inverse of the decoding step
-        (specification, section 3.5). The iteration starts with the noise of the two steps before, continued in a
-        straight line: that is nearer than the network's own first guess, and costs nothing.
+        Every step is solved by a fixed-point iteration, whose fixed point is the exact inverse of the decoding step.
+        The iteration starts from the noise of the two previous steps, extrapolated linearly: that is nearer than the
+        network's own first guess, and costs nothing.
 
         Args:
-            predict: The noise predictor that will decode.
-            image: [B, C, H, W] in [-1, 1].
-            num_steps: T, a divisor of 1,000; the same as for decoding.
-            refinements: Iterations per step; 0 is the plain inversion (DDIM's), which takes the noise of the state
+            predict: Noise predictor that will also decode.
+            image: Images in [-1, 1], [B, C, H, W].
+            num_steps: Number of diffusion steps T, a divisor of 1,000; the same as for decoding.
+            refinements: Iterations per step; 0 is the plain inversion of DDIM, which takes the noise of the state
                 before the step.
 
         Returns:
-            The states [B, C, H, W], and the largest last correction of each [B] (root mean square over pixels; 0
-            without refinements): where it is not small the reconstruction is not exact.
+            The states [B, C, H, W], and the largest last correction over all steps, [B] (root mean square over pixels;
+            0 without refinements). Where it is not small, the reconstruction is not exact.
         """
         state, residual = image, image.new_zeros(len(image))
         known: list[Tensor] = []
         for step, below, level in self._grid(num_steps):
+            # First guess.
             steps = torch.full((len(state),), step, device=state.device)
             if refinements == 0 or not known:
                 noise = predict(state, steps)
             else:
                 noise = known[-1] if len(known) == 1 else 2 * known[-1] - known[-2]
             moved = self._moved(state, noise, below, level)
+
+            # Fixed-point iteration.
             for iteration in range(refinements):
                 noise = predict(moved, steps)
                 refined = self._moved(state, noise, below, level)
@@ -125,7 +129,7 @@ class DiffusionProcess(nn.Module):
         return state, residual
 
     def _grid(self, num_steps: int) -> list[tuple[int, float, float]]:
-        """Diffusion step, and the shares of image in the variance below and at it, from the image upwards."""
+        """Lists the diffusion steps from the image upwards, each with ``alpha_bar`` before and at the step."""
         stride = NUM_TRAINING_STEPS // check_steps(num_steps)
         steps = range(0, NUM_TRAINING_STEPS, stride)
         levels = [self._levels[0], *(self._levels[step + 1] for step in steps)]
@@ -133,7 +137,7 @@ class DiffusionProcess(nn.Module):
 
     @staticmethod
     def _moved(state: Tensor, noise: Tensor, level: float, to: float) -> Tensor:
-        """The state at another level, if the noise in it is ``noise``; coefficients are computed in float64."""
+        """Moves a state with known noise to another ``alpha_bar``; the coefficients are computed in float64."""
         keep = math.sqrt(to / level)
         add = math.sqrt(1 - to) - keep * math.sqrt(1 - level)
         return keep * state + add * noise.to(state)
@@ -150,7 +154,7 @@ class DiffusionProcess(nn.Module):
             timestep_spacing="leading",
         )
         scheduler.set_timesteps(num_steps)
-        # Steps stay on the CPU: looking one up by a GPU scalar would wait for the GPU every time.
+        # Steps stay on the CPU: a look-up by a GPU scalar would wait for the GPU every time.
         for step in scheduler.timesteps:
             noise = predict(state, torch.full((len(state),), int(step), device=state.device))
             state = scheduler.step(noise, step, state).prev_sample

@@ -1,7 +1,7 @@
 """Networks of a diffusion autoencoder: an encoder to one semantic code, and a noise predictor that reads it.
 
-Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, arXiv 2111.15640, and DiffExplainer's specification,
-section 2. The U-Net is diffusers' ``UNet2DModel`` with three kinds of sub-modules exchanged.
+Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, arXiv 2111.15640, with the layer sizes of the authors'
+code. The U-Net is diffusers' ``UNet2DModel`` with three kinds of sub-modules replaced.
 
 Shapes: B images, C channels, H, W pixels, D entries of the code.
 """
@@ -20,28 +20,19 @@ from torch.nn import functional as F
 
 from cfe_lightning.compute.precision import full_precision, to_float32
 
-#: How the code enters the U-Net: as a gain of its own on every block ("adagn"), or added to the time embedding.
+#: How the code enters the U-Net: "adagn" scales every block, "sum" adds the code to the time embedding.
 CodeMode = Literal["adagn", "sum"]
 #: How the encoder's last map becomes one code, see ``SemanticEncoder``.
 CodePool = Literal["mean", "mean_max"]
-#: Layers from the encoder's last map to the code, which statistics are made of.
+#: Layers from the encoder's last map to the code; they run in full precision.
 _POOLED = 3
 
 
 class SemanticEncoder(nn.Module):
-    """The down-sampling half of a U-Net without time: an image to its semantic code.
+    """The encoder: the down-sampling half of a U-Net without time, from an image to its semantic code.
 
-    Args:
-        image_size: Side of the images; halved once per multiplier after the first.
-        channels: 1 or 3.
-        code_dim: D.
-        width: Channels at full resolution.
-        multipliers: Channels of every resolution in units of ``width``.
-        blocks: Residual blocks per resolution.
-        attention_sizes: Resolutions with self-attention after every block.
-        groups: Largest number of normalisation groups.
-        pool: How the last map becomes one code: its "mean" over all places (published), or "mean_max", mean and
-            maximum, which does not average away what is in few places.
+    ``DiffusionAutoencoder`` explains the arguments. The resolution is halved once per multiplier after the first. Pool
+    "mean_max" does not average away small structures. Narrow blocks have fewer normalisation groups than ``groups``.
     """
 
     def __init__(
@@ -59,6 +50,7 @@ class SemanticEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_size(image_size, multipliers)
+        # Resolutions.
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
         current, size = width, image_size
         for level, multiplier in enumerate(multipliers):
@@ -70,6 +62,8 @@ class SemanticEncoder(nn.Module):
                 current = multiplier * width
                 if size in attention_sizes:
                     layers.append(_attention(current, groups))
+
+        # Bottom and code.
         layers += [
             _EncoderBlock(current, current, groups),
             _attention(current, groups),
@@ -83,31 +77,22 @@ class SemanticEncoder(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Returns the building blocks, to be compiled or recomputed one by one."""
         return [module for module in self.body if isinstance(module, _EncoderBlock | Attention)]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> codes [B, D]."""
+        """Encodes images [B, C, H, W] in [-1, 1] as codes [B, D]."""
         features = self.body[:-_POOLED](image)
         with full_precision(features):
             return self.body[-_POOLED:](to_float32(features))
 
 
 class SemanticUnet(nn.Module):
-    """Predicts the noise in an image, told the diffusion step and the semantic code of the clean image.
+    """Predicts the noise in an image, given the diffusion step and the semantic code of the clean image.
 
-    Args:
-        image_size: Side of the images; halved once per multiplier after the first.
-        channels: 1 or 3.
-        code_dim: D.
-        width: Channels at full resolution; also the width of the step's sinusoid.
-        multipliers: Channels of every resolution in units of ``width``.
-        blocks: Residual blocks per resolution on the way down; one more on the way up.
-        attention_sizes: Resolutions with self-attention after every block; the lowest always has one.
-        time_dim: Length of the step's embedding.
-        dropout: Before the second convolution of every block.
-        groups: Number of normalisation groups; must divide every resolution's channels.
-        code_mode: "adagn" multiplies both modulations (section 2.3); "sum" adds the code to the time embedding.
+    ``DiffusionAutoencoder`` explains the arguments. The step's sinusoid is ``width`` entries long. The way up has one
+    block more per resolution, and the lowest resolution always has attention. Dropout stands before the second
+    convolution of a block. ``groups`` must divide the channels at every resolution.
     """
 
     def __init__(
@@ -130,9 +115,10 @@ class SemanticUnet(nn.Module):
         widths = [multiplier * width for multiplier in multipliers]
         if any(size % groups for size in widths):
             raise ValueError(f"groups must divide the channels of every resolution, got {groups} for {widths}.")
+
+        # The library's network.
         with_attention = [image_size >> level in attention_sizes for level in range(len(widths))]
-        # Any: the library's types end at its lazy imports.
-        unet: Any = UNet2DModel(
+        unet: Any = UNet2DModel(  # Any: the library's types end at its lazy imports
             sample_size=image_size,
             in_channels=channels,
             out_channels=channels,
@@ -148,21 +134,24 @@ class SemanticUnet(nn.Module):
             time_embedding_dim=time_dim,
             attention_head_dim=None,  # one head
             norm_num_groups=groups,
-            attn_norm_num_groups=groups,  # left out, the lowest attention would silently have no norm
+            attn_norm_num_groups=groups,  # otherwise the lowest attention silently has no norm
             norm_eps=1e-5,
             resnet_time_scale_shift="scale_shift",
             class_embed_type="identity",
         )
+
+        # Where the code enters.
         if code_mode == "sum":
             unet.class_embedding = nn.Linear(code_dim, time_dim)
         else:
-            # The library adds both embeddings; padded, their sum is the pair.
+            # The library adds both embeddings; padded with zeros, their sum is their concatenation.
             unet.time_embedding = _Padded(unet.time_embedding, after=code_dim)
             unet.class_embedding = _Padded(nn.Identity(), before=time_dim)
             for module in unet.modules():
                 if isinstance(module, ResnetBlock2D):
                     module.time_emb_proj = _Modulation(time_dim, code_dim, module.out_channels)  # type: ignore[assignment]
-        # Blocks begin as identities and the prediction as zero.
+
+        # Blocks start as identities, and the prediction as zero.
         for module in unet.modules():
             if isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
@@ -172,16 +161,16 @@ class SemanticUnet(nn.Module):
         self.unet: nn.Module = unet
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Returns the building blocks, to be compiled or recomputed one by one."""
         return [module for module in self.unet.modules() if isinstance(module, ResnetBlock2D | Attention)]
 
     def forward(self, noisy: Tensor, step: Tensor, code: Tensor) -> Tensor:
-        """Noisy images [B, C, H, W], diffusion steps [B] int64 and codes [B, D] -> the noise [B, C, H, W]."""
+        """Predicts the noise [B, C, H, W] in images [B, C, H, W] at diffusion steps [B] int64 with codes [B, D]."""
         return self.unet(noisy, step, class_labels=code).sample
 
 
 class _Modulation(nn.Module):
-    """Scale and shift of a block from (step, code): (1 + z) ((1 + t) norm + b), in the form that diffusers applies."""
+    """Scale and shift of a block by step and code, (1 + z) ((1 + t) norm + b), in the form that diffusers applies."""
 
     def __init__(self, time_dim: int, code_dim: int, channels: int) -> None:
         super().__init__()
@@ -190,7 +179,7 @@ class _Modulation(nn.Module):
         self.of_code = nn.Linear(code_dim, channels)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """[B, time_dim + D] -> [B, 2 channels]."""
+        """Turns embeddings [B, time_dim + D] into scale and shift, [B, 2 channels]."""
         time, code = embedding.split(self.split, dim=1)
         scale, shift = self.of_time(time).chunk(2, dim=1)
         gain = 1 + self.of_code(code)
@@ -198,7 +187,7 @@ class _Modulation(nn.Module):
 
 
 class _Padded(nn.Module):
-    """A module with zeros put before and after its output [B, N]."""
+    """A module with zeros padded before and after its output [B, N]."""
 
     def __init__(self, module: nn.Module, before: int = 0, after: int = 0) -> None:
         super().__init__()
@@ -206,12 +195,12 @@ class _Padded(nn.Module):
         self.padding = (before, after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, before + N + after]."""
+        """Returns the padded output, [B, before + N + after]."""
         return F.pad(self.module(x), self.padding)
 
 
 class _EncoderBlock(nn.Module):
-    """Norm, SiLU, perhaps average pooling of both branches, one convolution (section 2.1)."""
+    """An encoder block: norm, SiLU, optional average pooling of both branches, and one convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, pool: bool = False) -> None:
         super().__init__()
@@ -225,14 +214,14 @@ class _EncoderBlock(nn.Module):
 
 
 class _MeanAndMax(nn.Module):
-    """Mean and maximum over all places, [B, C, H, W] -> [B, 2 C, 1, 1]."""
+    """Concatenates mean and maximum over all positions, [B, C, H, W] -> [B, 2 C, 1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)], dim=1)
 
 
 def _attention(channels: int, groups: int) -> Attention:
-    """Self-attention between the places of a map with one head, at first the identity."""
+    """Builds self-attention with one head between the positions of a map; it starts as the identity."""
     attention = Attention(
         channels,
         heads=1,

@@ -1,4 +1,4 @@
-"""The mathematics of DXAI (arXiv 2401.00320): blending, its losses, the published weights, the neutral strength.
+"""The mathematics of DXAI (arXiv 2401.00320): blending, its distances, the neutral strength.
 
 Shapes: B images, C channels, H, W pixels, K classes, N branches.
 """
@@ -6,7 +6,6 @@ Shapes: B images, C channels, H, W pixels, K classes, N branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,36 +16,6 @@ from cfe_lightning.decisions import kl_from_uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A published combination of critic and loss weights; see ``docs/methods/dxai.md``."""
-
-    per_class_critic: bool
-    critic_class_term: Literal["kl", "cross_entropy", "none"]
-    adversarial_weight: float
-    class_weight: float
-    reconstruction_weight: float = 4.0
-    masked_weight: float = 4.0
-    r1_weight: float = 1.0
-    orthogonality_weight: float = 0.0
-
-
-PRESETS = {
-    "paper": Preset(per_class_critic=True, critic_class_term="kl", adversarial_weight=2.0, class_weight=2.0),
-    "final": Preset(per_class_critic=False, critic_class_term="none", adversarial_weight=1.0, class_weight=4.0),
-    "first": Preset(
-        per_class_critic=True,
-        critic_class_term="kl",
-        adversarial_weight=2.0,
-        class_weight=2.0,
-        orthogonality_weight=1.0,
-    ),
-    "joint_d": Preset(
-        per_class_critic=True, critic_class_term="cross_entropy", adversarial_weight=1.0, class_weight=4.0
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Blend:
     """Renderings of one batch in its own and in an alternative class.
 
@@ -54,9 +23,10 @@ class Blend:
         own: Rendering in the own class, [B, C, H, W].
         alternative: Rendering in the alternative class, without a distinct part, [B, C, H, W].
         distinct: Branch 0 in the own class, [B, C, H, W].
-        distinct_alternative: Branch 0 in the alternative class, in neither rendering, [B, C, H, W].
+        distinct_alternative: Branch 0 in the alternative class, which enters neither rendering, [B, C, H, W].
         counterfactual: The image with its distinct part exchanged for the alternative's, through which only the latter
-            learns, [B, C, H, W]; None where no loss asks for it.
+            learns, [B, C, H, W]; None if no loss needs it.
+        orthogonality: ``branch_orthogonality`` of the encoder's maps, []; None if it has no weight.
     """
 
     own: Tensor
@@ -64,10 +34,11 @@ class Blend:
     distinct: Tensor
     distinct_alternative: Tensor
     counterfactual: Tensor | None = None
+    orthogonality: Tensor | None = None
 
 
 def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> Blend:
-    """Alpha-blending (Eq. 5): mixes all branches but branch 0 between two classes of the same image.
+    """Mixes all branches but branch 0 between two classes of the same image (equation 5).
 
     Args:
         branches_own: Branch images in the image's own class, [B, N, C, H, W].
@@ -86,54 +57,56 @@ def blend(branches_own: Tensor, branches_alternative: Tensor, alpha: Tensor) -> 
 
 
 def distance(image: Tensor, other: Tensor) -> Tensor:
-    """Mean squared plus mean absolute difference over all elements (Eq. 7)."""
+    """Adds the mean squared and the mean absolute difference over all elements (equation 7)."""
     difference = image - other
     return difference.square().mean() + difference.abs().mean()
 
 
 def masked_distance(distinct: Tensor, rendering: Tensor, image: Tensor) -> Tensor:
-    """Distance where the distinct part is stronger than its spatial mean, per image and channel (Eq. 12).
+    """Measures the distance where the distinct part exceeds its spatial mean, per image and channel (equation 12).
 
     The mean runs over the selected elements, as in the published code; no gradient passes the mask.
     """
     magnitude = distinct.detach().abs()
     mask = (magnitude > magnitude.mean(dim=(2, 3), keepdim=True)).to(image.dtype)
     difference = (rendering - image) * mask
-    # An all-equal distinct part selects nothing: 0 / 1 instead of 0 / 0.
+    # A constant distinct part selects nothing: 0 / 1 instead of 0 / 0.
     return (difference.square().sum() + difference.abs().sum()) / mask.sum().clamp_min(1.0)
 
 
 def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
-    """Mean squared correlation between the feature channels of different branches, averaged over maps.
+    """Averages the squared correlation between feature channels of different branches; only the published code has it.
 
     Args:
         maps: Grouped feature maps, each [B, N c, H, W].
-        num_branches: N.
+        num_branches: Number of branches, N.
     """
     total = to_float32(maps[0]).new_zeros(())
     for feature in maps:
+        # Standardise channels.
         channels = to_float32(feature).flatten(2)
         channels = channels - channels.mean(dim=2, keepdim=True)
         channels = channels / channels.square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
+
+        # Correlate branches, every pair once.
         with full_precision(channels):
             correlation = channels @ channels.transpose(1, 2) / channels.shape[2]
         width = feature.shape[1] // num_branches
         blocks = correlation.unflatten(2, (num_branches, width)).unflatten(1, (num_branches, width))
-        per_pair = blocks.square().mean(dim=(0, 2, 4))
-        total = total + per_pair.tril(diagonal=-1).sum()
+        total = total + blocks.square().mean(dim=(0, 2, 4)).tril(diagonal=-1).sum()
     return total / len(maps)
 
 
 @torch.no_grad()
 def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tensor) -> Tensor:
-    """The share of the distinct part to remove until the classifier is as undecided as it gets on that path.
+    """Finds the share of the distinct part whose removal leaves the classifier as undecided as possible.
 
     Minimises KL(uniform || classifier(image - strength * distinct)) over strengths from 0 to 2: a grid of 0.1, refined
     twice around its best point to 0.004. The classifier judges a bounded number of images at a time.
 
     Args:
-        classifier: The judge.
-        image: [B, C, H, W] in [-1, 1].
+        classifier: The frozen classifier.
+        image: Images, [B, C, H, W] in [-1, 1].
         distinct: Distinct parts at strength 1, [B, C, H, W].
 
     Returns:

@@ -1,4 +1,4 @@
-"""The residual critic of DXAI.
+"""The residual critic of DXAI (arXiv 2401.00320, appendix B, table 8), which follows StarGAN v2.
 
 Shapes: B images, C channels, H, W pixels, K classes.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.methods.dxai.generator import grouped_shortcut, initialise
 from cfe_lightning.methods.dxai.resampling import convolve_and_pool
 
 
@@ -21,11 +21,10 @@ class CriticBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = grouped_shortcut(in_channels, out_channels, groups=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residual plus shortcut, scaled to keep the variance."""
+        """Adds residual and shortcut, scaled to keep the variance."""
         residual = convolve_and_pool(F.leaky_relu(x, 0.2), self.conv1)
         residual = self.conv2(F.leaky_relu(residual, 0.2))
         # A 1x1 convolution and average pooling commute: convolve the smaller map.
@@ -33,14 +32,17 @@ class CriticBlock(nn.Module):
 
 
 class ResidualCritic(nn.Module):
-    """Judges how real an image is; one head in all, or one per class (DXAI, appendix B, table 8; StarGAN v2).
+    """Judges how real an image is, with one head in all or one per class.
 
     Args:
         image_size: Side of the images, at least 8.
-        channels: 1 or 3.
-        num_heads: 1 for plain real/fake; K for "real as a member of class k".
+        channels: Image channels, 1 or 3.
+        num_heads: 1 judges plain real/fake; K judges "real as a member of class k".
         base_width: Channels at full resolution; None takes the published 2^14 / image_size.
-        max_width: Upper limit of the channels, doubled at every stage.
+        max_width: Upper limit of the channels, which double at every stage.
+
+    Raises:
+        ValueError: If the images are too small.
     """
 
     def __init__(
@@ -56,32 +58,29 @@ class ResidualCritic(nn.Module):
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8, got {image_size}.")
         width = min(2**14 // image_size if base_width is None else base_width, max_width)
-        # The paper's table writes a 1x1 stem; here 3x3 as in the code, which follows StarGAN v2.
+        # Paper: 1x1 stem in the table; here 3x3, as in its code and in StarGAN v2.
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
-        for _ in range(int(math.log2(image_size)) - 2):
+
+        # Halve down to a side of 4 to 7.
+        num_stages = int(math.log2(image_size)) - 2
+        for _ in range(num_stages):
             following = min(2 * width, max_width)
             layers.append(CriticBlock(width, following))
             width = following
-        remaining = image_size // 2 ** (int(math.log2(image_size)) - 2) - 3
+
+        # Reduce to one place.
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(width, width, 4), nn.LeakyReLU(0.2)]
+        remaining = image_size // 2**num_stages - 3
         if remaining > 1:
             layers += [nn.Conv2d(width, width, remaining), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers)
         self.heads = nn.Linear(width, num_heads)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self)
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Lists the building blocks, to be compiled or recomputed one by one."""
         return [module for module in self.body if isinstance(module, CriticBlock)]
 
-    def features(self, image: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> input of the heads [B, D]."""
-        return torch.flatten(self.body(image), 1)
-
     def forward(self, image: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> one raw logit per head, [B, num_heads]."""
-        return self.heads(self.features(image))
+        """Returns one raw logit per head, images [B, C, H, W] in [-1, 1] -> [B, num_heads]."""
+        return self.heads(self.body(image).flatten(1))

@@ -1,11 +1,10 @@
-"""Multi-branch generator and mapping network of DXAI (Wu, Gilboa: "DXAI: Explaining Classification by Image
-Decomposition", arXiv 2401.00320, section 3.2 and appendix B).
+"""Multi-branch generator and mapping network of DXAI (arXiv 2401.00320, section 3.2 and appendix B).
 
-All branches live in one network of grouped layers: convolutions with one group per branch, per-channel norms and
+All branches live in one network of grouped layers. Convolutions with one group per branch, per-channel norms and
 per-branch concatenation never mix groups, so branches share only the image, the styles and the losses.
 
-Deviations: the image is not copied once per branch where that changes nothing, and the norm of the first and of the
-last layer can be switched off, because with them the output cannot depend on the image's brightness and contrast.
+Deviations: the image is copied once per branch only where that changes the result, and the norm of the first and of
+the last layer can be switched off, because with them the output cannot depend on the image's brightness and contrast.
 
 Shapes: B images, C channels, H, W pixels, N branches, K classes, S style-modulated blocks, Z latent numbers.
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,7 @@ Norm = Literal["instance", "none"]
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block with instance norm, grouped by branch; halves the resolution if ``down``.
-
-    Shape: [B, in, H, W] -> [B, out, H / 2, W / 2] with ``down``, else [B, out, H, W].
-    """
+    """Residual block with instance norm, grouped by branch, [B, in, H, W] -> [B, out, H, W]; ``down`` halves H, W."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, down: bool = False) -> None:
         super().__init__()
@@ -39,11 +35,11 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=groups)
         self.norm2 = nn.InstanceNorm2d(in_channels, affine=True)
         self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1, groups=groups)
-        self.shortcut = _shortcut(in_channels, out_channels, groups)
+        self.shortcut = grouped_shortcut(in_channels, out_channels, groups)
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residual plus shortcut, scaled to keep the variance."""
+        """Adds residual and shortcut, scaled to keep the variance."""
         residual = F.leaky_relu(self.norm1(x), 0.2)
         if self.down:
             # A 1x1 convolution and average pooling commute: convolve the smaller map.
@@ -55,33 +51,30 @@ class ResidualBlock(nn.Module):
 
 
 class AdaptiveInstanceNorm(nn.Module):
-    """Instance norm whose scale and shift come from the style: (1 + gamma) IN(x) + beta."""
+    """Instance norm with scale and shift computed from the style: (1 + gamma) IN(x) + beta."""
 
     def __init__(self, style_dim: int, channels: int) -> None:
         super().__init__()
         self.affine = nn.Linear(style_dim, 2 * channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """[B, channels, H, W] and [B, style_dim] -> [B, channels, H, W]."""
+        """Normalises maps [B, channels, H, W] and modulates them by styles [B, style_dim]."""
         gamma, beta = self.affine(style)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(beta, _instance_norm(x), 1 + gamma)
 
 
 def _instance_norm(x: Tensor) -> Tensor:
-    """Instance norm without scale and shift; of half-precision maps, too, with statistics in single precision."""
+    """Applies instance norm without scale and shift, with statistics in single precision."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return F.instance_norm(x)
-    # The statistics are kept in the precision of the weights; the published layer has none.
+    # PyTorch keeps the statistics in the precision of the weights, and the published layer has no weights.
     channels = x.shape[1]
     one, zero = torch.ones(channels, device=x.device), torch.zeros(channels, device=x.device)
     return F.instance_norm(x, weight=one, bias=zero)
 
 
 class StyledResidualBlock(nn.Module):
-    """Residual block modulated by a style, grouped by branch; doubles the resolution if ``up``.
-
-    Shape: [B, in, H, W], [B, style_dim] -> [B, out, 2 H, 2 W] with ``up``, else [B, out, H, W].
-    """
+    """Residual block modulated by a style, grouped by branch, [B, in, H, W] -> [B, out, H, W]; ``up`` doubles H, W."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, style_dim: int, up: bool = False) -> None:
         super().__init__()
@@ -89,17 +82,17 @@ class StyledResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, groups=groups)
         self.norm2 = AdaptiveInstanceNorm(style_dim, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, groups=groups)
-        self.shortcut = _shortcut(in_channels, out_channels, groups)
+        self.shortcut = grouped_shortcut(in_channels, out_channels, groups)
         self.up = up
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """Residual plus shortcut, scaled to keep the variance."""
+        """Adds residual, modulated by styles [B, style_dim], and shortcut, scaled to keep the variance."""
         residual = F.leaky_relu(self.norm1(x, style), 0.2)
         # A 1x1 convolution and nearest-neighbour upsampling commute: convolve the smaller map.
         shortcut = self.shortcut(x)
         if self.up:
             residual = upsample_and_convolve(residual, self.conv1)
-            # Autocast would make float32 of it on a GPU, and of all that follows; copies need no digits.
+            # On a GPU autocast would widen this map, and all maps after it, to float32; copying needs no digits.
             with full_precision(shortcut):
                 shortcut = F.interpolate(shortcut, scale_factor=2.0, mode="nearest")
         else:
@@ -108,7 +101,8 @@ class StyledResidualBlock(nn.Module):
         return (residual + shortcut) * math.sqrt(0.5)
 
 
-def _shortcut(in_channels: int, out_channels: int, groups: int) -> nn.Module:
+def grouped_shortcut(in_channels: int, out_channels: int, groups: int) -> nn.Module:
+    """Returns the identity, or a 1x1 convolution where the number of channels changes."""
     if in_channels == out_channels:
         return nn.Identity()
     return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
@@ -117,7 +111,7 @@ def _shortcut(in_channels: int, out_channels: int, groups: int) -> nn.Module:
 def concat_per_branch(first: Tensor, second: Tensor, num_branches: int) -> Tensor:
     """Concatenates two grouped maps branch by branch, [B, N a, H, W] and [B, N b, H, W] -> [B, N (a + b), H, W].
 
-    A plain channel concatenation would hand a branch's convolution the channels of another branch.
+    A plain concatenation of channels would feed a branch with the channels of another one.
     """
     batch, _, height, width = first.shape
     shape = (batch, num_branches, -1, height, width)
@@ -127,23 +121,11 @@ def concat_per_branch(first: Tensor, second: Tensor, num_branches: int) -> Tenso
 class MultiBranchGenerator(nn.Module):
     """Maps an image and class styles to N branch images whose sum renders the image as that class.
 
-    Args:
-        image_size: Side of the images, at least twice ``min_resolution``; sizes that the down-sampling stages do not
-            divide are padded by reflection inside.
-        channels: 1 or 3.
-        num_branches: N; branch 0 is the class-distinct one by convention of the training.
-        branch_width: Channels per branch at full resolution, doubled at every stage.
-        max_branch_width: Upper limit of the channels per branch.
-        min_resolution: Side of the innermost feature maps, a power of two.
-        blocks_per_stage: Residual blocks before the down-sampling one in the first three stages.
-        style_dim: Length of one block's style.
-        stem_norm: "instance" as published: the output then ignores the image's brightness and contrast.
-        head_norm: As ``stem_norm``, for the last layer.
-        image_skip: Add the image, in equal shares, to every branch but branch 0, and start the last layer at zero: the
-            network then learns what to take out of the image instead of how to draw it. Not in the paper.
+    The arguments are those of ``Dxai``. Sizes that the down-sampling stages do not divide are padded by reflection
+    inside. With ``image_skip`` every branch but branch 0 starts as an equal share of the image.
 
     Raises:
-        ValueError: If the image is too small.
+        ValueError: If the image is smaller than twice ``min_resolution``.
     """
 
     def __init__(
@@ -162,19 +144,6 @@ class MultiBranchGenerator(nn.Module):
         image_skip: bool = False,
     ) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "image_size": image_size,
-            "channels": channels,
-            "num_branches": num_branches,
-            "branch_width": branch_width,
-            "max_branch_width": max_branch_width,
-            "min_resolution": min_resolution,
-            "blocks_per_stage": blocks_per_stage,
-            "style_dim": style_dim,
-            "stem_norm": stem_norm,
-            "head_norm": head_norm,
-            "image_skip": image_skip,
-        }
         self.image_skip = image_skip
         # Sizes between powers of two are padded up to a multiple of the total stride, so they need no extra stage.
         num_stages = math.floor(math.log2(image_size / min_resolution))
@@ -189,30 +158,26 @@ class MultiBranchGenerator(nn.Module):
         self.num_styles = num_stages + 2
         widths = [num_branches * min(branch_width * 2**i, max_branch_width) for i in range(num_stages + 1)]
 
-        # Stem
+        # Stem.
         self.stem_affine = nn.InstanceNorm2d(num_branches * channels, affine=True) if stem_norm == "instance" else None
         self.stem = nn.Conv2d(num_branches * channels, widths[0], 3, padding=1, groups=num_branches)
 
-        # Encoder
+        # Encoder.
         self.encoder = nn.ModuleList()
-        for stage in range(num_stages):
-            width, following = widths[stage], widths[stage + 1]
+        for stage, (width, following) in enumerate(itertools.pairwise(widths)):
             repeats = blocks_per_stage if stage < 3 else 1
             blocks = [ResidualBlock(width, width, num_branches) for _ in range(repeats)]
             self.encoder.append(nn.Sequential(*blocks, ResidualBlock(width, following, num_branches, down=True)))
-        self.encoder_bottleneck = nn.Sequential(
-            ResidualBlock(widths[-1], widths[-1], num_branches), ResidualBlock(widths[-1], widths[-1], num_branches)
-        )
+        inner = widths[-1]
+        self.encoder_bottleneck = nn.Sequential(*(ResidualBlock(inner, inner, num_branches) for _ in range(2)))
 
-        # Decoder
-        self.decoder = nn.ModuleList(
-            StyledResidualBlock(widths[-1], widths[-1], num_branches, style_dim) for _ in range(2)
-        )
-        for stage in reversed(range(num_stages)):
-            block = StyledResidualBlock(2 * widths[stage + 1], widths[stage], num_branches, style_dim, up=True)
-            self.decoder.append(block)
+        # Decoder.
+        decoder = [StyledResidualBlock(inner, inner, num_branches, style_dim) for _ in range(2)]
+        for width, following in reversed(list(itertools.pairwise(widths))):
+            decoder.append(StyledResidualBlock(2 * following, width, num_branches, style_dim, up=True))
+        self.decoder = nn.ModuleList(decoder)
 
-        # Head
+        # Head.
         self.head_norm = nn.InstanceNorm2d(widths[0], affine=True) if head_norm == "instance" else nn.Identity()
         self.head = nn.Conv2d(widths[0], num_branches * channels, 1, groups=num_branches)
         initialise(self)
@@ -220,20 +185,25 @@ class MultiBranchGenerator(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Lists the building blocks, to be compiled or recomputed one by one."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock | StyledResidualBlock)]
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The style-free half, once per image: [B, C, H, W] -> skips of every stage and, last, the bottleneck."""
+        """Runs the style-free half, [B, C, H, W] -> the skip of every stage and, last, the bottleneck."""
+        # Pad to a multiple of the stride.
         height, width = image.shape[-2:]
         pad_bottom, pad_right = -height % self.stride, -width % self.stride
         if pad_bottom or pad_right:
             image = F.pad(image, (0, pad_right, 0, pad_bottom), mode="reflect")
+
+        # Stem.
         if self.stem_affine is None:
             # Without a norm every branch sees the same image: a dense convolution with the grouped layer's weights.
             h = F.conv2d(image, self.stem.weight, self.stem.bias, padding=1)
         else:
             h = self.stem(F.leaky_relu(self.stem_affine(image.repeat(1, self.num_branches, 1, 1)), 0.2))
+
+        # Stages.
         maps = []
         for stage in self.encoder:
             h = stage(h)
@@ -242,46 +212,40 @@ class MultiBranchGenerator(nn.Module):
         return maps
 
     def decode(self, maps: Sequence[Tensor], styles: Tensor, image: Tensor) -> Tensor:
-        """The styled half: maps of ``encode`` and styles [B, S, style_dim] -> branches [B, N, C, H, W].
+        """Runs the styled half, maps of ``encode`` and styles [B, S, style_dim] -> branches [B, N, C, H, W].
 
         The batch of ``styles`` may be m times that of ``maps`` and ``image``: every image is then decoded with m
         styles, ordered style-major (all images with their first style, then all with their second).
         """
+        # Several styles per image.
         *skips, h = maps
         repeats = styles.shape[0] // h.shape[0]
         if repeats > 1:
             h = h.repeat(repeats, 1, 1, 1)
             skips = [skip.repeat(repeats, 1, 1, 1) for skip in skips]
+
+        # Two blocks at the bottleneck, then one per stage.
         for index, block in enumerate(self.decoder):
             if index >= 2:
                 h = concat_per_branch(skips[1 - index], h, self.num_branches)
             h = block(h, styles[:, index])
-        # Branches are summed in single precision.
+
+        # Branch images; in single precision, because they are summed.
         h = to_float32(self.head(torch.tanh(self.head_norm(h))))
         height, width = image.shape[-2:]
         branches = h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
-        if self.image_skip and self.num_branches > 1:
+        if self.image_skip:
             share = image.repeat(repeats, 1, 1, 1).unsqueeze(1) / (self.num_branches - 1)
             branches = torch.cat([branches[:, :1], branches[:, 1:] + share], dim=1)
         return branches
 
     def forward(self, image: Tensor, styles: Tensor) -> Tensor:
-        """Images [B, C, H, W] and styles [B, S, style_dim] -> branch images [B, N, C, H, W], unbounded."""
+        """Renders images [B, C, H, W] in styles [B, S, style_dim]: branch images [B, N, C, H, W], unbounded."""
         return self.decode(self.encode(image), styles, image)
 
 
 class MappingNetwork(nn.Module):
-    """Maps a latent to the styles of one class: shared layers, then one tower per class.
-
-    Args:
-        num_classes: K.
-        num_styles: S, the number of style-modulated blocks.
-        latent_dim: Z.
-        style_dim: Length of one style.
-        width: Width of the hidden layers.
-        num_shared: Hidden layers before the towers.
-        num_unshared: Hidden layers in each tower.
-    """
+    """Maps a latent to the styles of one class: ``num_shared`` hidden layers, then ``num_unshared`` per class."""
 
     def __init__(
         self,
@@ -304,7 +268,7 @@ class MappingNetwork(nn.Module):
         initialise(self)
 
     def forward(self, latent: Tensor, label: Tensor) -> Tensor:
-        """Latents [B, Z] and classes [B] -> styles [B, S, style_dim], in decoder order."""
+        """Maps latents [B, Z] and classes [B] to styles [B, S, style_dim], in decoder order."""
         h = latent
         for layer in self.shared:
             h = F.relu(layer(h))
@@ -314,7 +278,7 @@ class MappingNetwork(nn.Module):
 
 
 class ClasswiseLinear(nn.Module):
-    """One linear layer per class; every row of the batch goes through the layer of its class."""
+    """One linear layer per class; every row of a batch passes the layer of its class."""
 
     def __init__(self, num_classes: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -322,13 +286,13 @@ class ClasswiseLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes, out_features))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        """[B, in] and classes [B] -> [B, out]."""
+        """Applies the layer of each row's class, [B, in] and classes [B] -> [B, out]."""
         every_class = torch.einsum("bi,koi->bko", x, self.weight) + self.bias
         return every_class[torch.arange(len(x), device=x.device), label]
 
 
 def initialise(network: nn.Module) -> None:
-    """Kaiming normal weights (fan-in, ReLU gain) and zero biases for convolutions and linear layers."""
+    """Draws Kaiming normal weights (fan-in, ReLU gain) and zeroes biases of convolutions and linear layers."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -336,19 +300,3 @@ def initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ClasswiseLinear):
             nn.init.normal_(module.weight, std=math.sqrt(2 / module.weight.shape[2]))
-
-
-def single_branch(generator: MultiBranchGenerator, branch: int = 0) -> MultiBranchGenerator:
-    """Slices one branch out of a generator: renders the same branch image at about 1 / N of the cost.
-
-    The returned network has one branch and its own copy of that branch's parameters.
-    """
-    sliced = MultiBranchGenerator(**{**generator.settings, "num_branches": 1})
-    sources = dict(generator.named_parameters())
-    with torch.no_grad():
-        for name, target in sliced.named_parameters():
-            # Every parameter is branch-major; a style's affine layer holds all scales, then all shifts.
-            halves = 2 if ".affine." in name else 1
-            rows = sources[name].unflatten(0, (halves, generator.num_branches, -1))
-            target.copy_(rows[:, branch].flatten(0, 1))
-    return sliced.to(next(generator.parameters()).device)

@@ -1,8 +1,8 @@
-"""A 3x3 convolution next to a change of resolution, as one strided convolution with a 4x4 kernel.
+"""A 3x3 convolution beside a change of resolution, computed as one strided convolution with a 4x4 kernel.
 
-Nearest-neighbour upsampling and average pooling are themselves convolutions with a 2x2 box, so box and kernel can be
-folded into one: the same result to rounding, less than half of the multiplications, and the map at full resolution in
-between is never made (on a CPU that map cost a third of a whole DXAI iteration).
+Nearest-neighbour upsampling and average pooling are convolutions with a 2x2 box, so box and kernel can be folded into
+one. The result is the same to rounding, and the multiplications are less than half. The map at full resolution is
+never made: on a CPU it cost a third of a whole DXAI iteration.
 
 Shapes: B images, H, W pixels.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def upsample_and_convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer(interpolate(x, scale_factor=2, mode="nearest"))``, [B, in, H, W] -> [B, out, 2 H, 2 W].
+    """Computes ``layer(interpolate(x, scale_factor=2, mode="nearest"))``, [B, in, H, W] -> [B, out, 2 H, 2 W].
 
     Args:
         x: The map at low resolution.
@@ -27,11 +27,11 @@ def upsample_and_convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def convolve_and_pool(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``avg_pool2d(layer(x), 2)``, [B, in, H, W] -> [B, out, H // 2, W // 2].
+    """Computes ``avg_pool2d(layer(x), 2)``, [B, in, H, W] -> [B, out, H // 2, W // 2].
 
     Args:
         x: The map at high resolution.
-        layer: As for ``upsample_and_convolve``.
+        layer: A 3x3 convolution with stride 1 and padding 1, grouped or not.
     """
     return F.conv2d(x, _with_box(layer.weight) / 4, layer.bias, stride=2, padding=1, groups=layer.groups)
 

@@ -1,10 +1,10 @@
-"""From reflected features back to a feature map, and where the picture may change (Mirror-CFE, Eq. 12 to 17).
+"""From reflected features back to a feature map, and the region of the picture that may change (equations 12 to 17).
 
 Averaging over the map discards place, so every map that averages to the reflected features is admissible. Three exact
-choices are offered. The class maps of the head also say where source and target are seen, which gives the mask of the
-picture's regions that the decoder may redraw.
+choices are offered. The class maps of the head show where source and target are seen, which gives the mask of the
+regions that the decoder may redraw.
 
-Source: Chowdhury et al., ICCV 2025, arXiv 2509.16822, sections 3 and the supplement; the water-filling spread is ours.
+Source: Chowdhury et al., ICCV 2025, arXiv 2509.16822, section 3 and supplement; the water-filling spread is ours.
 
 Shapes: B samples, D features, K classes, h, w cells of the feature map, n = h w.
 """
@@ -24,6 +24,25 @@ Spread = Literal["uniform", "location", "waterfill"]
 _FLOOR = 0.02
 
 
+def spread_change(feature_map: Tensor, features: Tensor, rows: Tensor, offset: Tensor, spread: Spread) -> Tensor:
+    """Returns the change after which a map, [B, D, h, w], averages to reflected features [B, D].
+
+    ``rows`` [B, 2, D] and ``offset`` [B, 2] are the head's rows and biases for source and target.
+    """
+    if spread == "location":
+        normal, height = rows[:, 0] - rows[:, 1], offset[:, 0] - offset[:, 1]
+        reflected = spread_by_location(feature_map, features, normal, height)
+    elif spread == "waterfill":
+        prior = prior_of(class_maps(feature_map, rows))
+        # Without a reflection that is never negative, the change is spread evenly.
+        inside = (features >= 0).all(dim=1)[:, None, None, None]
+        filled = spread_by_water_filling(feature_map, features.clamp_min(0), prior)
+        reflected = torch.where(inside, filled, spread_uniform(feature_map, features))
+    else:
+        reflected = spread_uniform(feature_map, features)
+    return reflected - feature_map
+
+
 def spread_uniform(feature_map: Tensor, features: Tensor) -> Tensor:
     """Shifts all places alike until the map averages to the features, [B, D, h, w] and [B, D] -> [B, D, h, w]."""
     return feature_map + (features - feature_map.mean(dim=(2, 3)))[:, :, None, None]
@@ -35,8 +54,8 @@ def spread_by_location(feature_map: Tensor, features: Tensor, normal: Tensor, of
     A place moves in proportion to how much more it speaks for the source than for the target.
 
     Args:
-        feature_map: [B, D, h, w].
-        features: What the map shall average to, [B, D].
+        feature_map: Feature maps of the images, [B, D, h, w].
+        features: Wanted average of the map, [B, D].
         normal: The source's row of the head minus the target's, [B, D].
         offset: The source's bias minus the target's, [B].
     """
@@ -48,26 +67,27 @@ def spread_by_location(feature_map: Tensor, features: Tensor, normal: Tensor, of
 
 
 def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor) -> Tensor:
-    """Adds and removes where a prior says so, and never below zero.
+    """Adds and removes in proportion to a prior, and never goes below zero.
 
-    A feature that has to grow grows by the prior. One that has to shrink loses the same multiple of the prior
-    everywhere, cut off at zero; the multiple that gives the right average is found exactly by sorting.
+    A growing feature grows by the prior. A shrinking one loses the same multiple of the prior everywhere, cut off at
+    zero; the multiple that gives the right average is found exactly by sorting.
 
     Args:
-        feature_map: Non-negative, [B, D, h, w].
-        features: Non-negative, what the map shall average to, [B, D].
-        prior: Positive weights of the places, [B, h, w], any scale.
+        feature_map: Non-negative feature maps, [B, D, h, w].
+        features: Wanted average of the map, non-negative, [B, D].
+        prior: Positive weights of the places, [B, h, w], on any scale.
 
     Returns:
         A non-negative map, [B, D, h, w].
     """
+    # Growing features.
     values = feature_map.flatten(2)
     share = (prior / prior.sum(dim=(1, 2), keepdim=True)).flatten(1)[:, None].expand_as(values)
     num_places = values.shape[2]
     change = features - values.mean(dim=2)
     grown = values + (num_places * change)[:, :, None] * share
 
-    # The mean after cutting is piecewise linear in the level; its kinks are the ratios value / share.
+    # Shrinking features. Their mean is piecewise linear in the level; its kinks are the ratios value / share.
     ratio, order = (values / share).sort(dim=2, descending=True)
     level = values.gather(2, order).cumsum(dim=2) - num_places * features[:, :, None]
     level = level / share.gather(2, order).cumsum(dim=2)
@@ -79,14 +99,14 @@ def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor
 
 
 def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
-    """Where each class is seen: the positive part of its row over the map, scaled to a maximum of 1.
+    """Shows where each class is seen: the positive part of its row over the map, scaled to a maximum of 1.
 
     Args:
-        feature_map: [B, D, h, w].
-        rows: The head's rows of M classes per sample, [B, M, D].
+        feature_map: Feature maps, [B, D, h, w].
+        rows: Rows of the head for M classes per sample, [B, M, D].
 
     Returns:
-        [B, M, h, w] in [0, 1]; all zero where a class is seen nowhere.
+        Maps, [B, M, h, w] in [0, 1]; all zero for a class that is seen nowhere.
     """
     feature_map = to_float32(feature_map)
     with full_precision(feature_map):
@@ -95,30 +115,28 @@ def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
 
 
 def prior_of(maps: Tensor) -> Tensor:
-    """The prior of ``spread_by_water_filling`` from class maps [B, M, h, w]: their sum over a floor, [B, h, w]."""
+    """Returns the prior of ``spread_by_water_filling``: the sum of class maps [B, M, h, w] over a floor, [B, h, w]."""
     together = maps.sum(dim=1)
     together = together + _FLOOR * together.amax(dim=(1, 2), keepdim=True)
-    # Where no class is seen at all, every place is as good.
+    # Without any class in sight all places are alike.
     return torch.where(together.amax(dim=(1, 2), keepdim=True) > 0, together, torch.ones_like(together))
 
 
 def edit_mask(maps: Tensor, step: Tensor, limits: tuple[float, float] = (0.1, 0.5), soft: bool = False) -> Tensor:
-    """Places that may be redrawn at a step (Eq. 13, 14): those where source or target is seen above a threshold.
+    """Marks the places that may be redrawn: those where source or target is seen above a threshold (equation 14).
 
     The threshold 1 - step, kept within limits, falls along the path, so the region grows.
 
     Args:
-        maps: Class maps of source and target, [B, 2, h, w].
-        step: How far along the path, [B] in [0, 1].
+        maps: Class maps of source and target (equation 13), [B, 2, h, w].
+        step: Position on the path, [B] in [0, 1].
         limits: Lowest and highest threshold.
-        soft: A sigmoid of width 0.05 instead of a step, for smooth animations.
+        soft: Takes a sigmoid of width 0.05 instead of a hard threshold, for smooth animations.
 
     Returns:
-        [B, 1, h, w] in [0, 1]; no gradient passes.
+        Mask, [B, 1, h, w] in [0, 1]; no gradient passes.
     """
     lowest, highest = limits
     threshold = (1 - step).clamp(lowest, highest).to(maps)[:, None, None, None]
     strongest = maps.detach().amax(dim=1, keepdim=True)
-    if soft:
-        return torch.sigmoid((strongest - threshold) / 0.05)
-    return (strongest > threshold).to(maps.dtype)
+    return torch.sigmoid((strongest - threshold) / 0.05) if soft else (strongest > threshold).to(maps.dtype)

@@ -1,6 +1,6 @@
-"""From the gradient at an image to images along it: the direction of Steerable Lens and how it is extrapolated.
+"""From the gradient at an image to images along it: the direction of Steerable Lens and its extrapolation.
 
-Numbers are in units of [0, 1] images. Sources: as for ``phase_extrapolation``.
+Numbers are in units of [0, 1] images. Sources: those of ``phases``.
 
 Shapes: B images, C channels, P planes (C, or 1 for luminance), H, W pixels, T strengths.
 """
@@ -8,9 +8,8 @@ Shapes: B images, C channels, P planes (C, or 1 for luminance), H, W pixels, T s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from torch.nn import functional as F
 
 from cfe_lightning import images
 from cfe_lightning.compute.precision import full_precision
+from cfe_lightning.compute.rows import joined, rows_of
+from cfe_lightning.methods.steerable_lens import pyramid
 from cfe_lightning.methods.steerable_lens.phases import (
     AmplitudeMode,
     Motion,
@@ -26,40 +27,33 @@ from cfe_lightning.methods.steerable_lens.phases import (
     mean_turn,
     motion_field,
 )
-from cfe_lightning.methods.steerable_lens.pyramid import (
-    FourierTransform,
-    PixelTransform,
-    SteerablePyramid,
-    Synthesis,
-    Transform,
-    default_scales,
-)
+from cfe_lightning.methods.steerable_lens.pyramid import Decomposition, SteerablePyramid, Synthesis, Transform
 
 TransformName = Literal["csp", "dft", "pixel", "csp_rect"]
 AlphaUnit = Literal["rms", "l2", "phase", "raw"]
 Colour = Literal["rgb", "y"]
 Padding = Literal["reflect", "circular"]
 
-#: Luminance of ITU-R 601, the Y of YIQ; adding to it adds the same to red, green and blue.
+#: Weights of red, green and blue in the luminance of ITU-R 601, the Y of YIQ; adding to Y adds the same to all three.
 _LUMINANCE = (0.299, 0.587, 0.114)
-#: Real numbers that the largest band of all frames in work may hold. On a CPU more is slower, because memory is; on
-#: other devices every call costs, and less would leave them idle.
+#: Real numbers that the largest band of a chunk of frames may hold. On a CPU, larger chunks are slower because memory
+#: is; on other devices every call costs, and smaller chunks would leave them idle.
 _CHUNK = 2**21
 _CHUNK_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """In which direction images go; alpha is in the unit that was asked for.
+    """The direction in which images move; alpha is in the chosen unit.
 
     Attributes:
-        image: Where they start, [B, C, H, W] in [-1, 1].
-        origin: The images that the changes are measured from: ``image`` unless it was moved before, [B, C, H, W].
-        gradient: Of the loss with respect to them on [0, 1], [B, C, H, W].
-        motions: Of the bands, of images with the padding around them; empty where coefficients are not turned.
-        constant: What is added in proportion to alpha besides, [B, P, H, W]; None for nothing.
-        line: The change per unit of alpha at alpha 0, [B, C, H, W]; zero where there is no gradient.
-        shares: Shares of the gradient's energy that the transform's residuals hold, [B] each.
+        image: Images where the course starts, [B, C, H, W] in [-1, 1].
+        origin: Images from which changes are measured, [B, C, H, W]: ``image``, unless it was moved before.
+        gradient: Gradient of the loss by images on [0, 1], [B, C, H, W].
+        motions: Motions of the bands of the padded images; empty where coefficients are not turned.
+        constant: Change that is added in proportion to alpha, [B, P, H, W]; None for no such change.
+        line: Change per unit of alpha at alpha 0, [B, C, H, W]; zero where there is no gradient.
+        shares: Shares of the gradient's energy in the residuals of the transform, [B] each.
     """
 
     image: Tensor
@@ -70,45 +64,14 @@ class Course:
     line: Tensor
     shares: dict[str, Tensor]
 
-    def rows(self, rows: Tensor | slice) -> Course:
-        """The course of some of the images."""
-        return Course._each(lambda parts: parts[0][rows], [self])
-
-    @staticmethod
-    def joined(parts: Sequence[Course]) -> Course:
-        """The course of the images of several."""
-        return Course._each(lambda values: torch.cat([*values]), parts) if len(parts) > 1 else parts[0]
-
-    @staticmethod
-    def _each(change: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Course]) -> Course:
-        """What becomes of every tensor of courses that are alike."""
-        first = parts[0]
-        motions = [
-            Motion(
-                band=change([motion.band for motion in each]),
-                turn=change([motion.turn for motion in each]),
-                growth=None if each[0].growth is None else change([cast(Tensor, motion.growth) for motion in each]),
-            )
-            for each in zip(*(part.motions for part in parts), strict=True)
-        ]
-        return Course(
-            image=change([part.image for part in parts]),
-            origin=change([part.origin for part in parts]),
-            gradient=change([part.gradient for part in parts]),
-            motions=motions,
-            constant=None if first.constant is None else change([cast(Tensor, part.constant) for part in parts]),
-            line=change([part.line for part in parts]),
-            shares={name: change([part.shares[name] for part in parts]) for name in first.shares},
-        )
-
 
 class Frames(NamedTuple):
     """Images on their course.
 
     Attributes:
-        image: [R, T, C, H, W] in [-1, 1].
-        clipped: Share of their values that left the range and were clipped, [R, T].
-        l2_norm: L2 norm on [0, 1] of their difference from the image that the course is about, [R, T].
+        image: Frames in [-1, 1], [R, T, C, H, W].
+        clipped: Share of the values that left the range and were clipped, [R, T].
+        l2_norm: L2 norm on [0, 1] of the difference from the course's origin, [R, T].
     """
 
     image: Tensor
@@ -118,7 +81,7 @@ class Frames(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extrapolator:
-    """What the options of ``SteerableLens`` of the same names say about the direction.
+    """Turns gradients into courses and courses into frames; ``SteerableLens`` explains the options.
 
     Raises:
         ValueError: If an option is out of range, or options contradict each other.
@@ -157,65 +120,40 @@ class Extrapolator:
 
     @property
     def is_straight(self) -> bool:
-        """Whether images move along a straight line instead of turning phases."""
+        """Tells whether images move along a straight line instead of turning phases."""
         return self.transform in ("pixel", "csp_rect")
 
     @torch.no_grad()
     def course(self, image: Tensor, gradient: Tensor, origin: Tensor) -> Course:
-        """Reads a gradient as a direction.
+        """Turns the gradient of a loss by images on [0, 1] into a direction from images in [-1, 1], all [B, C, H, W].
 
-        Args:
-            image: [B, C, H, W] in [-1, 1].
-            gradient: Of the loss with respect to the image on [0, 1], [B, C, H, W].
-            origin: What changes are measured from, [B, C, H, W] in [-1, 1].
+        Changes are measured from ``origin``.
         """
-        # Some at a time, like frames.
-        transform = self.transform_for(image)
-        padded = self._pad(image) * 2
+        # In chunks, like frames.
+        transform, padded = self.transform_for(image), 2 * self._pad(image)
         held = 2 * image.shape[1] * (image.shape[2] + padded) * (image.shape[3] + padded) * self.orientations
-        at_once = _at_once(held, image.device)
-        parts = [
-            self._some_course(transform, *some)
-            for some in zip(image.split(at_once), gradient.split(at_once), origin.split(at_once), strict=True)
-        ]
-        return Course.joined(parts)
+        chunks = (values.split(_at_once(held, image.device)) for values in (image, gradient, origin))
+        return joined([self._course(transform, *chunk) for chunk in zip(*chunks, strict=True)])
 
-    def _some_course(self, transform: Transform, image: Tensor, gradient: Tensor, origin: Tensor) -> Course:
+    def _course(self, transform: Transform, image: Tensor, gradient: Tensor, origin: Tensor) -> Course:
+        # Planes.
         pad = self._pad(image)
-        planes, slope = (self._planes(images.to_unit(image)), self._planes(gradient, add_up=True))
+        planes, slope = self._planes(images.to_unit(image)), self._planes(gradient, add_up=True)
         if pad:
             # Zeros around the gradient are the adjoint of the crop, so descent stays descent.
             planes = F.pad(planes, (pad, pad, pad, pad), mode="reflect")
             slope = F.pad(slope, (pad, pad, pad, pad))
-        there = transform.gradient(slope)
+
+        # Energy outside the bands.
+        pull = transform.gradient(slope)
         energy = slope.flatten(1).square().sum(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
         shares = {
             name: part.flatten(1).square().sum(dim=1) / energy
-            for name, part in zip(transform.residual_names, there.residuals, strict=True)
+            for name, part in zip(transform.residual_names, pull.residuals, strict=True)
         }
-        motions: list[Motion] = []
-        constant: Tensor | None = None
-        if self.is_straight:
-            constant = -transform.synthesise(there.bands, there.residuals)
-            line = constant
-        else:
-            motions = [
-                descent(
-                    band,
-                    pull,
-                    rule=self.phase_rule,
-                    eps=self.eps,
-                    smoothing=self.smoothing,
-                    amplitudes=self.beta > 0,
-                )
-                for band, pull in zip(transform.analyse(planes, residuals=False).bands, there.bands, strict=True)
-            ]
-            bands = [motion.first_order(self.beta) for motion in motions]
-            if self.residual_gain > 0:
-                zeros = [torch.zeros_like(band) for band in bands]
-                constant = -self.residual_gain * transform.synthesise(zeros, there.residuals)
-            line = transform.synthesise(bands)
-            line = line if constant is None else line + constant
+
+        # Direction, in the unit of alpha.
+        motions, constant, line = self._descent(transform, planes, pull)
         line = self._crop(line, pad)
         scale = self._unit(line, motions, image.shape[1])
         by_image = scale.view(-1, 1, 1, 1)
@@ -229,9 +167,28 @@ class Extrapolator:
             shares=shares,
         )
 
+    def _descent(
+        self, transform: Transform, planes: Tensor, pull: Decomposition
+    ) -> tuple[list[Motion], Tensor | None, Tensor]:
+        """Returns motions, constant and line of a course for planes [B, P, H, W] and the gradient of coefficients."""
+        if self.is_straight:
+            line = -transform.synthesise(pull.bands, pull.residuals)
+            return [], line, line
+        motions = [
+            descent(band, slope, rule=self.phase_rule, eps=self.eps, smoothing=self.smoothing, amplitudes=self.beta > 0)
+            for band, slope in zip(transform.analyse(planes, residuals=False).bands, pull.bands, strict=True)
+        ]
+        changes = [motion.first_order(self.beta) for motion in motions]
+        line = transform.synthesise(changes)
+        if self.residual_gain == 0:
+            return motions, None, line
+        zeros = [torch.zeros_like(change) for change in changes]
+        constant = -self.residual_gain * transform.synthesise(zeros, pull.residuals)
+        return motions, constant, line + constant
+
     def _unit(self, line: Tensor, motions: list[Motion], channels: int) -> Tensor:
-        """What alpha is multiplied by, [B]; zero where nothing moves."""
-        # Luminance is added to all channels: the mean over one plane is that over all, the norm is not.
+        """Returns the factor of alpha, [B]; zero where nothing moves."""
+        # Luminance is added to all channels: its mean square over one plane is that over all, its norm is not.
         copies = channels / line.shape[1]
         norm = (line.flatten(1).square().sum(dim=1) * copies).sqrt()
         if self.alpha_unit == "phase":
@@ -244,49 +201,37 @@ class Extrapolator:
 
     @torch.no_grad()
     def frames(self, course: Course, alpha: Tensor, rounded: bool = False) -> Frames:
-        """Images at some strengths of their course.
-
-        Args:
-            course: Of R images.
-            alpha: [R, T].
-            rounded: To the levels of an 8-bit file.
-        """
+        """Makes frames of R images at strengths [R, T] of their course; ``rounded`` to the levels of an 8-bit file."""
+        # Chunks, so that their bands stay in fast memory.
         num_rows, num_steps = alpha.shape
-        found = Frames(
-            course.image.new_empty((num_rows, num_steps, *course.image.shape[1:])),
-            torch.empty_like(alpha),
-            torch.empty_like(alpha),
-        )
-        # A part at a time, so that what it needs stays in memory that is at hand.
-        held = 2 * max(
-            (motion.band.shape[1:].numel() for motion in course.motions), default=course.image.shape[1:].numel()
-        )
+        size = course.image.shape[1:]
+        found = Frames(course.image.new_empty((*alpha.shape, *size)), torch.empty_like(alpha), torch.empty_like(alpha))
+        held = 2 * max((motion.band.shape[1:].numel() for motion in course.motions), default=size.numel())
         at_once = _at_once(held, alpha.device)
         wide = min(num_steps, at_once)
         tall = max(1, at_once // wide)
+
+        # Frames.
         for top in range(0, num_rows, tall):
             rows = slice(top, top + tall)
-            some = course.rows(rows)
+            part = rows_of(course, rows)
             for left in range(0, num_steps, wide):
                 columns = slice(left, left + wide)
-                for whole, part in zip(found, self._some_frames(some, alpha[rows, columns], rounded), strict=True):
-                    whole[rows, columns] = part
+                for whole, values in zip(found, self._frames(part, alpha[rows, columns], rounded), strict=True):
+                    whole[rows, columns] = values
         return found
 
-    def _some_frames(self, course: Course, alpha: Tensor, rounded: bool) -> Frames:
-        transform = self.transform_for(course.image)
-        # The change alone is synthesised: at alpha 0 the image comes back bit for bit.
+    def _frames(self, course: Course, alpha: Tensor, rounded: bool) -> Frames:
+        # Change. It alone is synthesised: at alpha 0 the image comes back bit for bit.
         change = course.image.new_zeros(())
         if course.motions:
-            change = transform.synthesise(
-                [
-                    motion.extrapolated(alpha, cap=self.cap, beta=self.beta, mode=self.amplitude_mode)
-                    for motion in course.motions
-                ]
-            )
+            options: dict[str, Any] = {"cap": self.cap, "beta": self.beta, "mode": self.amplitude_mode}
+            bands = [motion.extrapolated(alpha, **options) for motion in course.motions]
+            change = self.transform_for(course.image).synthesise(bands)
         if course.constant is not None:
             change = change + alpha[:, :, None, None, None] * course.constant[:, None]
-        # A change of 1 on [0, 1] is one of 2 on [-1, 1].
+
+        # Image. A change of 1 on [0, 1] is one of 2 on [-1, 1].
         moved = torch.add(course.image[:, None], self._crop(change, self._pad(course.image)), alpha=2)
         clipped = (moved.abs() > 1).flatten(2).to(moved.dtype).mean(dim=2)
         moved = images.saved(moved) if rounded else moved.clamp_(-1, 1)
@@ -294,7 +239,7 @@ class Extrapolator:
         return Frames(moved, clipped, norm)
 
     def _pad(self, image: Tensor) -> int:
-        """Pixels of padding on every side: filters by FFT wrap round."""
+        """Returns the pixels of padding on every side, needed because filters by FFT wrap round."""
         side = min(image.shape[-2:])
         if self.padding == "circular" or self.transform == "pixel":
             return 0
@@ -304,29 +249,31 @@ class Extrapolator:
         return image[..., pad : image.shape[-2] - pad, pad : image.shape[-1] - pad] if pad else image
 
     def _planes(self, image: Tensor, add_up: bool = False) -> Tensor:
-        """What is transformed, [B, C, H, W] -> [B, P, H, W]; gradients by luminance add channels up."""
+        """Returns the planes to be transformed, [B, C, H, W] -> [B, P, H, W]; ``add_up`` is for gradients."""
         if self.colour == "rgb" or image.shape[1] == 1:
             return image
+        # The gradient by luminance, which is added to all channels, is the sum over channels.
         if add_up:
             return image.sum(dim=1, keepdim=True)
         return (image * image.new_tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
     def transform_for(self, image: Tensor) -> Transform:
-        """The transform of padded images of this size, made once."""
+        """Returns the transform of padded images of this size; it is made once."""
         pad = self._pad(image)
         height, width = image.shape[-2] + 2 * pad, image.shape[-1] + 2 * pad
         key = (height, width, image.dtype, image.device)
         if key not in self._transforms:
             made: Transform
             if self.transform == "pixel":
-                made = PixelTransform()
+                made = pyramid.PixelTransform()
             elif self.transform == "dft":
-                made = FourierTransform(height, width, dtype=image.dtype)
+                made = pyramid.FourierTransform(height, width, dtype=image.dtype)
             else:
+                # The scales follow from the size without padding.
                 made = SteerablePyramid(
                     height,
                     width,
-                    scales=default_scales(*image.shape[-2:]) if self.scales is None else self.scales,
+                    scales=pyramid.default_scales(*image.shape[-2:]) if self.scales is None else self.scales,
                     orientations=self.orientations,
                     decimate=self.decimate,
                     synthesis=self.synthesis,
@@ -336,7 +283,7 @@ class Extrapolator:
         return self._transforms[key]
 
     def motion(self, course: Course, alpha: Tensor) -> Tensor | None:
-        """Where structure moves, alpha [B] -> [B, 2, H, W] in pixels; None of a transform that knows no places."""
+        """Returns the displacements at alpha [B] in pixels, [B, 2, H, W]; None for transforms without positions."""
         transform = self.transform_for(course.image)
         if not course.motions or not isinstance(transform, SteerablePyramid):
             return None
@@ -346,5 +293,5 @@ class Extrapolator:
 
 
 def _at_once(held: int, device: torch.device) -> int:
-    """How many images with bands of so many numbers are worked on together."""
+    """Returns the number of images per chunk, if the largest band of one image holds ``held`` real numbers."""
     return max(1, (_CHUNK if device.type == "cpu" else _CHUNK_ELSEWHERE) // held)

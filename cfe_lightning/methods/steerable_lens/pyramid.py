@@ -1,7 +1,7 @@
-"""Coordinates in which an image's structure can be moved: a complex steerable pyramid by FFT, and two to compare with.
+"""Coordinates in which an image's structure can move: a complex steerable pyramid by FFT, and two for comparison.
 
-Simoncelli & Freeman 1995 and Portilla & Simoncelli 2000, in the Fourier domain and normalised to a tight frame:
-synthesis is the adjoint of analysis, and analysis followed by synthesis is the identity at every size.
+Source: Simoncelli and Freeman, ICIP 1995; Portilla and Simoncelli, IJCV 2000. Here in the Fourier domain and normalised
+to a tight frame: synthesis is the adjoint of analysis, and undoes it at every size.
 
 Shapes: [..., H, W] images, real; K orientations, J scales, h, w samples of a band.
 """
@@ -26,7 +26,7 @@ class Decomposition(NamedTuple):
 
     Attributes:
         bands: Complex coefficients with an amplitude and a phase, [..., K, h, w] per scale, finest first.
-        residuals: Real images [..., H, W] of what no band holds, see ``Transform.residual_names``.
+        residuals: Real images [..., H, W] of the rest, in the order of ``Transform.residual_names``.
     """
 
     bands: list[Tensor]
@@ -36,38 +36,38 @@ class Decomposition(NamedTuple):
 class Transform(nn.Module, ABC):
     """A tight frame: synthesis undoes analysis and, with ``synthesis="adjoint"``, is its adjoint.
 
-    So energy is kept, and the gradient with respect to the coefficients is the analysis of that with respect to pixels.
+    Therefore energy is kept, and the gradient by the coefficients is the analysis of the gradient by pixels.
 
     Attributes:
-        residual_names: What the residuals hold, in their order.
+        residual_names: Names of the residuals, in their order.
     """
 
     residual_names: tuple[str, ...] = ()
 
     @abstractmethod
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
-        """Images [..., H, W] to coefficients; without ``residuals`` only those of the bands."""
+        """Turns images [..., H, W] into coefficients; without ``residuals`` only into those of the bands."""
 
     @abstractmethod
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
-        """Coefficients to images [..., H, W]; what is left out counts as zero."""
+        """Turns coefficients into images [..., H, W]; missing residuals count as zero."""
 
     def gradient(self, gradient: Tensor, residuals: bool = True) -> Decomposition:
-        """The gradient with respect to pixels, [..., H, W], as that with respect to the coefficients."""
+        """Turns the gradient by pixels, [..., H, W], into the gradient by the coefficients."""
         return self.analyse(gradient, residuals)
 
 
 class PixelTransform(Transform):
-    """No bands: the image is its own and only residual."""
+    """No bands: the image is its own residual."""
 
     residual_names = ("pixels",)
 
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
-        """The image itself."""
+        """Returns the image itself."""
         return Decomposition([], [image] if residuals else [])
 
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
-        """The sum of the residuals."""
+        """Returns the sum of the residuals."""
         return torch.stack([*residuals]).sum(dim=0)
 
 
@@ -75,14 +75,14 @@ class SteerablePyramid(Transform):
     """The complex steerable pyramid: one-sided bands one octave wide, at K orientations and J scales.
 
     Args:
-        height: H.
-        width: W.
-        scales: J; None takes ``default_scales``.
-        orientations: K, at least 2: a ring has no half plane.
-        decimate: Keep of every scale only the samples that its frequencies need.
-        synthesis: "adjoint", or "two_sided": the way back of pyramids that take the real part of two-sided bands
-            (plenoptic's), which equals the other one on coefficients of an image but not on edited ones.
-        dtype: Of the images and, as complex numbers, of the coefficients.
+        height: Height of the images, H.
+        width: Width of the images, W.
+        scales: Number of scales, J; None takes ``default_scales``.
+        orientations: Number of orientations, K, at least 2: a single ring has no half plane.
+        decimate: Keeps only the samples that the frequencies of a scale need.
+        synthesis: "adjoint", or "two_sided": the synthesis of pyramids that take the real part of two-sided bands
+            (plenoptic's), which differs only on edited coefficients.
+        dtype: Number type of the images; the coefficients have its complex counterpart.
 
     Raises:
         ValueError: If the coarsest scale would have fewer than 8 samples a side, or K is below 2.
@@ -110,19 +110,21 @@ class SteerablePyramid(Transform):
                 f"Images of {height} x {width} pixels have 1 to {most_scales(height, width)} scales, got {scales}."
             )
         self.height, self.width, self.scales, self.orientations = height, width, scales, orientations
+
+        # Angular windows.
         f_y, f_x = _frequencies(height, width)
-        radius = (f_y.square() + f_x.square()).sqrt()
-        radius[0, 0] = 1e-12
-        octave = radius.log2()
         angle = torch.atan2(f_y, f_x)
         turned = torch.stack([angle - math.pi * k / orientations for k in range(orientations)]).cos()
         peak = angular_normaliser(orientations)
         one_sided = peak * turned.clamp_min(0).pow(orientations - 1)
         both_sides = peak * turned.pow(orientations - 1)
-        # As complex numbers, or every product would convert them again.
-        kind = _complex(dtype)
+
+        # Radial windows and masks. They are complex, or every product would convert them again.
+        radius = (f_y.square() + f_x.square()).sqrt()
+        radius[0, 0] = 1e-12
+        octave, kind = radius.log2(), _complex(dtype)
         for j in range(scales):
-            # sqrt(2) stands for the half plane that is missing.
+            # sqrt(2) replaces the missing half plane.
             ring = math.sqrt(2) * _low(octave, j) * _high(octave, j + 1)
             sides = (_kept(height, j), _kept(width, j)) if decimate else (height, width)
             back = both_sides if synthesis == "two_sided" else one_sided
@@ -132,22 +134,22 @@ class SteerablePyramid(Transform):
             self.register_buffer(f"residual{index}", window.to(kind), persistent=False)
 
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
-        """Images [..., H, W] to bands [..., K, h, w] and residuals [..., H, W]."""
+        """Turns images [..., H, W] into bands [..., K, h, w] and residuals [..., H, W]."""
         return self._analyse(image, "there", residuals)
 
     def gradient(self, gradient: Tensor, residuals: bool = True) -> Decomposition:
-        """The adjoint of ``synthesise``, [..., H, W] to the shapes of ``analyse``."""
+        """Applies the adjoint of ``synthesise``, [..., H, W] to the shapes of ``analyse``."""
         return self._analyse(gradient, "back", residuals)
 
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
-        """Bands [..., K, h, w] and residuals [..., H, W] to images [..., H, W]."""
-        # Here and below: there is no FFT of half precision on the CPU, and phases need the digits.
+        """Turns bands [..., K, h, w] and residuals [..., H, W] into images [..., H, W]."""
+        # Here and below: the CPU has no FFT in half precision, and phases need the digits.
         with full_precision(bands[0]):
             spectrum = bands[0].new_zeros((*bands[0].shape[:-3], self.height, self.width))
             for j, band in enumerate(bands):
                 weights = getattr(self, f"back{j}")
                 transformed = torch.fft.fft2(band, norm="ortho")
-                # One orientation after the other: the product of all need not exist.
+                # One orientation after the other, to save the memory of all products.
                 total = transformed[..., 0, :, :] * weights[0]
                 for k in range(1, self.orientations):
                     total.addcmul_(transformed[..., k, :, :], weights[k])
@@ -157,12 +159,12 @@ class SteerablePyramid(Transform):
             return torch.fft.ifft2(spectrum, norm="ortho").real
 
     def frequency(self, scale: int) -> Tensor:
-        """Centre of the bands of a scale in radians per pixel, (row, column), [K, 2]."""
+        """Returns the centres of the bands of a scale in radians per pixel, (row, column), [K, 2]."""
         turn = torch.arange(self.orientations, dtype=torch.float64) * math.pi / self.orientations
         return math.pi * 2.0 ** (-scale - 1) * torch.stack([turn.sin(), turn.cos()], dim=1)
 
     def enlarged(self, maps: Tensor) -> Tensor:
-        """Real maps [..., h, w] with one value per sample of a scale, interpolated to [..., H, W] without aliasing."""
+        """Interpolates real maps with one value per sample of a scale without aliasing, [..., h, w] -> [..., H, W]."""
         with full_precision(maps):
             part = torch.fft.fft2(maps)
             spectrum = part.new_zeros((*maps.shape[:-2], self.height, self.width))
@@ -184,14 +186,10 @@ class SteerablePyramid(Transform):
 
 
 class FourierTransform(Transform):
-    """The whole spectrum as one band: every coefficient is a wave over all of the image.
+    """The whole spectrum as one band: every coefficient is a wave over the whole image.
 
-    The mean and the frequencies that are their own mirror image have no phase to move and are the residual.
-
-    Args:
-        height: H.
-        width: W.
-        dtype: As for ``SteerablePyramid``.
+    The mean and the frequencies that are their own mirror image have no phase to move; they are the residual. The
+    arguments are those of ``SteerablePyramid``.
     """
 
     residual_names = ("fixed",)
@@ -200,7 +198,7 @@ class FourierTransform(Transform):
         super().__init__()
         f_y, f_x = _frequencies(height, width)
         half = ((f_y > 0) | ((f_y == 0) & (f_x > 0))) & (f_y.abs() < 1) & (f_x.abs() < 1)
-        # The mirror image of the frequency of index i is that of index n - i.
+        # Index n - i mirrors index i.
         mirrored = half.flip(0, 1).roll((1, 1), (0, 1))
         self.register_buffer("window", (math.sqrt(2) * half.double()).to(_complex(dtype)), persistent=False)
         self.register_buffer("fixed", (~(half | mirrored)).to(_complex(dtype)), persistent=False)
@@ -209,7 +207,7 @@ class FourierTransform(Transform):
     fixed: Tensor
 
     def analyse(self, image: Tensor, residuals: bool = True) -> Decomposition:
-        """Images [..., H, W] to the band [..., 1, H, W] of their Fourier coefficients and the residual [..., H, W]."""
+        """Turns images [..., H, W] into the band [..., 1, H, W] of Fourier coefficients and a residual [..., H, W]."""
         _check_size(image, *self.fixed.shape)
         with full_precision(image):
             spectrum = torch.fft.fft2(image, norm="ortho")
@@ -217,7 +215,7 @@ class FourierTransform(Transform):
             return Decomposition([(spectrum * self.window).unsqueeze(-3)], rest)
 
     def synthesise(self, bands: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> Tensor:
-        """The band [..., 1, H, W] and the residual [..., H, W] to images [..., H, W]."""
+        """Turns the band [..., 1, H, W] and the residual [..., H, W] into images [..., H, W]."""
         with full_precision(bands[0]):
             spectrum = bands[0].squeeze(-3) * self.window
             for residual in residuals:
@@ -226,12 +224,12 @@ class FourierTransform(Transform):
 
 
 def default_scales(height: int, width: int) -> int:
-    """J: 2 for 28 pixels, 3 for 32, 4 for 64, 5 for 224."""
+    """Returns the default of J: 2 for 28 pixels, 3 for 32, 4 for 64, 5 for 224."""
     return max(1, int(math.log2(min(height, width))) - 2)
 
 
 def most_scales(height: int, width: int) -> int:
-    """The largest J of which every scale has at least 8 samples a side."""
+    """Returns the largest J with at least 8 samples a side at every scale."""
     scales = 1
     while scales < 30 and 8 <= _kept(min(height, width), scales) < min(height, width):
         scales += 1
@@ -239,28 +237,28 @@ def most_scales(height: int, width: int) -> int:
 
 
 def angular_normaliser(orientations: int) -> float:
-    """Height of the angular windows cos^(K-1), so that their squares add up to 1 (Portilla & Simoncelli 2000)."""
+    """Returns the height of the angular windows cos^(K-1) at which their squares add up to 1."""
     order = orientations - 1
     return 2**order * math.factorial(order) / math.sqrt(orientations * math.factorial(2 * order))
 
 
 def _low(octave: Tensor, i: int) -> Tensor:
-    """The low pass that falls from 1 to 0 over the octave below 2^-i of Nyquist, at log2 frequencies."""
+    """Returns the low pass that falls from 1 to 0 over the octave below 2^-i of Nyquist, at log2 frequencies."""
     return (math.pi / 2 * (octave + i + 1).clamp(0, 1)).cos()
 
 
 def _high(octave: Tensor, i: int) -> Tensor:
-    """Its complement: their squares add up to 1."""
+    """Returns the complement of ``_low`` of the same i: their squares add up to 1."""
     return (math.pi / 2 * (octave + i).clamp(-1, 0)).cos()
 
 
 def _kept(side: int, scale: int) -> int:
-    """Samples a side of a scale: no frequency of its ring is lost."""
+    """Returns the samples a side of a scale, enough for all frequencies of its ring."""
     return side if scale == 0 else min(side, 2 * math.ceil(side / 2 ** (scale + 1)))
 
 
 def _crop(spectrum: Tensor, height: int, width: int) -> Tensor:
-    """The lowest frequencies of a spectrum [..., H, W] in ``fftfreq`` order; an even number a side, or all."""
+    """Cuts out the lowest frequencies of a spectrum [..., H, W] in ``fftfreq`` order; an even number a side, or all."""
     for dim, kept in ((-2, height), (-1, width)):
         size = spectrum.shape[dim]
         if kept < size:
@@ -278,7 +276,7 @@ def _embed_and_add(spectrum: Tensor, part: Tensor) -> None:
 
 
 def _halves(size: int, kept: int) -> list[tuple[slice, slice]]:
-    """Where the kept frequencies stand in the whole spectrum and in the part."""
+    """Pairs the places of the kept frequencies in the whole spectrum and in the part, along one side."""
     if kept == size:
         return [(slice(None), slice(None))]
     half = kept // 2
@@ -286,7 +284,7 @@ def _halves(size: int, kept: int) -> list[tuple[slice, slice]]:
 
 
 def _frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Vertical and horizontal frequency of every bin, [H, W] twice; 1 is Nyquist. Not centred, so odd sizes fit."""
+    """Returns vertical and horizontal frequency of every bin, [H, W] twice; 1 is Nyquist. Odd sizes are exact."""
     row, column = (2 * torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
     f_y, f_x = torch.broadcast_tensors(row[:, None], column[None])
     return f_y.clone(), f_x.clone()

@@ -1,4 +1,4 @@
-"""StylEx: directions of a StyleGAN2 that a classifier reacts to."""
+"""StylEx: explains a classifier by directions of a StyleGAN2's latent that change its decisions."""
 
 from cfe_lightning.methods.stylex.method import StylEx
 

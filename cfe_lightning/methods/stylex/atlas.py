@@ -1,10 +1,12 @@
-"""The atlas of StylEx' directions: the same few pictures along each of them, and what the decisions do.
+"""Draws the atlas of StylEx: the same images along each direction, and the classifier's decisions about them.
 
-Shapes: N images of the atlas, T strengths, Q directions, K classes, m images of a pair that the search counted.
+Shapes: n reference images, B images that are drawn, T strengths, N entries of a change, C channels, H, W pixels, K
+classes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,17 +16,18 @@ from torch import Tensor
 from cfe_lightning.atlas import Atlas, AtlasDirection, AtlasPair
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.decisions import decides_for
-from cfe_lightning.methods.stylex.ranking import Scoring, SearchResult
+from cfe_lightning.methods.stylex.ranking import SearchResult
+from cfe_lightning.methods.stylex.search import LatentSearch
 
-#: Images that every direction is shown on.
+#: Number of images that show a direction.
 _SHOWN = 5
-#: Strengths from one whole step backwards to one forwards.
+#: Number of strengths from one whole step backwards to one forwards.
 _STRENGTHS = 9
-#: Shares of a step at which coverage is measured, besides none and all of it.
+#: Shares of the whole step at which coverage is measured, besides 0 and 1.
 _SHARES = (0.25, 0.5, 0.75)
-#: Images at most that the coverage curve is measured on.
+#: Largest number of images behind the coverage curve.
 _MEASURED = 100
-#: Pairs of classes at most.
+#: Largest number of pairs of classes.
 _PAIRS = 12
 
 _NOTE = (
@@ -35,35 +38,34 @@ _NOTE = (
 
 
 class Renderer(Protocol):
-    """What is needed of the explainer."""
+    """The part of ``StylEx`` that draws the atlas."""
 
     classifier: FrozenClassifier
-    kept_directions: int
-    reaverage: bool
-    scoring: Scoring
+    latent_search: LatentSearch
 
     def render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
-        """Pictures of latents moved by changes [B, T, N], [B, T, C, H, W]."""
+        """Renders latents moved by changes [B, T, N] to pictures [B, T, C, H, W]."""
         ...
 
     def label(self, logits: Tensor) -> Tensor:
-        """What the generator is told of images with these logits, [B, K] -> [B, K]."""
+        """Returns the generator's labels for images with these logits, [B, K] -> [B, K]."""
         ...
 
 
 @torch.no_grad()
 def draw_atlas(model: Renderer, result: SearchResult, latent: Tensor, logits: Tensor, masks: Tensor) -> Atlas:
-    """Draws the directions of every pair of classes; of many classes, the pairs that are most often confused.
+    """Draws the directions of every pair of classes; with many classes, of the pairs most often confused.
 
     Args:
-        model: Renders and judges.
-        result: What the search found.
-        latent: Of the reference, [n, D] or [n, L, D].
-        logits: Of its images, [n, K].
-        masks: The known cause in the first images, [m, H, W] bool; empty where none is known.
+        model: Explainer that renders and classifies.
+        result: Result of the search.
+        latent: Latents of the reference images, [n, D] or [n, L, D].
+        logits: The classifier's logits of the reference images, [n, K].
+        masks: Known cause of the decision in the first m reference images, [m, H, W] bool; all False without any.
     """
     names, label = model.classifier.class_names, model.label(logits)
     pairs = []
+    # One sheet per pair of classes with any direction.
     for source, target in _pairs(logits):
         sheet = _Sheet(model, result, latent, label, masks, source, target)
         if sheet.num_directions:
@@ -82,9 +84,9 @@ def draw_atlas(model: Renderer, result: SearchResult, latent: Tensor, logits: Te
 
 
 def _pairs(logits: Tensor) -> Iterator[tuple[int, int]]:
-    """All ordered pairs of classes if they are few, else each class with the one that it is most often nearest to."""
+    """Returns all ordered pairs of classes if they are few, else each class with its most frequent runner-up."""
     num_classes = logits.shape[1]
-    every = [(s, t) for s in range(num_classes) for t in range(num_classes) if s != t]
+    every = list(itertools.permutations(range(num_classes), 2))
     if len(every) <= _PAIRS:
         yield from every
         return
@@ -96,7 +98,7 @@ def _pairs(logits: Tensor) -> Iterator[tuple[int, int]]:
 
 
 class _Sheet:
-    """The drawings of one pair of classes."""
+    """The drawings for one pair of classes."""
 
     def __init__(
         self,
@@ -111,50 +113,48 @@ class _Sheet:
         self.model = model
         self.result = result
         self.target = target
-        self.ranking = result.ranking(
-            source, target, model.kept_directions, reaverage=model.reaverage, scoring=model.scoring
-        )
+        self.ranking = model.latent_search.rank(result, source, target)
         self.num_directions = len(self.ranking.direction)
-        #: Rows of the search's table, and the same images in the reference.
+
+        # The images of the class: their rows in the search's table, and their places in the reference.
         self.kept = result.images(source)
         mine = result.index[self.kept]
         self.latent, self.label = latent[mine], label[mine]
         known = mine[mine < len(masks)]
         self.masks = masks[known] if bool(masks.any()) else masks[:0]
-        # Evenly over the class: neighbours in a data set are often alike.
+
+        # Spread evenly over the class: neighbours in a data set are often alike.
         places = torch.linspace(0, len(mine) - 1, min(_SHOWN, len(mine)))
         self.shown = places.round().long().tolist()
 
-    def way(self, place: int) -> Tensor:
-        """The whole step of the direction at a place of the ranking, towards the target, [N]."""
-        direction, sign = int(self.ranking.direction[place]), int(self.ranking.sign[place])
-        return sign * self.result.steps[direction] * self.result.vectors[direction]
-
     def pictures(self, rows: list[int], shares: Tensor, place: int) -> Tensor:
-        """Pictures of some images along a direction, [N, T, C, H, W]."""
-        change = shares[None, :, None] * self.way(place)
-        return self.model.render(self.latent[rows], self.label[rows], change.expand(len(rows), -1, -1))
-
-    def probabilities(self, pictures: Tensor) -> Tensor:
-        """Of the target, [N, T, C, H, W] -> [N, T]."""
-        return self.model.classifier.along(pictures).softmax(dim=2)[:, :, self.target]
+        """Renders some images at shares [T] of the whole step towards the target, [B, T, C, H, W]."""
+        direction, sign = int(self.ranking.direction[place]), int(self.ranking.sign[place])
+        step = sign * self.result.steps[direction] * self.result.vectors[direction]
+        change = (shares[None, :, None] * step).expand(len(rows), -1, -1)
+        return self.model.render(self.latent[rows], self.label[rows], change)
 
     def direction(self, place: int) -> AtlasDirection:
-        """One direction of the ranking."""
+        """Draws the direction at a place of the ranking."""
+        # Size of the step.
         ranking = self.ranking
         direction, sign = int(ranking.direction[place]), int(ranking.sign[place])
         degree = float(self.result.steps[direction])
         sigma = degree / max(float(self.result.spread[direction]), 1e-12)
+
+        # Strengths count along the direction itself, which may lead away from the target.
         shares = torch.linspace(-1, 1, _STRENGTHS, device=self.latent.device)
-        # Strengths count along the direction as it is; the way to the target may be backwards.
         pictures = self.pictures(self.shown, sign * shares, place)
+        probabilities = self.model.classifier.along(pictures).softmax(dim=2)[:, :, self.target]
+
+        # Effects at the whole step.
         change, inside = self.changes(place)
         kept = max(1, len(ranking.explained_by))
         return AtlasDirection(
             name=f"direction {direction}" + (", backwards" if sign < 0 else ""),
             strengths=(shares * sigma).cpu(),
             images=pictures.float().cpu(),
-            probabilities=self.probabilities(pictures).float().cpu(),
+            probabilities=probabilities.float().cpu(),
             step=sign * sigma,
             degree=degree,
             mean_change=float(ranking.mean_change[place]),
@@ -165,10 +165,12 @@ class _Sheet:
         )
 
     def changes(self, place: int) -> tuple[float, float | None]:
-        """Mean change of a pixel at the whole step on [0, 1], and its share within the known cause."""
+        """Measures the mean change of a pixel at the whole step on [0, 1], and its share within the known cause."""
         rows = list(range(min(len(self.latent), max(_SHOWN, len(self.masks)))))
         start, end = self.pictures(rows, torch.tensor([0.0, 1.0], device=self.latent.device), place).unbind(dim=1)
         change = (end - start).abs().mean(dim=1) / 2
+
+        # Share within the known cause.
         inside = None
         if len(self.masks):
             known = change[: len(self.masks)]
@@ -176,15 +178,17 @@ class _Sheet:
         return float(change.mean()), inside
 
     def curve(self) -> list[tuple[float, float]]:
-        """Share of images that some direction of the ranking flips, against the step in standard deviations."""
+        """Measures the share of images that some direction flips, against the step in standard deviations."""
+        # Flips at shares of the step.
         rows = list(range(min(_MEASURED, len(self.kept))))
         shares = torch.tensor(_SHARES, device=self.latent.device)
         hits = []
         for place in range(self.num_directions):
-            said = self.model.classifier.along(self.pictures(rows, shares, place))
-            asked = torch.full((said.shape[:2].numel(),), self.target, device=said.device)
-            hits.append(decides_for(said.flatten(0, 1), asked).unflatten(0, said.shape[:2]))
+            logits = self.model.classifier.along(self.pictures(rows, shares, place))
+            hits.append(decides_for(logits, self.target))
         between = torch.stack(hits).any(dim=0).float().mean(dim=0).tolist()
+
+        # The search has measured the whole step.
         explained = self.ranking.explained_by[: len(rows)] >= 0
         flipped = [0.0, *between, float(explained.float().mean())]
         steps, spread = self.result.steps, self.result.spread.clamp_min(1e-12)

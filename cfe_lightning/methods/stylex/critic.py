@@ -1,4 +1,4 @@
-"""The critic of StylEx: StyleGAN2's, told which class an image should show.
+"""The critic of StylEx.
 
 Shapes: B images, C channels, H, W pixels, K classes.
 """
@@ -26,14 +26,14 @@ LabelEntry = Literal["planes", "projection"]
 
 
 class StyleCritic(nn.Module):
-    """StyleGAN2's critic, told which class an image should show (CheXplaining in Style).
+    """StyleGAN2's critic with a label of the class that an image should show (CheXplaining in Style, arXiv 2207.07553).
 
     Args:
-        channels: 1 or 3.
-        num_classes: K.
-        widths: Channels at every resolution, see ``equalised.channel_table``.
-        label_entry: Where the label enters: as K more "planes" of the image (published), or by "projection" on the last
-            features (Miyato and Koyama 2018), which is cheaper.
+        channels: Channels of the images, 1 or 3.
+        num_classes: Number of classes, K.
+        widths: Channels of the feature maps at every resolution, from ``layers.channel_table``.
+        label_entry: Entry of the label: as K more "planes" of the image (published), or by "projection" on the last
+            features (Miyato and Koyama, arXiv 1802.05637), which is cheaper.
     """
 
     def __init__(
@@ -50,25 +50,30 @@ class StyleCritic(nn.Module):
         self.head = EqualLinear(width, 1)
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Returns the blocks that can be compiled or recomputed one by one."""
         return [*self.trunk.blocks]
 
     def forward(self, image: Tensor, label: Tensor, kinds: int = 1) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] and labels or probabilities [B, K] -> one raw logit per image, [B].
+        """Judges how real images are as members of a class, with raw logits [B].
 
-        Images of one kind are compared with each other, never real with generated ones.
+        Minibatch statistics compare images of one kind only, so real and generated images do not mix.
 
         Args:
-            image: Of one kind after the other, equally many of each.
-            label: What they should show.
-            kinds: How many kinds.
+            image: Images of one kind after the other, equally many of each, [B, C, H, W] in [-1, 1].
+            label: Labels or class probabilities that the images should show, [B, K].
+            kinds: Number of kinds.
         """
+        # Label planes.
         if self.planes is not None:
             drawn = encode_bits(self.planes, label.to(image)).unflatten(2, image.shape[2:])
             image = torch.cat([image, drawn], dim=1)
+
+        # Features and logit.
         features = torch.cat([stddev_map(kind) for kind in self.trunk(image).chunk(kinds)])
         features = activate(self.linear(activate(self.conv(features)).flatten(1)))
         logit = to_float32(self.head(features)).squeeze(1)
+
+        # Projected label.
         if self.projection is not None:
             agreement = to_float32(features) * to_float32(self.projection(label.to(features)))
             logit = logit + agreement.sum(dim=1) / math.sqrt(features.shape[1])

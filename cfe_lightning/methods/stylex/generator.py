@@ -1,10 +1,11 @@
-"""StyleGAN2 in plain PyTorch, with its style space in the open, and the encoder that StylEx trains with it.
+"""StyleGAN2 in plain PyTorch with an accessible style space, and the encoder that StylEx trains with it.
 
-Sources: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020; Wu et al., "StyleSpace
-Analysis", CVPR 2021; Lang et al., "Explaining in Style", ICCV 2021; Atad et al., "CheXplaining in Style", 2022.
+Sources: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958); Wu et al.,
+"StyleSpace Analysis" (arXiv 2011.12799); Lang et al., "Explaining in Style" (arXiv 2104.13369); Atad et al.,
+"CheXplaining in Style" (arXiv 2207.07553).
 
-Shapes: B images, C channels, R side of the image, D entries of the latent w, L slots (copies of w), K classes, M
-styles.
+Shapes: B images, C channels, R side of the image, Z entries of the noise z, D entries of the latent w, L slots (copies
+of w), K classes, M styles. Inside a layer: "in" and "out" channels, h, w pixels.
 """
 
 from __future__ import annotations
@@ -30,31 +31,29 @@ from cfe_lightning.methods.stylex.layers import (
 
 Conditioning = Literal["none", "const_concat", "w_concat"]
 LatentSpace = Literal["w", "w+"]
+#: Noise map of every convolution, each [B, 1, h, w]; None uses the stored ones.
+Noise = Sequence[Tensor] | None
 
-#: Entries of a label's embedding per class, beside the learned constant.
+#: Entries per class of a label's embedding beside the learned constant.
 _EMBEDDED = 10
 
 
 class Styles(NamedTuple):
-    """What one picture is synthesised from, noise apart.
+    """The inputs of the synthesis except noise.
 
     Attributes:
-        conv: Of every 3x3 convolution in forward order, each [B, C_in]: the style space that is searched.
-        rgb: Of every layer that paints, each [B, C_in]; they mostly shift colours and are not searched.
-        start: Input of the first convolution, [B, C_in, 4, 4].
+        conv: Styles of every 3x3 convolution in forward order, each [B, in]: the style space that is searched.
+        rgb: Styles of every ``ToImage`` layer, each [B, in]; they mostly shift colours and are not searched.
+        start: Input of the first convolution, [B, in, 4, 4].
     """
 
     conv: Sequence[Tensor]
     rgb: Sequence[Tensor]
     start: Tensor
 
-    def rows(self, index: Tensor) -> Styles:
-        """Those of some images, index [N] into the batch."""
-        return Styles([s[index] for s in self.conv], [s[index] for s in self.rgb], self.start[index])
-
 
 class MappingNetwork(nn.Module):
-    """Normal noise to latents, [B, Z] -> [B, D]."""
+    """Maps normal noise to latents, [B, Z] -> [B, D]."""
 
     def __init__(self, z_dim: int, w_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class MappingNetwork(nn.Module):
         self.layers = nn.ModuleList(EqualLinear(sizes[i], sizes[i + 1], lr_mul=0.01) for i in range(num_layers))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z is normalised to unit second moment first."""
+        """Normalises z to unit second moment and maps it in single precision."""
         z = to_float32(z)
         w = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         with full_precision(w):
@@ -72,16 +71,16 @@ class MappingNetwork(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """A 3x3 convolution whose input channels are scaled by styles and whose output is scaled back to unit variance.
+    """A 3x3 convolution that scales its input channels by styles and its output back to unit variance.
 
-    Scaling input and output of one ordinary convolution equals scaling its kernel for every image, so images of any
-    styles share one kernel.
+    Scaling the kernel for every image is the same as scaling input and output of one ordinary convolution, so images of
+    any styles share one kernel.
 
     Args:
-        in_channels: Also the number of styles.
-        out_channels: Of the output.
-        style_dim: Entries of the latent (and label) that the styles are an affine map of.
-        size: Side of the output.
+        in_channels: Channels of the input; also the number of styles.
+        out_channels: Channels of the output.
+        style_dim: Entries of the latent (with "w_concat" also of the label) that the affine map to the styles reads.
+        size: Side of the output in pixels.
         up: Doubles the resolution.
     """
 
@@ -98,20 +97,22 @@ class StyledConv(nn.Module):
         self.up = up
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, in, h, w], styles [B, in] -> [B, out, size, size]; the stored noise map unless one is given."""
+        """Convolves [B, in, h, w] with styles [B, in] to [B, out, size, size]; uses stored noise unless given some."""
+        # Styles scale the input.
         weight = self.weight * self.gain
         x = x * style[:, :, None, None].to(x.dtype)
         if self.up:
             x = low_pass(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 1, 4.0)
         else:
             x = F.conv2d(x, weight, padding=1)
+        # Demodulation scales the output; one kernel adds noise and bias.
         noise = self.noise if noise is None else noise
         shift = self.noise_strength * noise + self.bias[:, None, None]
         return activate(torch.addcmul(shift.to(x.dtype), x, self.demodulation(style).to(x.dtype)))
 
     def demodulation(self, style: Tensor) -> Tensor:
-        """What brings every output channel back to unit variance, [B, in] -> [B, out, 1, 1]."""
-        # Small numbers squared: half precision would lose them.
+        """Returns factors that bring the output channels to unit variance, [B, in] -> [B, out, 1, 1]."""
+        # Half precision would lose the squares of small numbers.
         with full_precision(style):
             style = to_float32(style)
             power = (self.weight.to(style) * self.gain).square().sum(dim=(2, 3))
@@ -119,7 +120,7 @@ class StyledConv(nn.Module):
 
 
 class ToImage(nn.Module):
-    """A 1x1 convolution with styles that paints, without demodulation."""
+    """A 1x1 convolution with styles and without demodulation, from features to a picture."""
 
     def __init__(self, in_channels: int, channels: int, style_dim: int) -> None:
         super().__init__()
@@ -129,32 +130,33 @@ class ToImage(nn.Module):
         self.gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """[B, in, h, w], styles [B, in] -> [B, C, h, w]."""
+        """Paints features [B, in, h, w] with styles [B, in], -> [B, C, h, w]."""
         return F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight * self.gain, self.bias)
 
 
 class Entering(NamedTuple):
-    """What enters one convolution: its features [B, C_in, h, w] and the picture painted so far (None at first)."""
+    """The inputs of one convolution: features [B, in, h, w] and the picture painted so far (None before the first)."""
 
     features: Tensor
     picture: Tensor | None
 
 
 class Synthesis(nn.Module):
-    """From styles to pictures, each layer addressable.
+    """Renders styles to pictures; synthesis can start at any layer.
 
-    Convolution ``l`` reads slot ``l``; the layer that paints at block ``b`` reads slot ``2 b + 1``, which it shares
-    with the first convolution of the next block.
+    Convolution ``l`` reads slot ``l``. ``ToImage`` of block ``b`` reads slot ``2 b + 1``, as does the first convolution
+    of the next block.
 
     Args:
-        channels: 1 or 3.
-        widths: Channels at every resolution, see ``equalised.channel_table``.
-        style_dim: Entries of what the styles are an affine map of.
+        channels: Channels of the pictures, 1 or 3.
+        widths: Channels of the feature maps at every resolution, from ``layers.channel_table``.
+        style_dim: Entries of the latent (with "w_concat" also of the label) that the affine maps to the styles read.
         start_extra: Input channels of the first convolution beside the learned constant.
     """
 
     def __init__(self, *, channels: int, widths: Mapping[int, int], style_dim: int, start_extra: int = 0) -> None:
         super().__init__()
+        # Blocks: one convolution at 4 x 4 pixels, two at every other resolution, and one layer that paints.
         sizes = sorted(widths)
         self.constant = nn.Parameter(torch.randn(1, widths[4], 4, 4))
         self.convs = nn.ModuleList()
@@ -169,31 +171,18 @@ class Synthesis(nn.Module):
         self.num_slots = 2 * len(sizes)
 
     def layers(self) -> Iterator[StyledConv]:
-        """The convolutions in forward order."""
+        """Yields the convolutions in forward order."""
         for layer in self.convs:
             assert isinstance(layer, StyledConv), "built so"
             yield layer
 
     @property
     def layer_sizes(self) -> list[int]:
-        """Styles of every convolution; their sum is M, the size of the style space."""
+        """Returns the number of styles of every convolution; the sum is M, the size of the style space."""
         return [layer.weight.shape[1] for layer in self.layers()]
 
-    def address(self, index: int) -> tuple[int, int]:
-        """A coordinate of the style space as (convolution, channel).
-
-        Raises:
-            IndexError: If there is no such coordinate.
-        """
-        rest = index
-        for layer, size in enumerate(self.layer_sizes):
-            if 0 <= rest < size:
-                return layer, rest
-            rest -= size
-        raise IndexError(f"The style space has {sum(self.layer_sizes)} coordinates, there is no {index}.")
-
     def styles(self, u: Tensor, start: Tensor) -> Styles:
-        """All styles of latents with their labels [B, L, style_dim]; they are affine in them."""
+        """Returns all styles, which are affine in the latents with their labels ``u`` [B, L, style_dim]."""
         with full_precision(u):
             u = to_float32(u)
             conv = [layer.affine(u[:, slot]) for slot, layer in enumerate(self.layers())]
@@ -201,42 +190,30 @@ class Synthesis(nn.Module):
         return Styles(conv, rgb, start)
 
     def flatten_styles(self, styles: Styles) -> Tensor:
-        """The styles of all convolutions in forward order, [B, M]."""
+        """Joins the styles of all convolutions in forward order, [B, M]."""
         return torch.cat(list(styles.conv), dim=1)
 
     def replace_styles(self, styles: Styles, flat: Tensor) -> Styles:
-        """Other styles of the convolutions [B, M], the rest as it is."""
+        """Replaces the styles of the convolutions by others, [B, M]."""
         return styles._replace(conv=flat.split(self.layer_sizes, dim=1))
 
     def draw_noise(self, batch: int, like: Tensor) -> list[Tensor]:
-        """Fresh noise maps for every convolution, each [B, 1, h, w]."""
+        """Draws a noise map for every convolution, each [B, 1, h, w]."""
         return [
             torch.randn(batch, *layer.noise.shape[1:], device=like.device, dtype=like.dtype) for layer in self.layers()
         ]
 
-    def forward(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Tensor:
-        """Pictures [B, C, R, R], about in [-1, 1] but not clamped; stored noise unless some is given."""
+    def forward(self, styles: Styles, noise: Noise = None) -> Tensor:
+        """Renders pictures [B, C, R, R], about in [-1, 1] but not clamped."""
         return self.synthesize_from(0, Entering(styles.start, None), styles, noise)
 
     def synthesize_from(
-        self, layer: int, entering: Entering, styles: Styles, noise: Sequence[Tensor] | None = None
+        self, first: int, entering: Entering, styles: Styles, noise: Noise = None, seen: list[Entering] | None = None
     ) -> Tensor:
-        """The same from the input of convolution ``layer`` on; only styles from there on are read."""
-        return self._run(layer, entering, styles, noise, None)
+        """Renders from the inputs of convolution ``first`` on; earlier styles are not read.
 
-    def trace(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Entering]]:
-        """The pictures, and what entered every convolution on the way."""
-        seen: list[Entering] = []
-        return self._run(0, Entering(styles.start, None), styles, noise, seen), seen
-
-    def _run(
-        self,
-        first: int,
-        entering: Entering,
-        styles: Styles,
-        noise: Sequence[Tensor] | None,
-        seen: list[Entering] | None,
-    ) -> Tensor:
+        The inputs of every convolution are appended to ``seen``.
+        """
         x, picture = entering
         for index, layer in enumerate(self.layers()):
             if index < first:
@@ -247,25 +224,30 @@ class Synthesis(nn.Module):
             if not layer.up:
                 block = (index + 1) // 2
                 painted = self.to_image[block](x, styles.rgb[block])
-                # Added up over all resolutions.
+                # The picture is a sum over all resolutions, in single precision.
                 with full_precision(painted):
                     picture = to_float32(painted) if picture is None else upsample(picture) + to_float32(painted)
         assert picture is not None, "the last convolution paints"
         return picture
 
+    def trace(self, styles: Styles, noise: Noise = None) -> tuple[Tensor, list[Entering]]:
+        """Renders pictures and records the inputs of every convolution."""
+        seen: list[Entering] = []
+        return self.synthesize_from(0, Entering(styles.start, None), styles, noise, seen), seen
+
 
 class StyleGenerator(nn.Module):
-    """Mapping network and synthesis with the class entering in one of three ways, or not at all.
+    """Mapping network and synthesis, with or without the class as an input.
 
     Args:
-        channels: 1 or 3.
-        num_classes: K.
-        conditioning: "none"; "const_concat", a label's embedding beside the learned constant (the paper's text);
-            "w_concat", the label beside the latent in front of every affine map (StylEx).
-        widths: Channels at every resolution.
-        z_dim: Entries of the noise.
-        w_dim: D.
-        mapping_layers: Of the mapping network.
+        channels: Channels of the pictures, 1 or 3.
+        num_classes: Number of classes, K.
+        conditioning: Entry of the label: "none"; "const_concat", an embedding beside the learned constant (CheXplaining
+            in Style); "w_concat", the label beside the latent in front of every affine map (Explaining in Style).
+        widths: Channels of the feature maps at every resolution, from ``layers.channel_table``.
+        z_dim: Entries of the noise, Z.
+        w_dim: Entries of the latent, D.
+        mapping_layers: Number of layers of the mapping network.
     """
 
     def __init__(
@@ -294,22 +276,23 @@ class StyleGenerator(nn.Module):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Returns the blocks that can be compiled or recomputed one by one."""
         return [*self.synthesis.convs]
 
     @property
     def num_slots(self) -> int:
-        """L."""
+        """Returns the number of slots, L."""
         return self.synthesis.num_slots
 
     def mixed(self, z: Tensor, other: Tensor, cut: Tensor) -> Tensor:
-        """Latents in every slot, those of ``other`` from slot ``cut`` [B] on: [B, Z] twice -> [B, L, D]."""
+        """Maps two batches of noise [B, Z] to latents [B, L, D]; slots from ``cut`` [B] on are those of ``other``."""
         first, second = self.mapping(torch.cat([z, other])).chunk(2)
         below = torch.arange(self.num_slots, device=z.device) < cut[:, None]
         return torch.where(below[:, :, None], first[:, None], second[:, None])
 
     def styles(self, w: Tensor, condition: Tensor) -> Styles:
-        """Styles of latents [B, D] (for all slots) or [B, L, D] and labels [B, K]."""
+        """Returns the styles of latents [B, D] (for all slots) or [B, L, D] with labels [B, K]."""
+        # The label enters beside the latent or beside the learned constant.
         w = self.spread(w)
         start = self.synthesis.constant.expand(len(w), -1, -1, -1)
         if self.conditioning == "w_concat":
@@ -320,28 +303,28 @@ class StyleGenerator(nn.Module):
         return self.synthesis.styles(w, start)
 
     def spread(self, w: Tensor) -> Tensor:
-        """One latent for all slots, [B, D] -> [B, L, D]; latents for every slot stay as they are."""
-        # Copies, not a view: a matrix product of a view may run in another kernel, and its last bits differ.
+        """Copies one latent to all slots, [B, D] -> [B, L, D]; returns latents of every slot unchanged."""
+        # No view: its matrix product may run in another kernel, whose last bits differ.
         return w[:, None].repeat(1, self.num_slots, 1) if w.ndim == 2 else w
 
-    def forward(self, w: Tensor, condition: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
-        """Latents [B, D] or [B, L, D] and labels [B, K] to pictures [B, C, R, R]."""
+    def forward(self, w: Tensor, condition: Tensor, noise: Noise = None) -> Tensor:
+        """Renders latents [B, D] or [B, L, D] with labels [B, K] to pictures [B, C, R, R]."""
         return self.synthesis(self.styles(w, condition), noise)
 
     def affine_weights(self, layers: Sequence[int] | None = None) -> Tensor:
-        """How the latent moves every style of the convolutions (or of some), [M, D]; labels' columns are left out."""
+        """Returns the affine map from the latent to the styles of all or some convolutions, without labels, [M, D]."""
         chosen = [layer for index, layer in enumerate(self.synthesis.layers()) if layers is None or index in layers]
         return torch.cat([layer.affine.weight[:, : self.w_dim] for layer in chosen])
 
 
 class StyleEncoder(nn.Module):
-    """Images to latents: the critic's trunk without minibatch statistics, so every image is encoded by itself.
+    """Encodes images as latents: the critic's trunk without minibatch statistics, so every image is encoded alone.
 
     Args:
-        channels: 1 or 3.
-        widths: Channels at every resolution.
-        w_dim: D.
-        space: "w" makes one latent for all slots; "w+" one for each, sharper and harder to edit.
+        channels: Channels of the images, 1 or 3.
+        widths: Channels of the feature maps at every resolution, from ``layers.channel_table``.
+        w_dim: Entries of the latent, D.
+        space: "w" for one latent for all slots; "w+" for one per slot: sharper pictures, harder to edit.
     """
 
     def __init__(self, *, channels: int, widths: Mapping[int, int], w_dim: int, space: LatentSpace = "w") -> None:
@@ -352,11 +335,11 @@ class StyleEncoder(nn.Module):
         self.linear = EqualLinear(widths[4] * 16, w_dim * self.num_slots)
 
     def blocks(self) -> list[nn.Module]:
-        """What the network is built of, to be compiled or recomputed one by one."""
+        """Returns the blocks that can be compiled or recomputed one by one."""
         return [*self.trunk.blocks]
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, R, R] in [-1, 1] -> [B, D], or [B, L, D] in the space "w+"."""
+        """Encodes images [B, C, R, R] in [-1, 1] as latents [B, D], or [B, L, D] in the space "w+"."""
         features = activate(self.conv(self.trunk(image))).flatten(1)
         with full_precision(features):
             w = self.linear(to_float32(features))

@@ -1,9 +1,9 @@
-"""Layers whose learning rate does not depend on their size, resampling without aliasing, and the trunk made of both.
+"""Layers of StyleGAN2: equalised learning rates, resampling without aliasing, and the trunk of critic and encoder.
 
-Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020. Everything is plain PyTorch
-and can be differentiated twice, which the gradient penalties of StyleGAN2 need.
+Source: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958). Everything is plain
+PyTorch and can be differentiated twice, as the gradient penalties of StyleGAN2 need.
 
-Shapes: B images, C channels, H, W pixels, R side of the image.
+Shapes: B images, C channels, H, W pixels, R side of the image, F features, K classes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from cfe_lightning.compute.precision import to_float32
 
 
 def activate(x: Tensor) -> Tensor:
-    """Leaky ReLU that keeps the second moment: slope 0.2, times the square root of 2."""
+    """Applies a leaky ReLU (slope 0.2) times the square root of 2, which keeps the second moment."""
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
 def channel_table(image_size: int, base: int = 32768, maximum: int = 512) -> dict[int, int]:
-    """Channels at every resolution from 4 to ``image_size``: base / resolution, at most ``maximum`` (config F).
+    """Returns the channels at every resolution r from 4 to ``image_size``: base / r, at most ``maximum`` (config F).
 
     Raises:
-        ValueError: If the size is no power of two from 8 on.
+        ValueError: If ``image_size`` is not a power of two from 8 on.
     """
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(f"image_size must be a power of two from 8 on, such as 32, 64 or 256, got {image_size}.")
@@ -36,35 +36,35 @@ def channel_table(image_size: int, base: int = 32768, maximum: int = 512) -> dic
 
 
 def low_pass(x: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Tensor:
-    """The filter [1, 3, 3, 1] in both directions, zero padding on all sides.
+    """Filters feature maps [B, C, H, W] by [1, 3, 3, 1] along both axes.
 
     Args:
-        x: [B, C, H, W].
-        padding: Zeros on every side.
-        gain: 4 after an upsampling by zeros in between.
-        stride: Keeps every pixel, or every second one.
+        x: Feature maps, [B, C, H, W].
+        padding: Number of zeros on every side.
+        gain: Factor of the result; 4 after an upsampling that inserts zeros.
+        stride: Distance of the kept pixels, 1 or 2.
     """
-    # (1, 3, 3, 1) / 8, computed where it is used: a copy to a GPU would wait for it at every layer. Exact in bfloat16.
+    # (1, 3, 3, 1) / 8, exact in bfloat16. Computed on the device: a copy from the host makes a GPU wait at every layer.
     taps = 0.5 - (torch.arange(4, device=x.device, dtype=x.dtype) - 1.5).abs() / 4
     kernel = (torch.outer(taps, taps) * gain).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Doubles the resolution, [B, C, H, W] -> [B, C, 2 H, 2 W]: bilinear but for the border, which fades to zero."""
+    """Doubles the resolution, [B, C, H, W] -> [B, C, 2 H, 2 W]: bilinear, but the border fades to zero."""
     batch, channels, height, width = x.shape
     spread = F.pad(x[:, :, :, None, :, None], (0, 1, 0, 0, 0, 1)).reshape(batch, channels, 2 * height, 2 * width)
-    # Two zeros before and one after each line.
+    # Two zeros before and one after each row and column.
     return low_pass(F.pad(spread, (2, 1, 2, 1)), 0, 4.0)
 
 
 class EqualLinear(nn.Module):
-    """A linear layer stored as unit noise and scaled when it is used.
+    """A linear layer whose weights have unit variance and are scaled when used.
 
     Args:
-        in_features: Inputs.
-        out_features: Outputs.
-        bias: What the bias starts from.
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+        bias: Initial value of the bias.
         lr_mul: Learning rate relative to that of other layers.
     """
 
@@ -76,12 +76,12 @@ class EqualLinear(nn.Module):
         self.lr_mul = lr_mul
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Applies the layer, [..., in] -> [..., out]."""
         return F.linear(x, self.weight * self.gain, self.bias * self.lr_mul)
 
 
 class EqualConv(nn.Module):
-    """A convolution stored as unit noise and scaled when it is used; keeps the resolution unless strided."""
+    """A convolution whose weights have unit variance and are scaled when used."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int, bias: bool = True
@@ -94,12 +94,12 @@ class EqualConv(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] -> [B, out, H', W']."""
+        """Applies the convolution, [B, in, H, W] -> [B, out, H', W']."""
         return F.conv2d(x, self.weight * self.gain, self.bias, stride=self.stride, padding=self.padding)
 
 
 class ResidualDown(nn.Module):
-    """Halves the resolution, [B, in, H, W] -> [B, out, H / 2, W / 2]."""
+    """A residual block that halves the resolution, [B, in, H, W] -> [B, out, H / 2, W / 2]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -108,18 +108,18 @@ class ResidualDown(nn.Module):
         self.skip = EqualConv(in_channels, out_channels, 1, padding=0, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residual plus shortcut, scaled to keep the variance."""
+        """Adds residual and shortcut, scaled to keep the variance."""
         main = activate(self.conv1(x))
         main = activate(self.conv2(low_pass(main, 2)))
         return (main + self.skip(low_pass(x, 1, stride=2))) * math.sqrt(0.5)
 
 
 class ResidualTrunk(nn.Module):
-    """From an image to a map of 4 x 4 cells: what StyleGAN2's critic and StylEx' encoder have in common.
+    """Maps an image to features of 4 x 4 cells; StyleGAN2's critic and StylEx' encoder share this design.
 
     Args:
-        in_channels: Of the image, with label planes if there are any.
-        widths: Channels at every resolution, see ``channel_table``.
+        in_channels: Channels of the image including label planes.
+        widths: Channels at every resolution, from ``channel_table``.
     """
 
     def __init__(self, in_channels: int, widths: Mapping[int, int]) -> None:
@@ -129,15 +129,16 @@ class ResidualTrunk(nn.Module):
         self.blocks = nn.Sequential(*(ResidualDown(widths[size], widths[size // 2]) for size in sizes[:-1]))
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, R, R] -> [B, D, 4, 4]."""
+        """Maps images to features, [B, C, R, R] -> [B, F, 4, 4]."""
         return self.blocks(activate(self.stem(image)))
 
 
 def stddev_map(x: Tensor, group: int = 4) -> Tensor:
-    """How much the images of a group differ, appended as one constant map, [B, C, H, W] -> [B, C + 1, H, W].
+    """Appends the standard deviation within groups of images as a constant map, [B, C, H, W] -> [B, C + 1, H, W].
 
-    Image i stands in one group with i + B / g, i + 2 B / g, ...; g is the largest divisor of B up to ``group``.
+    Image i is grouped with images i + B / g, i + 2 B / g, ...; g is the largest divisor of B up to ``group``.
     """
+    # Statistics in single precision; the epsilon bounds the slope of the root.
     batch = len(x)
     size = next(count for count in range(min(group, batch), 0, -1) if batch % count == 0)
     spread = (to_float32(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
@@ -146,16 +147,9 @@ def stddev_map(x: Tensor, group: int = 4) -> Tensor:
 
 
 def encode_bits(table: Tensor, condition: Tensor) -> Tensor:
-    """One row of a table of two for every class: the second for the image's class, the first for all others.
+    """Encodes labels or class probabilities [B, K] by a table of two rows, [2, N] -> [B, K, N].
 
-    Source: the authors' code of CheXplaining in Style looks the bits of a one-hot label up; probabilities are the same
-    looked up in between.
-
-    Args:
-        table: [2, N].
-        condition: Class probabilities or one-hot labels, [B, K].
-
-    Returns:
-        [B, K, N].
+    As in the code of CheXplaining in Style, every class takes one row: the second if its bit of the one-hot label is
+    set, the first otherwise. Probabilities interpolate between both.
     """
     return torch.lerp(table[0], table[1], condition[:, :, None])

@@ -1,4 +1,4 @@
-"""The images a search of directions starts from, as latents: kept in the checkpoint, so that it alone is enough.
+"""The latents of validation images from which directions are searched; kept in the checkpoint, which then suffices.
 
 Shapes: n images, D entries of the latent (or L x D in the space "w+"), K classes, H, W pixels.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-#: Images whose known cause is kept for the atlas, where the data has one.
+#: Largest number of images whose known cause is kept for the atlas.
 _MASKED = 64
 
 
@@ -18,10 +18,10 @@ class Reference(nn.Module):
     """Latents, logits and known causes of validation images, as buffers.
 
     Args:
-        size: Images at most.
+        size: Largest number of images.
         latent: Shape of one latent.
-        num_classes: K.
-        image_size: Side of the images.
+        num_classes: Number of classes, K.
+        image_size: Side of the images in pixels.
     """
 
     latents: Tensor
@@ -38,30 +38,34 @@ class Reference(nn.Module):
         self._collected: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def collect(self, latent: Tensor, logits: Tensor, mask: Tensor | None) -> None:
-        """Notes a batch: latents, logits [B, K] and, where the cause is known, masks [B, 1, H, W]."""
+        """Collects a batch: latents, logits [B, K] and, where the cause is known, masks [B, 1, H, W]."""
         self._collected.append((latent, logits, None if mask is None else mask[:, 0] > 0))
 
     def keep(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Replaces the buffers by what was noted.
+        """Replaces the buffers by the collected batches.
 
         Args:
-            gather: One tensor [n, ...] to that of all processes.
+            gather: Joins the rows of one tensor [n, ...] over all processes.
         """
+        # Collected batches.
         latent = gather(torch.cat([entry[0] for entry in self._collected]))
         logits = gather(torch.cat([entry[1] for entry in self._collected]))
         masks = [entry[2] for entry in self._collected if entry[2] is not None]
         self._collected.clear()
+
+        # Buffers.
         count = min(len(latent), len(self.latents))
         self.count.fill_(count)
         self.latents[:count] = latent[:count]
         self.logits[:count] = logits[:count]
+        # The data may know no cause.
         if masks:
             known = gather(torch.cat(masks))[: len(self.masks)]
             self.masks[: len(known)] = known
 
 
 def first_of_each_class(predicted: Tensor, count: int) -> Tensor:
-    """Places of the first ``count`` images of every class, in order, [n] -> [m]."""
+    """Returns the places of the first ``count`` images of every predicted class, in order, [n] -> [m]."""
     rank = torch.zeros_like(predicted)
     for k in predicted.unique():
         mine = predicted == k

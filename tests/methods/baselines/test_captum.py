@@ -2,7 +2,7 @@
 
 import ast
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,24 +16,14 @@ from cfe_lightning.classifier.networks import ResNet18, SimpleCnn
 from cfe_lightning.decisions import kl_from_uniform
 from cfe_lightning.explanation import Decomposer
 from cfe_lightning.methods.baselines import BASELINES
-from cfe_lightning.methods.baselines.captum import (
-    CaptumExplainer,
-    Method,
-    build_baseline,
-)
+from cfe_lightning.methods.baselines.captum import CaptumExplainer, Method, build_baseline
 from cfe_lightning.methods.baselines.neutral_descent import NeutralDescent
 
 
 def frozen(network: nn.Module, num_classes: int = 2, size: int = 16) -> FrozenClassifier:
-    spec = ClassifierSpec(
-        class_path="",
-        init_args={},
-        head=None,
-        class_names=tuple(f"class {k}" for k in range(num_classes)),
-        image_size=size,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.3, 0.3, 0.3),
-    )
+    names = tuple(f"class {k}" for k in range(num_classes))
+    scale: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.3, 0.3, 0.3)}
+    spec = ClassifierSpec(class_path="", init_args={}, head=None, class_names=names, image_size=size, **scale)
     return FrozenClassifier(network.eval(), spec)
 
 
@@ -48,7 +38,7 @@ def pictures(count: int = 3, size: int = 16) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Class 1's logit is the dot product with a fixed image, class 0's its negative."""
+    """A linear network: the logit of class 1 is the dot product with a fixed image, that of class 0 its negative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +50,7 @@ class Linear(nn.Module):
 
 
 class LinearThree(nn.Module):
-    """Three classes, the logit of each a dot product with its own image."""
+    """A linear network of three classes: each logit is the dot product with an image of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +61,7 @@ class LinearThree(nn.Module):
 
 
 class Sigmoid(SimpleCnn):
-    """One logit only."""
+    """A network with a single logit."""
 
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image)[:, :1]

@@ -28,7 +28,7 @@ from cfe_lightning.methods.diff_explainer.agent import (
 
 
 def codes(count: int = 400, dim: int = 5) -> Tensor:
-    """Correlated codes of very different spreads."""
+    """Draws correlated codes of very different spreads, [N, D]."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * torch.tensor([0.01, 0.1, 1, 3, 10])
     return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + 4
@@ -70,7 +70,7 @@ def test_a_step_changes_the_agents_margin_by_exactly_as_much_as_asked(kind: Step
 
 
 def test_a_step_is_the_shortest_one_in_its_metric() -> None:
-    """Any direction that leaves the margin alone can only add to its length."""
+    """Checks that the step is orthogonal, in the metric, to all changes that leave the margin alone."""
     weight, _, _, source, target = problem()
     matrix = metric_matrix("covariance", code_statistics(codes()), shrinkage=0.0)
     gradient = weight[target] - weight[source]
@@ -98,12 +98,15 @@ def test_the_metrics_are_those_of_the_specification() -> None:
 
 
 def test_ridge_is_where_a_long_descent_ends() -> None:
+    # Regression.
     given = code_statistics(codes())
     standardised = (codes() - given.mean) / given.spread
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(400, 3, generator=generator, dtype=torch.float64)
     wanted = standardised @ torch.randn(5, 3, generator=generator, dtype=torch.float64) + noise
     weight, bias = fit_ridge(standardised, wanted, penalty=0.1)
+
+    # Descent.
     variables = [torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
     for variable in variables:
         variable.requires_grad_()
@@ -130,7 +133,7 @@ def test_the_offset_puts_the_threshold_where_the_classifier_has_it(num_classes: 
     planted = torch.linspace(-2, 3, num_classes, dtype=torch.float64)
     offset = fit_offset(logits, logits + planted)
     torch.testing.assert_close(offset, planted - planted.mean(), atol=1e-4, rtol=0)
-    # On average every class is as probable as the classifier says, whatever the logits are.
+    # On average, every class is as probable as for the classifier, whatever the logits are.
     wanted = torch.randn(500, num_classes, generator=generator, dtype=torch.float64) * 4
     said = (logits + fit_offset(logits, wanted)).softmax(dim=1).mean(dim=0)
     torch.testing.assert_close(said, wanted.softmax(dim=1).mean(dim=0), atol=1e-4, rtol=0)
@@ -161,6 +164,8 @@ def test_refining_is_adam_on_the_alignment_in_every_order(kind: Alignment) -> No
     agent = nn.Linear(5, 4)
     other = copy.deepcopy(agent)
     refine(agent, code, wanted, decided, (weight, bias), kind=kind, epochs=3, learning_rate=0.01, batch_size=16)
+
+    # Adam and autograd.
     optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -188,7 +193,7 @@ def test_agreement_of_two_classes_counts_class_one_as_positive() -> None:
 
 
 def test_agreement_of_the_document() -> None:
-    """The check of evaluation, section 9.5."""
+    """Checks KL and accuracy of two images against values computed by hand."""
     wanted, said = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log(), torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log()
     values = agreement(said, wanted)
     assert values["accuracy"].item() == 1
@@ -203,7 +208,7 @@ def test_a_perfect_agent_agrees(num_classes: int) -> None:
     values = agreement(wanted, wanted)
     for name in ("accuracy", "sensitivity", "specificity", "f1", "margin_correlation"):
         assert values[name].item() == pytest.approx(1), name
-    # One class against the rest by its own probability is not the largest of several.
+    # One class against the rest: the probability of a class ranks images differently from the argmax.
     assert values["auc"].item() == pytest.approx(1) if num_classes == 2 else values["auc"].item() > 0.95
     assert values["kl"].item() == pytest.approx(0, abs=1e-9)
     assert agreement(-wanted, wanted)["margin_correlation"].item() < -0.99 if num_classes == 2 else True

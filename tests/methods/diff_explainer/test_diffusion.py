@@ -1,4 +1,4 @@
-"""Tests of ``cfe_lightning.methods.diff_explainer.diffusion``: the library's schedule, and a way back that is exact."""
+"""Tests of ``cfe_lightning.methods.diff_explainer.diffusion``: the library's schedule, and exact inversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def image(batch: int = 3) -> Tensor:
 
 
 def predict(state: Tensor, step: Tensor) -> Tensor:
-    """A smooth, contracting noise predictor that depends on state and step."""
+    """Predicts noise as a smooth, contracting function of state and step."""
     return 0.3 * torch.tanh(state + step[:, None, None, None] / 500)
 
 
@@ -110,7 +110,7 @@ def test_the_grid_begins_at_the_image_and_ends_below_pure_noise() -> None:
 
 
 def test_the_preview_sampler_needs_fewer_steps() -> None:
-    """On Gaussian data, whose noise is known, decoding stretches noise to the data's spread: 0.5."""
+    """Decodes Gaussian data with known noise, which scales noise to the data's spread of 0.5."""
     process, state = DiffusionProcess(), torch.randn(64, 1, 4, 4)
 
     def known(noisy: Tensor, step: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from cfe_lightning.methods.diff_explainer import DiffExplainer, DiffusionAutoenc
 from cfe_lightning.methods.diff_explainer import method as diff_explainer
 from cfe_lightning.methods.diff_explainer.agent import METRICS
 from cfe_lightning.methods.diff_explainer.autoencoder import load_autoencoder
-from cfe_lightning.methods.diff_explainer.method import Located, preferred_metric
+from cfe_lightning.methods.diff_explainer.calibration import preferred_metric
+from cfe_lightning.methods.diff_explainer.method import Located
 from cfe_lightning.training import SampleGrid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start.*", "ignore:.*LeafSpec.*")
@@ -46,7 +47,7 @@ def fit(model: DiffExplainer, folder: Path, **changes: Any) -> pl.Trainer:
 
 
 def trained_autoencoder(folder: Path) -> Path:
-    """A checkpoint as ``train.py`` leaves it."""
+    """Writes a checkpoint like those of ``train.py``."""
     torch.manual_seed(0)
     trainer = toy_trainer(folder)
     trainer.fit(DiffusionAutoencoder(**AUTOENCODER), data())
@@ -60,7 +61,7 @@ def test_a_step_of_zero_is_the_reconstruction_bit_for_bit() -> None:
     change = torch.randn(3, 4, 6).double()
     change[:, 2] = 0
     pictures = model.render(located, change)
-    # At the same place of the batch: on some processors a kernel's last bits depend on the row.
+    # At the same position in the batch: on some processors a kernel's last bits depend on the row.
     still = model.render(located, torch.zeros_like(change))
     assert torch.equal(pictures[:, 2], still[:, 2])
     torch.testing.assert_close(pictures[:, 2], still[:, 1], atol=1e-5, rtol=1e-5)
@@ -70,7 +71,7 @@ def test_a_step_of_zero_is_the_reconstruction_bit_for_bit() -> None:
 
 
 def test_the_edit_decodes_the_images_own_noise_with_a_moved_code() -> None:
-    """Inverted anew with the moved code, the noise would give the image back and no edit."""
+    """Checks that the noise is not inverted anew with the moved code, which would give the image back."""
     model, image = tiny(diffusion_steps=50, refinements=3), 0.5 * toy_images(2, NUM_CLASSES)
     # A noise predictor as gentle as a trained one.
     model.autoencoder.unet.unet.conv_out.weight.data.mul_(0.02)
@@ -101,6 +102,7 @@ def test_the_direction_is_the_closed_form_of_the_agents_gradient(num_classes: in
     code = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     source, target = torch.tensor([0, 1]), torch.tensor([1, num_classes - 1 if num_classes > 2 else 0])
     rows = torch.arange(2)
+    # Gradients of margin and probability.
     logits = model.agent_logits(code)
     margin = logits[rows, target] - logits[rows, source]
     probability = logits.softmax(dim=1)[rows, target]
@@ -129,7 +131,7 @@ def test_the_classifiers_head_is_copied_and_stays(tmp_path: Path) -> None:
 
 
 def test_the_agent_learns_what_the_codes_know(tmp_path: Path) -> None:
-    """Features that are linear in the codes are read off exactly."""
+    """Checks that features that are linear in the codes are learnt exactly."""
     model = tiny(alignment="mse", ridge_penalty=1e-9)
     planted = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
     model.classifier.features = lambda image: model.autoencoder.encode(image) @ planted.T + 1  # type: ignore[method-assign]
@@ -184,7 +186,7 @@ def test_the_search_ends_where_the_classifier_flips() -> None:
     [
         ((0.95, 0.95, 0.95), (0.5, 0.5, 0.5), (0.3, 0.1, 0.2), "diagonal"),
         ((0.95, 0.89, 0.95), (0.5, 0.5, 0.5), (0.3, 0.1, 0.2), "covariance"),
-        # What changes nothing is not preferred for that.
+        # A metric that changes nothing is not preferred.
         ((0.95, 0.91, 1.00), (0.0, 0.03, 1.0), (0.001, 0.004, 0.04), "covariance"),
         ((0.95, 0.95, 0.95), (0.96, 0.94, 1.0), (0.1, 0.05, 0.2), "identity"),
         ((0.8, 0.8, 0.8), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1), None),
@@ -207,7 +209,6 @@ def test_the_preferred_metric_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     fit(fitted, tmp_path)
     model.load_state_dict(fitted.state_dict())
     planted(model)
-    model._mean_of_all = lambda value: value.mean()  # type: ignore[method-assign]
     table = model._calibrate(toy_images(6, 2))
     assert all(float(table[f"{kind}_sign_agreement"]) == 1 for kind in METRICS)
     monkeypatch.setattr(diff_explainer, "preferred_metric", lambda table: "diagonal")
@@ -221,7 +222,6 @@ def test_no_sign_is_flipped_silently(tmp_path: Path) -> None:
     fit(fitted, tmp_path)
     model.load_state_dict(fitted.state_dict())
     planted(model, agree=False)
-    model._mean_of_all = lambda value: value.mean()  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"does not follow the agent in any metric .*identity 0\.00.*--model\.metric"):
         model._calibrate(toy_images(6, 2))
 
@@ -268,6 +268,7 @@ def test_the_checkpoint_needs_no_autoencoder_file(tmp_path: Path) -> None:
 
 
 def test_slices_are_encoded_one_by_one_and_moved_alike() -> None:
+    # A montage, and its slices alone.
     small = {**AUTOENCODER, "image_size": 8, "attention_sizes": [4]}
     model, single = tiny(autoencoder=small, num_slices=4), tiny(autoencoder=small)
     single.load_state_dict(model.state_dict())
@@ -281,6 +282,8 @@ def test_slices_are_encoded_one_by_one_and_moved_alike() -> None:
         change = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double()
         together = images.cut_montage(model.render(located, change).flatten(0, 1), 4)[:, index]
         torch.testing.assert_close(together, single.render(alone, change).flatten(0, 1), atol=1e-3, rtol=1e-3)
+
+    # What the agent and the explanation make of them.
     torch.testing.assert_close(model._taught(image)[0], located.code.mean(dim=1))
     explanation = model.explain(image)
     assert explanation.steps is not None
@@ -314,7 +317,7 @@ def test_the_autoencoder_trains_and_reports_reconstructions(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_a_perfect_network_has_no_loss_and_decodes_the_image(prediction: str) -> None:
-    """Both predictions say the same: a network that knows image and noise is right at every step."""
+    """Checks that a network that knows image and noise is right at every step, for both predictions."""
     model = DiffusionAutoencoder(**AUTOENCODER, prediction=prediction)
     image = toy_images(3, NUM_CLASSES)
     process = model.process

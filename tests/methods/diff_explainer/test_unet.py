@@ -15,7 +15,7 @@ TOY: dict[str, Any] = {"image_size": 16, "channels": 1, "width": 8, "blocks": 1,
 
 
 def unet(**changes: Any) -> SemanticUnet:
-    """A toy whose zero-initialised layers are not zero, as after some training."""
+    """Builds a toy network and fills its zero-initialised layers, as training would."""
     torch.manual_seed(0)
     network = SemanticUnet(multipliers=(1, 2), code_dim=6, time_dim=8, **{**TOY, **changes}).eval()
     for parameter in network.parameters():

@@ -1,4 +1,4 @@
-"""Analytic tests of ``cfe_lightning.methods.mirror_cfe.geometry`` (specification, section 10.2)."""
+"""Analytic tests of ``cfe_lightning.methods.mirror_cfe.geometry``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfe_lightning.decisions import margin
 from cfe_lightning.methods.mirror_cfe.geometry import (
     STATUS,
     Swap,
@@ -13,7 +14,6 @@ from cfe_lightning.methods.mirror_cfe.geometry import (
     closed_form_swap,
     first_flip,
     lbfgs_swap,
-    margin,
     position,
     reflect,
     reflect_nonlinear,
@@ -25,7 +25,7 @@ EXACT, NEGATIVE, PAIR_ONLY, DEGENERATE, ON_BOUNDARY = range(len(STATUS))
 
 
 def problem(num_classes: int, num_features: int = 64, batch: int = 20, seed: int = 0) -> tuple[Tensor, ...]:
-    """Features, weight, bias, predicted class and another class, all in float64."""
+    """Draws features, weight, bias, predicted class and another class, all in float64."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.rand(batch, num_features, generator=generator, dtype=torch.float64)
     weight = torch.randn(num_classes, num_features, generator=generator, dtype=torch.float64)
@@ -130,6 +130,7 @@ def test_lbfgs_follows_a_head_that_is_not_linear() -> None:
     target = (source + 1) % 4
     moved = lbfgs_swap(features, head, source, target)
     torch.testing.assert_close(head(moved), swapped(head(features), source, target), atol=1e-5, rtol=0)
+    # From the swap of the tangent the step is no longer.
     reflection, tangent, height = reflect_nonlinear(features, head, source, target)
     assert (reflection.status == EXACT).all()
     assert (reflection.distance <= (moved - features).norm(dim=1) + 1e-3).all()
@@ -186,7 +187,7 @@ def test_bounded_features_are_swapped_and_not_negative(num_features: int, num_cl
 
 
 def test_bounded_features_are_the_nearest_ones() -> None:
-    """Any other admissible direction leads away: the step is orthogonal to what the equations and bounds leave free."""
+    """The step is orthogonal to every direction that equations and bounds leave free, so any other one is longer."""
     features, weight, bias, source, target = problem(3, 16, batch=8)
     logits = features @ weight.T + bias
     moved, converged = bounded_swap(features, logits, weight, source, target)
@@ -268,7 +269,5 @@ def test_the_plain_reflection_reports_that_it_swaps_only_two_classes() -> None:
     reflection = reflect(features, weight, bias, source, target, swap="reflect")
     assert (reflection.status == PAIR_ONLY).any()
     assert reflection.residual.max() > 0.01
-    assert (
-        closed_form_swap(features, features @ weight.T + bias, swap_matrix(weight), source, target).shape
-        == features.shape
-    )
+    moved = closed_form_swap(features, features @ weight.T + bias, swap_matrix(weight), source, target)
+    assert moved.shape == features.shape

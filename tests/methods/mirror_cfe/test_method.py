@@ -1,4 +1,4 @@
-"""Mirror-CFE beyond the contract: what its explanations claim, and which classifiers it refuses."""
+"""Mirror-CFE beyond the contract: the claims of its explanations, and the classifiers that it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny(num_classes: int = 3, classifier: FrozenClassifier | None = None, **cha
 
 
 def frozen(network: nn.Module, num_classes: int, image_size: int) -> FrozenClassifier:
-    """Any network with the layers that tracing finds."""
+    """Freezes any network with the layers that tracing finds."""
     spec = ClassifierSpec(
         class_path="torch.nn.Module",
         init_args={},
@@ -176,6 +176,7 @@ def test_an_average_of_tokens_is_a_feature_map_too():
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return self.decide(self.block(self.patches(image).flatten(2).transpose(1, 2)).mean(dim=1))
 
+    # Its tokens become the places of a map.
     torch.manual_seed(0)
     model = tiny(classifier=frozen(MeanTokens(), 3, 16))
     mirrored = model.reflect(toy_images(3, 3))
@@ -204,17 +205,15 @@ def test_classifiers_without_pooled_features_are_refused_with_the_reason():
     vit = models.VisionTransformer(image_size=32, **sizes, num_classes=3)
     nn.init.normal_(vit.heads.head.weight)
     squeezed = models.squeezenet1_1(weights=None, num_classes=3)
+
+    # Reasons.
     for network, reason in (
-        (vgg, r"in VGG the last linear layer is classifier.2 \(20 inputs\), but no layer returns a map of so many"),
-        (
-            vit,
-            r"VisionTransformer .* heads.head \(16 inputs\), but .*\(closest: encoder\..*, relative error \d",
-        ),
+        (vgg, r"in VGG the last linear layer is classifier.2 \(20 inputs\), but no layer returns a map with that n"),
+        (vit, r"VisionTransformer .* heads.head \(16 inputs\), but .*\(closest: encoder\..*, relative error \d"),
         (squeezed, "SqueezeNet has no linear layer that could be watched"),
     ):
-        with pytest.raises(
-            ValueError, match=f"^This method needs a classifier that averages .*{reason}.* choose a ResN"
-        ):
+        sentence = f"^This method needs a classifier that averages .*{reason}.* choose a ResN"
+        with pytest.raises(ValueError, match=sentence):
             tiny(classifier=frozen(network, 3, 32))
 
 
@@ -222,11 +221,11 @@ def test_a_named_map_that_the_head_does_not_read_is_refused():
     network = models.resnet18(weights=None, num_classes=3)
     spec = frozen(network, 3, 64).spec
     named = FrozenClassifier(network, replace(spec, feature_map="layer3"))
-    with pytest.raises(ValueError, match="the average of layer3 is not what fc reads"):
+    with pytest.raises(ValueError, match="the average of layer3 is not the input of fc"):
         tiny(classifier=named)
 
 
-#: Specification 9.1's table: every family that has a pooled feature map, its head linear or not.
+#: Families of torchvision with a pooled feature map, and whether their head is linear.
 _FAMILIES = {
     "resnet18": True,
     "wide_resnet50_2": True,
@@ -284,7 +283,7 @@ def test_a_step_shows_the_classifier_a_batch_once(tmp_path: Path):
     network.register_forward_pre_hook(lambda _, inputs: judged.append((len(inputs[0]), torch.is_grad_enabled())))
     trainer = toy_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(model, ToyData(num_classes=3, batch_size=4, num_images=8))
-    # The images, and what was rendered of them.
+    # The images, and their renderings.
     assert judged == [(4, False), (8, True)]
 
 
@@ -371,7 +370,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
 
 def test_no_gradient_goes_through_the_reflection_but_through_the_judgement():
     model = tiny()
-    part = model._part(toy_images(4, 3), torch.tensor([1, 2, 0, 1]), torch.full((4, 1), 0.7))
+    part = model._slice(toy_images(4, 3), torch.tensor([1, 2, 0, 1]), torch.full((4, 1), 0.7))
     assert not part.mirrored.change.requires_grad
     terms = model._decoder_loss(part, *model._render(part))
     (gradient,) = torch.autograd.grad(terms["class"], [model.decoder.head.weight])

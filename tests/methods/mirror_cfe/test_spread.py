@@ -1,4 +1,4 @@
-"""Analytic tests of ``cfe_lightning.methods.mirror_cfe.spread`` (specification, section 10.2)."""
+"""Analytic tests of ``cfe_lightning.methods.mirror_cfe.spread``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfe_lightning.methods.mirror_cfe.spread import (
 
 
 def problem(num_classes: int = 3, num_features: int = 16, batch: int = 6) -> tuple[Tensor, ...]:
-    """A non-negative map, its mean, and a head with source and target, in float64."""
+    """Draws a non-negative map, its mean, and a head with source and target, in float64."""
     generator = torch.Generator().manual_seed(0)
     feature_map = torch.randn(batch, num_features, 5, 4, generator=generator, dtype=torch.float64).relu()
     features = feature_map.mean(dim=(2, 3))

@@ -20,19 +20,19 @@ from cfe_lightning.methods.steerable_lens.phases import mean_turn
 
 
 def lens(*, double: bool = False, channels: int = 3, **options: Any) -> SteerableLens:
-    """Around a small random convolutional network."""
+    """Builds a lens around a small random convolutional network."""
     made = SteerableLens(pooled_classifier(channels=channels), **options).eval()
     return made.double() if double else made
 
 
 def pictures(count: int = 4, channels: int = 3, dtype: torch.dtype = torch.float32, size: int = IMAGE_SIZE) -> Tensor:
-    """Smooth noise that leaves room on both sides, [B, C, S, S] in [-1, 1]."""
+    """Draws smooth noise that stays away from the ends of the range, [B, C, S, S] in [-1, 1]."""
     coarse = torch.randn(count, channels, 6, 6, generator=torch.Generator().manual_seed(0), dtype=dtype)
     return (0.3 * F.interpolate(coarse, size=size, mode="bicubic")).clamp(-0.9, 0.9)
 
 
 def loss_of(explainer: SteerableLens, image: Tensor, target: Tensor) -> Tensor:
-    """The negative log likelihood of the targets, [B]."""
+    """Returns the negative log-likelihood of the targets, [B]."""
     return F.cross_entropy(explainer.classifier(image), target, reduction="none")
 
 
@@ -114,7 +114,7 @@ def test_a_rectangular_step_in_the_pyramid_is_a_pixel_step() -> None:
         course, _ = explainer.course(image)
         found.append(explainer.frames(course, alpha).image)
     assert (found[0] - found[1]).abs().max() < 1e-10
-    # And a pixel step goes against the gradient.
+    # A pixel step goes against the gradient.
     torch.testing.assert_close(
         F.cosine_similarity((found[0][:, 0] - image).flatten(1), course.gradient.flatten(1)),
         torch.full((4,), -1.0, dtype=torch.float64),
@@ -212,7 +212,7 @@ def test_luminance_alone_changes_all_channels_alike() -> None:
 
 
 def test_the_gradient_by_luminance_is_the_sum_over_channels() -> None:
-    """Adding to the luminance of YIQ adds to red, green and blue alike, 3.8."""
+    """Checks the gradient by Y of YIQ: a change of Y changes red, green and blue alike."""
     course, _ = lens(double=True, colour="y", transform="pixel", alpha_unit="raw").course(pictures(dtype=torch.float64))
     torch.testing.assert_close(course.line, -course.gradient.sum(dim=1, keepdim=True).expand(-1, 3, -1, -1))
 
@@ -230,7 +230,7 @@ def test_the_clipped_share_is_that_of_values_beyond_the_range() -> None:
 
 
 class Edge(nn.Module):
-    """Whether a blob lies right or left of column 16, a linear function of the image: [B, 1, S, S] -> [B, 2]."""
+    """Classifies blobs as left or right of column 16 by a linear function of the image, [B, 1, S, S] -> [B, 2]."""
 
     def __init__(self, gain: float = 20.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -243,27 +243,19 @@ class Edge(nn.Module):
 
 
 def edge_classifier(**arguments: float) -> FrozenClassifier:
-    spec = ClassifierSpec(
-        class_path="none",
-        init_args={},
-        head=None,
-        class_names=("left", "right"),
-        image_size=32,
-        mean=(0.5,),
-        std=(0.5,),
-    )
-    return FrozenClassifier(Edge(**arguments), spec)
+    values: dict[str, Any] = {"class_names": ("left", "right"), "image_size": 32, "mean": (0.5,), "std": (0.5,)}
+    return FrozenClassifier(Edge(**arguments), ClassifierSpec(class_path="none", init_args={}, head=None, **values))
 
 
 def blobs(column: float = 13.0) -> Tensor:
-    """A bright blob left of the middle, [1, 1, 32, 32]."""
+    """Draws a bright blob at a column, [1, 1, 32, 32]."""
     place = torch.arange(32.0)
     blob = (-((place[:, None] - 16).square() + (place - column).square()) / 20).exp()
     return (1.6 * blob - 0.8)[None, None]
 
 
 def column_of(image: Tensor) -> float:
-    """Where the bright part of [1, 1, 32, 32] lies."""
+    """Returns the mean column of the bright part of [1, 1, 32, 32]."""
     mass = (image[0, 0] + 0.5).clamp_min(0).sum(dim=0)
     return float((mass * torch.arange(32.0)).sum() / mass.sum())
 
@@ -293,7 +285,7 @@ def test_the_weakest_flip_of_the_first_crossing_is_found() -> None:
         p = explainer.classifier(explainer.frames(course, at[:, None]).image[:, 0]).softmax(dim=1)
         return float(p[0, 1] - p[0, 0])
 
-    # A clear decision: by two hundredths, so that no rounding undoes it.
+    # A clear decision leads by 0.02, so that no rounding undoes it.
     assert lead(alpha) >= 0.02
     assert lead(alpha * 0.998) < 0.02
     fine = torch.linspace(0.001, float(alpha) * 0.97, 200)
@@ -318,7 +310,7 @@ def test_what_does_not_flip_is_not_called_a_counterfactual() -> None:
 
 def test_a_frame_that_is_hardly_ahead_is_a_flip_but_not_what_is_looked_for() -> None:
     def hardly(image: Tensor) -> FrozenClassifier:
-        """Ahead by less than two hundredths, where the image is its own best."""
+        """Builds a classifier whose target leads by less than 0.02 in the best frame."""
         best = SteerableLens(edge_classifier(bias=100.0)).explain(image).counterfactual_logits
         assert best is not None
         return edge_classifier(bias=100.0 + float(best[0, 1]) - 0.01)
@@ -408,7 +400,7 @@ def test_magnified_is_the_strongest_step_in_which_the_image_is_still_seen() -> N
 
 
 class Between(Edge):
-    """Class 1 is a blob near column 16 only."""
+    """Classifies blobs near column 16 as class 1."""
 
     def forward(self, image: Tensor) -> Tensor:
         margin = super().forward(image)[:, 1]

@@ -22,7 +22,7 @@ def shifted(image: Tensor, shift: tuple[float, float]) -> Tensor:
 
 
 def texture(size: int = 64, seed: int = 0) -> Tensor:
-    """A 1/f image, [1, 1, S, S]."""
+    """Draws a 1/f image, [1, 1, S, S]."""
     noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     f = torch.fft.fftfreq(size, dtype=torch.float64)
     radius = (f[:, None].square() + f.square()).sqrt()
@@ -31,7 +31,7 @@ def texture(size: int = 64, seed: int = 0) -> Tensor:
 
 
 def turned(pyramid: SteerablePyramid, before: Tensor, after: Tensor) -> list[Motion]:
-    """The phase differences of two images."""
+    """Returns the phase differences of two images as motions."""
     pairs = zip(pyramid.analyse(before).bands, pyramid.analyse(after).bands, strict=True)
     return [Motion(band=one, turn=(other * one.conj()).angle(), growth=None) for one, other in pairs]
 
@@ -54,7 +54,7 @@ def test_a_shift_of_a_grating_is_magnified_a_hundred_times() -> None:
     pyramid = SteerablePyramid(32, 32, dtype=torch.float64)
     found = extrapolated(pyramid, image, turned(pyramid, image, little), 100.0)
     assert error(found, far) < 1e-6
-    # What a linear extrapolation of pixels makes of it.
+    # A linear extrapolation of pixels fails.
     assert error(image + 100 * (little - image), far) > 0.3
 
 
@@ -119,7 +119,7 @@ def test_every_rule_descends_as_its_formula_says(rule: PhaseRule) -> None:
     weight = {"cartesian": 1 / guarded, "coordinate": torch.ones_like(guarded), "unit": guarded.rsqrt()}[rule]
     torch.testing.assert_close(motion.turn, amplitude * tangential * weight)
     torch.testing.assert_close(motion.growth, amplitude * radial * weight)
-    # The slope of any loss with this gradient, 3.5.
+    # The slope of any loss with this gradient.
     slope = float((gradient.conj() * motion.first_order(0.7)).real.sum())
     expected = -(amplitude.square() * weight * (tangential.square() + 0.7 * radial.square())).sum()
     assert slope == pytest.approx(float(expected))
@@ -127,7 +127,7 @@ def test_every_rule_descends_as_its_formula_says(rule: PhaseRule) -> None:
 
 
 def test_the_gradient_in_polar_coordinates_is_the_coordinate_rule() -> None:
-    """The derivatives by phase and logarithmic amplitude, against autograd."""
+    """Checks the derivatives by phase and logarithmic amplitude against autograd."""
     band, pull = coefficients()
     phase = torch.zeros(band.shape, dtype=torch.float64, requires_grad=True)
     growth = torch.zeros(band.shape, dtype=torch.float64, requires_grad=True)

@@ -18,20 +18,8 @@ from cfe_lightning.methods.steerable_lens.pyramid import (
     most_scales,
 )
 
-SIZES = [
-    (224, 224),
-    (64, 48),
-    (37, 50),
-    (33, 33),
-    (32, 32),
-    (31, 31),
-    (30, 30),
-    (28, 28),
-    (27, 28),
-    (17, 19),
-    (225, 223),
-]
-IDS = [f"{height}x{width}" for height, width in SIZES]
+IDS = ["224x224", "64x48", "37x50", "33x33", "32x32", "31x31", "30x30", "28x28", "27x28", "17x19", "225x223"]
+SIZES = [tuple(map(int, size.split("x"))) for size in IDS]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -117,7 +105,7 @@ def test_masks_add_up_to_one_and_are_one_sided() -> None:
     total = sum(pyramid.get_buffer(f"residual{index}").real.square() for index in range(2))
     for ring in rings:
         squared = ring.square().sum(dim=0)
-        # A frequency and its mirror image share what belongs to both.
+        # A frequency and its mirror image share their energy.
         total = total + (squared + squared.flip(0, 1).roll((1, 1), (0, 1))) / 2
         for one in ring:
             assert (one * one.flip(0, 1).roll((1, 1), (0, 1))).abs().max() < 1e-12

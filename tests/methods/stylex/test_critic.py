@@ -15,7 +15,7 @@ from cfe_lightning.methods.stylex.layers import channel_table
 
 
 def style_critic(label_entry: Any, size: int = 16, channels: int = 1, num_classes: int = 3) -> StyleCritic:
-    """A toy whose biases are not zero, as after some training."""
+    """Builds a toy whose biases are not zero, as after some training."""
     torch.manual_seed(0)
     critic = StyleCritic(
         channels=channels,

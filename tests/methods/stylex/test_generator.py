@@ -1,4 +1,4 @@
-"""StyleGAN2 generator and encoder: analytic tests."""
+"""Analytic tests of ``cfe_lightning.methods.stylex.generator`` (StyleGAN2, arXiv 1912.04958)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfe_lightning.compute.rows import rows_of
 from cfe_lightning.methods.stylex.critic import StyleCritic
 from cfe_lightning.methods.stylex.generator import (
     Conditioning,
@@ -26,11 +27,13 @@ from cfe_lightning.methods.stylex.layers import activate, channel_table
 #: Different everywhere, so that no layer can be taken for another.
 WIDTHS = {4: 6, 8: 5, 16: 3}
 SLOTS, CONVOLUTIONS, BLOCKS = 6, 5, 3
+#: Convolution and channel of every style.
+ADDRESSES = [(layer, channel) for layer, size in enumerate([6, 6, 5, 5, 3]) for channel in range(size)]
 MODES: list[Conditioning] = ["none", "const_concat", "w_concat"]
 
 
 def generator(conditioning: Conditioning = "none", **changes: Any) -> StyleGenerator:
-    """A toy whose zero-initialised parameters are not zero, as after some training."""
+    """Builds a toy whose zero-initialised parameters are not zero, as after some training."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"channels": 1, "num_classes": 2, "z_dim": 6, "w_dim": 7, "mapping_layers": 2}
     network = StyleGenerator(conditioning=conditioning, widths=WIDTHS, **sizes | changes).eval()
@@ -41,7 +44,7 @@ def generator(conditioning: Conditioning = "none", **changes: Any) -> StyleGener
 
 
 def drawn(network: StyleGenerator, batch: int = 2) -> tuple[Tensor, Styles]:
-    """Latents in every slot, and the styles of their pictures."""
+    """Draws latents in every slot and computes their styles."""
     w = torch.randn(batch, network.num_slots, network.w_dim)
     return w, network.styles(w, torch.eye(2)[torch.arange(batch) % 2])
 
@@ -55,12 +58,12 @@ def styled_conv(up: bool, in_channels: int = 5, size: int = 8) -> StyledConv:
 
 
 def kernels(layer: StyledConv, style: Tensor) -> Tensor:
-    """Of every image its own, before demodulation, [B, out, in, 3, 3]."""
+    """Computes every image's own kernel before demodulation, [B, out, in, 3, 3]."""
     return layer.weight / math.sqrt(layer.weight.shape[1] * 9) * style[:, None, :, None, None]
 
 
 def grouped(layer: StyledConv, x: Tensor, style: Tensor) -> Tensor:
-    """The same layer as StyleGAN2 has it: one convolution with a group for every image."""
+    """Computes the layer as StyleGAN2's own code does: one convolution with a group for every image."""
     kernel = kernels(layer, style)
     kernel = kernel / (kernel.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).sqrt()
     batch, together = len(x), x.flatten(0, 1)[None]
@@ -198,27 +201,13 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert counts == pytest.approx([30.0, 30.1, 29.0, 28.9], abs=0.05)
 
 
-def test_an_address_is_a_layer_and_a_channel() -> None:
-    synthesis = generator().synthesis
-    sizes = synthesis.layer_sizes
-    assert sizes == [6, 6, 5, 5, 3]
-    expected = [(layer, channel) for layer, size in enumerate(sizes) for channel in range(size)]
-    assert [synthesis.address(index) for index in range(25)] == expected
-
-
-@pytest.mark.parametrize("index", [-1, 25, 1000])
-def test_there_is_no_address_outside_the_style_space(index: int) -> None:
-    with pytest.raises(IndexError, match=f"The style space has 25 coordinates, there is no {index}"):
-        generator().synthesis.address(index)
-
-
 def test_flat_styles_go_back_to_their_layers() -> None:
     network = generator()
     _, styles = drawn(network)
     flat = network.synthesis.flatten_styles(styles)
     assert flat.shape == (2, 25)
-    for index in range(25):
-        layer, channel = network.synthesis.address(index)
+    assert network.synthesis.layer_sizes == [6, 6, 5, 5, 3]
+    for index, (layer, channel) in enumerate(ADDRESSES):
         assert torch.equal(flat[:, index], styles.conv[layer][:, channel])
     back = network.synthesis.replace_styles(styles, flat + 1)
     assert all(torch.equal(new, old + 1) for new, old in zip(back.conv, styles.conv, strict=True))
@@ -231,7 +220,7 @@ def test_rows_of_styles_may_repeat() -> None:
     _, styles = drawn(network, 3)
     index = torch.tensor([2, 0, 2])
     with torch.no_grad():
-        torch.testing.assert_close(network.synthesis(styles.rows(index)), network.synthesis(styles)[index])
+        torch.testing.assert_close(network.synthesis(rows_of(styles, index)), network.synthesis(styles)[index])
 
 
 @pytest.mark.parametrize("slot", range(SLOTS))
@@ -319,7 +308,7 @@ def test_adding_to_a_style_equals_adding_to_the_affine_map(index: int) -> None:
     flat = network.synthesis.flatten_styles(styles)
     flat[:, index] += 0.7
     added = network.synthesis(network.synthesis.replace_styles(styles, flat))
-    layer, channel = network.synthesis.address(index)
+    layer, channel = ADDRESSES[index]
     network.synthesis.convs[layer].affine.bias[channel] += 0.7
     torch.testing.assert_close(network(w, torch.eye(2)), added, atol=1e-5, rtol=0)
     assert not torch.allclose(network.synthesis(styles), added, atol=1e-3)
@@ -371,6 +360,8 @@ def test_the_label_changes_the_picture_if_there_is_conditioning(conditioning: Co
     w = torch.randn(2, 7)
     labels = torch.tensor([[1.0, 0.0], [0.2, 0.8]], requires_grad=True)
     pictures = network(w, labels)
+
+    # Pictures and gradients of the labels.
     unlike = (pictures - network(w, labels.flip(0))).abs().amax(dim=(1, 2, 3))
     if conditioning == "none":
         assert unlike.tolist() == [0, 0]
@@ -379,6 +370,8 @@ def test_the_label_changes_the_picture_if_there_is_conditioning(conditioning: Co
         assert (unlike > 1e-3).all()
         (gradient,) = torch.autograd.grad(pictures.square().sum(), labels, retain_graph=True)
         assert (gradient != 0).all()
+
+    # Every weight has a gradient.
     pictures.square().sum().backward()
     synthesis = {name: value for name, value in network.named_parameters() if not name.startswith("mapping")}
     assert [name for name, value in synthesis.items() if value.grad is None or value.grad.abs().max() == 0] == []

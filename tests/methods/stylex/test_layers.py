@@ -1,4 +1,4 @@
-"""Analytic tests of ``cfe_lightning.methods.stylex.layers`` (StylEx specification, 8.6: T3, T13, T21)."""
+"""Analytic tests of ``cfe_lightning.methods.stylex.layers`` (StyleGAN2, arXiv 1912.04958)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_impulse_shows_the_filter_and_stays_in_its_channel() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of all operations inside."""
+    """Records the names of all operations inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Specification of StylEx, sections 4 and 8.6: order and isolation of the steps, penalties, search, explanations."""
+"""Order and isolation of the training steps, penalties, search and explanations of ``StylEx``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfe_lightning.compute.micro_batches import accumulate_and_step
 from cfe_lightning.explainer import load_explainer
 from cfe_lightning.methods.stylex import StylEx
 from cfe_lightning.methods.stylex.reference import first_of_each_class
-from cfe_lightning.methods.stylex.search import direction_table
+from cfe_lightning.methods.stylex.search import LogitsOfEdits, direction_table
 from cfe_lightning.methods.stylex.training import Mixture, path_lengths
 from cfe_lightning.training import EMA
 
@@ -36,13 +36,15 @@ def data(num_classes: int = 2, num_images: int = 16) -> ToyData:
 
 
 class Steps(pl.Callback):
-    """Notes which terms every iteration logged and which networks every optimiser step moved."""
+    """Records the logged terms of every iteration and the networks that every optimiser step moved."""
 
     def __init__(self, model: StylEx, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logged: list[set[str]] = []
         self.moved: list[tuple[str, ...]] = []
         self.without_gradient: list[dict[str, bool]] = []
         self._networks = {"generator": model.generator, "critic": model.critic, "encoder": model.encoder}
+
+        # Logged terms.
         log = model.log_dict
 
         def log_dict(terms: dict[str, Tensor], **options: Any) -> None:
@@ -50,6 +52,7 @@ class Steps(pl.Callback):
                 self.logged.append({name.removeprefix("train/") for name in terms})
             log(terms, **options)
 
+        # Weights before and after every step, and gradients that it left.
         def watched(*arguments: Any) -> dict[str, Tensor]:
             before = {name: self._weights(name) for name in self._networks}
             for network in self._networks.values():
@@ -58,12 +61,9 @@ class Steps(pl.Callback):
             terms = accumulate_and_step(*arguments)
             changed = (name for name in before if not torch.equal(before[name], self._weights(name)))
             self.moved.append(tuple(changed))
-            self.without_gradient.append(
-                {
-                    name: all(parameter.grad is None for parameter in network.parameters())
-                    for name, network in self._networks.items()
-                }
-            )
+            weights = {name: list(network.parameters()) for name, network in self._networks.items()}
+            none = {name: all(weight.grad is None for weight in own) for name, own in weights.items()}
+            self.without_gradient.append(none)
             return terms
 
         model.log_dict = log_dict  # type: ignore[method-assign]
@@ -177,9 +177,9 @@ def test_weights_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch
 def test_profiles_switch_and_every_switch_can_be_set() -> None:
     code = tiny(profile="paper_code")
     assert (code.real_label, code.noise_label, code.label_form) == ("truth", "uniform", "one_hot")
-    assert (code.pixel_weight, code.scoring) == (2.2, "paper_code")
+    assert (code.pixel_weight, code.latent_search.scoring) == (2.2, "paper_code")
     mixed = tiny(profile="paper_code", scoring="strict", pixel_weight=3.0)
-    assert (mixed.scoring, mixed.pixel_weight, mixed.label_form) == ("strict", 3.0, "one_hot")
+    assert (mixed.latent_search.scoring, mixed.pixel_weight, mixed.label_form) == ("strict", 3.0, "one_hot")
     logits = torch.tensor([[0.0, 1.0]])
     assert code.label(logits).tolist() == [[0, 1]]
     torch.testing.assert_close(tiny().label(logits), logits.softmax(dim=1))
@@ -207,7 +207,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> StylEx:
-    """Briefly trained, with a reference of its validation images."""
+    """Trains briefly; the reference holds the validation images."""
     folder = tmp_path_factory.mktemp("fitted")
     return trained(tiny(), folder, 4, [EMA(0.5)]).eval()
 
@@ -236,7 +236,7 @@ def test_the_reference_is_in_every_checkpoint(tmp_path: Path) -> None:
 
 def test_no_step_changes_nothing_and_explains_nothing(fitted: StylEx) -> None:
     still = copy.deepcopy(fitted)
-    still.degree = 0.0
+    still.latent_search.degree = 0.0
     result = still.search()
     torch.testing.assert_close(result.table, result.before[:, None, None].expand_as(result.table), rtol=0, atol=1e-5)
     assert all(result.ranking(s, 1 - s, 8).covered == 0 for s in (0, 1))
@@ -252,10 +252,10 @@ def test_results_do_not_depend_on_the_batch_size(fitted: StylEx) -> None:
 @pytest.mark.parametrize("space", ["pca_w", "pca_s", "sefa_w"])
 def test_an_edit_is_the_latent_or_the_style_moved(space: str, fitted: StylEx) -> None:
     model = copy.deepcopy(fitted)
-    model.search_space = space  # type: ignore[assignment]
-    latent, logits = (value[:3] for value in model.starting_points())
-    label = model.label(logits)
-    direction = model.directions(*(model.starting_points()[0], model.label(model.starting_points()[1]))).vectors[0]
+    model.latent_search.search_space = space  # type: ignore[assignment]
+    latent, logits = model.starting_points()
+    direction = model.latent_search.directions(model.generator, latent, model.label(logits)).vectors[0]
+    latent, label = latent[:3], model.label(logits[:3])
     picture = model.render(latent, label, (2 * direction).expand(3, 1, -1))[:, 0]
     generator = model.generator
     if space == "pca_s":
@@ -269,7 +269,7 @@ def test_an_edit_is_the_latent_or_the_style_moved(space: str, fitted: StylEx) ->
 
 def test_edited_layers_leave_other_slots_alone(fitted: StylEx) -> None:
     model = copy.deepcopy(fitted)
-    model.edited_layers = [2]
+    model.latent_search.edited_layers = [2]
     latent, logits = (value[:2] for value in model.starting_points())
     change = torch.randn(2, 1, model.generator.w_dim)
     moved = model.generator.spread(latent).clone()
@@ -301,7 +301,7 @@ def test_without_a_validation_noise_stands_in_for_images() -> None:
 
 
 class Planted(nn.Module):
-    """A generator whose latent is the two halves' brightness: entry 0 moves it from one to the other."""
+    """A generator whose latent is the brightness of both halves: entry 0 moves it from left to right."""
 
     w_dim = 8
     num_slots = 1
@@ -320,7 +320,8 @@ class Planted(nn.Module):
 
 
 def planted(**changes: Any) -> StylEx:
-    """Encoder and generator exact: the toy's class 0 is a bright left half, class 1 a bright right half."""
+    """Builds a model with an exact autoencoder; class 0 of the toy is a bright left half, class 1 a right one."""
+    # Generator.
     model = tiny(search_space="pca_w", degree=4.0, kept_directions=2, search_directions=2, **changes).eval()
 
     def draw(styles: Tensor, noise: Any = None) -> Tensor:
@@ -335,12 +336,14 @@ def planted(**changes: Any) -> StylEx:
         def forward(self, styles: Tensor, noise: Any = None) -> Tensor:
             return draw(styles, noise)
 
+    # Encoder.
     def encode(image: Tensor) -> Tensor:
         left, right = image[..., :8].mean(dim=(1, 2, 3)), image[..., 8:].mean(dim=(1, 2, 3))
         w = torch.zeros(len(image), 8)
         w[:, 0], w[:, 1] = (right - left) / 0.4, (right + left) / 0.1
         return w
 
+    # Model and reference.
     generator = Planted(model)
     generator.synthesis = Draw()  # type: ignore[assignment]
     model.generator = generator  # type: ignore[assignment]
@@ -393,7 +396,7 @@ def test_explaining_finds_the_smallest_step_that_flips() -> None:
 def test_an_image_that_no_direction_flips_is_said_to_be_unexplained() -> None:
     model = planted()
     image = images_of(model)
-    model.degree = 0.01
+    model.latent_search.degree = 0.01
     explanation = model.explain(image)
     assert explanation.flipped is not None
     unmoved = ~explanation.flipped
@@ -450,14 +453,17 @@ def test_training_forgets_the_search() -> None:
 
 
 def test_the_atlas_shows_the_direction_towards_the_target() -> None:
+    # Pairs.
     model = planted()
     model.reference.masks[:, :, :8] = True
     atlas = model.atlas()
     assert atlas is not None
     assert [(pair.source, pair.target) for pair in atlas.pairs] == [("stripe 0", "stripe 1"), ("stripe 1", "stripe 0")]
     unmoved = planted()
-    unmoved.degree = 0.0
+    unmoved.latent_search.degree = 0.0
     assert unmoved.atlas() is None
+
+    # The best direction of each pair.
     for pair in atlas.pairs:
         best = pair.directions[0]
         towards = best.probabilities if best.step > 0 else best.probabilities.flip(1)
@@ -489,7 +495,7 @@ def test_fresh_noise_only_where_everything_is_as_released(fitted: StylEx) -> Non
     latent, label = released.encoder(image), released.label(released.classifier(image))
     still = torch.zeros(2, 1, released.generator.w_dim)
     assert not torch.equal(released.render(latent, label, still), released.render(latent, label, still))
-    released.scoring = "strict"
+    released.latent_search.scoring = "strict"
     assert torch.equal(released.render(latent, label, still), released.render(latent, label, still))
 
 
@@ -499,14 +505,18 @@ def test_a_checkpoint_alone_searches_the_same(fitted: StylEx, tmp_path: Path) ->
     torch.testing.assert_close(loaded.search().table, fitted.eval().search().table)
 
 
+def edited(model: StylEx, latent: Tensor, label: Tensor) -> LogitsOfEdits:
+    return model.latent_search.logits_of_edits(model.generator, model.classifier, latent, label)
+
+
 def test_the_exact_judge_is_exact_in_a_training_in_half_precision(fitted: StylEx) -> None:
     latent, logits = fitted.starting_points()
-    judge, rows = fitted.judge(latent, fitted.label(logits)), torch.arange(4)
+    logits_of, rows = edited(fitted, latent, fitted.label(logits)), torch.arange(4)
     change = torch.randn(4, latent.shape[-1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact = judge(rows, change)
+        exact = logits_of(rows, change)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            again = judge(rows, change)
+            again = logits_of(rows, change)
     assert again.dtype == torch.float32
     torch.testing.assert_close(again, exact, atol=1e-6, rtol=1e-6)
 
@@ -515,10 +525,10 @@ def test_judging_moved_images_equals_a_loop(fitted: StylEx) -> None:
     latent, logits = fitted.starting_points()
     label = fitted.label(logits)
     changes = torch.randn(3, 8)
-    table = direction_table(fitted.judge(latent, label), 4, changes, 5)
+    table = direction_table(edited(fitted, latent, label), 4, changes, 5)
     for image in range(4):
         for direction in range(3):
             for place, sign in enumerate((1, -1)):
                 w = latent[image : image + 1] + sign * changes[direction]
-                said = fitted.classifier(fitted.generator(w, label[:1]).clamp(-1, 1))[0]
-                torch.testing.assert_close(table[image, direction, place], said, rtol=1e-4, atol=1e-4)
+                after = fitted.classifier(fitted.generator(w, label[:1]).clamp(-1, 1))[0]
+                torch.testing.assert_close(table[image, direction, place], after, rtol=1e-4, atol=1e-4)

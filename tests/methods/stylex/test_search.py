@@ -1,10 +1,12 @@
-"""Analytic tests of ``cfe_lightning.methods.stylex.search`` and ``style_ranking`` (specification, 8.6: T15 to T18)."""
+"""Analytic tests of ``search``, ``ranking`` and the benchmark's AttFind (arXiv 2207.07553, Algorithm 1; 2104.13369)."""
 
 from __future__ import annotations
 
 import io
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +14,14 @@ from torch import Tensor, nn
 from toy import toy_classifier
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.compute.rows import rows_of
 from cfe_lightning.methods.stylex.generator import Entering, StyleGenerator, Styles
 from cfe_lightning.methods.stylex.layers import channel_table
-from cfe_lightning.methods.stylex.ranking import (
-    SearchResult,
-    accumulated_choice,
-    effects,
-    rank_directions,
-    stable_images,
-    target_margin,
-)
+from cfe_lightning.methods.stylex.ranking import SearchResult, effects, rank_directions
 from cfe_lightning.methods.stylex.search import (
     Directions,
     LogitsOfEdits,
     absolute_steps,
-    coordinate_shifts,
-    coordinate_table,
     direction_table,
     factor_directions,
     principal_directions,
@@ -35,25 +29,30 @@ from cfe_lightning.methods.stylex.search import (
     smallest_subset,
 )
 
+# AttFind is a benchmark: the package does not need it.
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+
+from stylex import coordinate_shifts, coordinate_table
+
 BOTH_WAYS = torch.tensor([1.0, -1.0])
 
 
 def points(count: int = 60, seed: int = 0) -> Tensor:
-    """A cloud of 6 entries, far from the origin and wide to known extents."""
+    """Draws points [count, 6] far from the origin with known extents."""
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
     extents = torch.tensor([8.0, 5.0, 3.0, 2.0, 1.0, 0.5])
     return torch.randn(count, 6, generator=generator) * extents @ rotation.T + 20
 
 
-def linear_judge(margins: Tensor, normal: Tensor) -> LogitsOfEdits:
-    """Generator: the identity. Classifier: two classes that are as far apart as the normal says."""
+def linear_logits(margins: Tensor, normal: Tensor) -> LogitsOfEdits:
+    """An identity as generator and a linear classifier of two classes with these margins and this normal."""
 
-    def judge(rows: Tensor, change: Tensor) -> Tensor:
+    def logits_of(rows: Tensor, change: Tensor) -> Tensor:
         margin = margins[rows] + change @ normal
         return torch.stack([-margin / 2, margin / 2], dim=1)
 
-    return judge
+    return logits_of
 
 
 def of_margins(margins: Tensor) -> Tensor:
@@ -61,12 +60,12 @@ def of_margins(margins: Tensor) -> Tensor:
 
 
 def from_columns(*columns: list[float]) -> Tensor:
-    """Scores of the sign + of every direction; - scores the opposite. [n, Q, 2]."""
+    """Builds scores [n, Q, 2] from those of the sign +; the sign - has the opposite."""
     return torch.tensor(columns).T[:, :, None] * BOTH_WAYS
 
 
 def toy_generator() -> tuple[StyleGenerator, FrozenClassifier, Tensor]:
-    """With a classifier of its pictures and three latents."""
+    """Builds a generator, a classifier of its pictures and three latents."""
     torch.manual_seed(0)
     widths = channel_table(16, base=64, maximum=8)
     network = StyleGenerator(
@@ -157,11 +156,11 @@ def test_the_table_is_ordered_by_image_direction_and_sign(batch_size: int) -> No
     changes = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 0.0]])
     asked: list[int] = []
 
-    def judge(rows: Tensor, change: Tensor) -> Tensor:
+    def logits_of(rows: Tensor, change: Tensor) -> Tensor:
         asked.append(len(rows))
         return torch.cat([rows[:, None].float(), change], dim=1)
 
-    table = direction_table(judge, 4, changes, batch_size)
+    table = direction_table(logits_of, 4, changes, batch_size)
     assert table.shape == (4, 3, 2, 3)
     assert sum(asked) == 24
     assert max(asked) <= batch_size
@@ -176,19 +175,22 @@ def test_no_table_depends_on_the_size_of_a_batch() -> None:
     network, classifier, w = toy_generator()
     condition = torch.eye(2)[[0, 1, 0]]
 
-    def judge(rows: Tensor, change: Tensor) -> Tensor:
+    def logits_of(rows: Tensor, change: Tensor) -> Tensor:
         return classifier(network(w[rows] + change, condition[rows]).clamp(-1, 1))
 
+    # Tables of directions and of coordinates for several batch sizes.
     changes = 2 * torch.linalg.qr(torch.randn(5, 5)).Q
     styles = network.styles(w, condition)
     flat = network.synthesis.flatten_styles(styles)
     shifts = coordinate_shifts(flat, flat.amin(dim=0) - 1, flat.amax(dim=0) + 1)
-    still = judge(torch.arange(3), torch.zeros(3, 5))
-    by_direction = [direction_table(judge, 3, changes, batch_size) for batch_size in (1, 7, 64)]
+    still = logits_of(torch.arange(3), torch.zeros(3, 5))
+    by_direction = [direction_table(logits_of, 3, changes, batch_size) for batch_size in (1, 7, 64)]
     by_coordinate = [
         coordinate_table(network.synthesis, classifier, styles, shifts, batch_size, images_at_once).transpose(1, 2)
         for batch_size, images_at_once in ((1, 1), (7, 2), (64, 8))
     ]
+
+    # Equal tables have equal covers.
     for tables in (by_direction, by_coordinate):
         covers = []
         for table in tables:
@@ -212,7 +214,7 @@ def test_the_table_of_coordinates_equals_full_synthesis() -> None:
     assert table.shape == (3, 2, 36, 2)
     assert torch.equal(synthesis.flatten_styles(styles), flat)
     for image in range(3):
-        same = styles.rows(torch.full((36,), image))
+        same = rows_of(styles, torch.full((36,), image))
         for sign in range(2):
             # One coordinate per row.
             edited = flat[image] + torch.diag(shifts[image, sign])
@@ -235,7 +237,7 @@ def test_shifts_end_at_the_extremes() -> None:
 
 
 class Painter:
-    """Of all styles only one shows: as the contrast of the two pixels of its picture."""
+    """Stands for a synthesis: one style shows as the contrast of the two pixels of its picture."""
 
     layer_sizes = (3, 4)
 
@@ -287,11 +289,14 @@ def test_only_ties_are_judged_again(gaps: list[float]) -> None:
         asked.append((rows.tolist(), change[:, 0].tolist()))
         return torch.full((len(rows), 2), 100.0) + change
 
+    # Logits.
     rows = torch.arange(len(gaps)) + 10
     change = torch.arange(2.0 * len(gaps)).unflatten(0, (-1, 2))
     logits = rechecked(rough, exact)(rows, change)
     assert logits.dtype == torch.float32
     assert asked == ([([i + 10 for i in near], [2.0 * i for i in near])] if near else [])
+
+    # Only near ties are those of the exact function.
     expected = rough(rows, change).float()
     for i in near:
         expected[i] = 100 + change[i]
@@ -310,20 +315,7 @@ def test_ties_among_many_classes_are_those_of_the_two_most_probable() -> None:
     assert seen == [0, 2]
 
 
-# Choosing
-
-
-def test_the_margin_of_two_classes_is_their_difference() -> None:
-    logits = torch.tensor([[[1.0, 4.0]], [[2.0, -3.0]]])
-    assert target_margin(logits, 1).tolist() == [[3], [-5]]
-    assert target_margin(logits, 0).tolist() == [[-3], [5]]
-
-
-@pytest.mark.parametrize("target", range(3))
-def test_the_margin_of_three_classes_is_the_log_odds(target: int) -> None:
-    logits = torch.tensor([0.0, math.log(2), math.log(5)])
-    odds = [1 / 7, 2 / 6, 5 / 3][target]
-    assert target_margin(logits, target).item() == pytest.approx(math.log(odds), abs=1e-6)
+# Ranking
 
 
 def test_strict_effects_by_hand() -> None:
@@ -358,7 +350,7 @@ def test_effects_of_the_published_code_by_hand() -> None:
 
 def test_steps_of_zero_explain_nothing() -> None:
     margins = torch.tensor([-0.3, -2.0, -1e-4])
-    table = direction_table(linear_judge(margins, torch.ones(4)), 3, torch.zeros(5, 4), 7)
+    table = direction_table(linear_logits(margins, torch.ones(4)), 3, torch.zeros(5, 4), 7)
     score, flips = effects(table, of_margins(margins), 1)
     assert score.abs().max() == 0
     assert not flips.any()
@@ -372,11 +364,11 @@ def test_steps_of_zero_explain_nothing() -> None:
 def test_steps_of_zero_change_no_picture() -> None:
     network, classifier, w = toy_generator()
 
-    def judge(rows: Tensor, change: Tensor) -> Tensor:
+    def logits_of(rows: Tensor, change: Tensor) -> Tensor:
         return classifier(network(w[rows] + change, torch.eye(2)[rows % 2]).clamp(-1, 1))
 
-    before = judge(torch.arange(3), torch.zeros(3, 5))
-    table = direction_table(judge, 3, torch.zeros(2, 5), batch_size=4)
+    before = logits_of(torch.arange(3), torch.zeros(3, 5))
+    table = direction_table(logits_of, 3, torch.zeros(2, 5), batch_size=4)
     torch.testing.assert_close(table, before[:, None, None].expand_as(table), atol=1e-5, rtol=0)
     mine = before.argmax(dim=1) == before[0].argmax()
     target = 1 - int(before[0].argmax())
@@ -387,8 +379,8 @@ def test_steps_of_zero_change_no_picture() -> None:
 def test_the_direction_across_the_boundary_ranks_first(target: int) -> None:
     towards = 1 if target == 1 else -1
     margins = torch.tensor([-0.1, -0.5, -1.5, -5.0]) * towards
-    judge = linear_judge(margins, torch.tensor([0.1, -0.9, 0.3, 0.2]))
-    table = direction_table(judge, 4, 2 * torch.eye(4))
+    logits_of = linear_logits(margins, torch.tensor([0.1, -0.9, 0.3, 0.2]))
+    table = direction_table(logits_of, 4, 2 * torch.eye(4))
     ranking = rank_directions(*effects(table, of_margins(margins), target))
     assert ranking.direction.tolist() == [1, 2, 3, 0]
     assert ranking.sign.tolist() == [-towards, towards, towards, towards]
@@ -496,49 +488,7 @@ def test_no_images_are_ranked_by_no_direction(reaverage: bool) -> None:
     assert ranking.covered == 0
 
 
-# StylEx' own choices
-
-
-def accumulation() -> Tensor:
-    """Three images; the averages of (0, +), (1, +), (2, -) are 1, 0.6 and 1/3, all others are negative."""
-    score = torch.full((3, 3, 2), -0.1)
-    score[:, 0, 0] = torch.tensor([3.0, 0.0, 0.0])
-    score[:, 1, 0] = torch.tensor([0.9, 0.6, 0.3])
-    score[:, 2, 1] = torch.tensor([0.0, 0.5, 0.5])
-    return score
-
-
-@pytest.mark.parametrize(
-    ("k", "enough", "expected"),
-    [
-        # The first image is explained at once, which lets the third choice overtake (0.5 against 0.45 on average).
-        (8, 1.0, [(0, 1), (2, -1), (1, 1)]),
-        (2, 1.0, [(0, 1), (2, -1)]),
-        (8, 100.0, [(0, 1), (1, 1), (2, -1)]),
-        # Two images have 0.5 after the second choice.
-        (8, 0.5, [(0, 1), (2, -1)]),
-    ],
-)
-def test_accumulated_effects_by_hand(k: int, enough: float, expected: list[tuple[int, int]]) -> None:
-    score = accumulation()
-    assert accumulated_choice(score, k, enough) == expected
-    assert torch.equal(score, accumulation())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_harm_to_some_images_does_not_count(dtype: torch.dtype) -> None:
-    score = torch.tensor([[[5.0, 0.0], [1.0, 0.0]], [[-9.0, 0.0], [1.0, 0.0]]], dtype=dtype)
-    copy = score.clone()
-    assert accumulated_choice(score) == [(0, 1), (1, 1)]
-    assert torch.equal(score, copy)
-
-
-def test_stable_images_by_hand() -> None:
-    score = torch.tensor([[[3.0, -3.0], [2.0, 0.0]], [[2.5, 0.0], [0.0, -2.0]], [[-9.0, 9.0], [9.0, -9.0]]])
-    assert stable_images(score, limit=2.0, entries=1).tolist() == [False, True, False]
-    assert stable_images(score, limit=2.0, entries=2).tolist() == [True, True, False]
-    assert stable_images(score, limit=1.9, entries=2).tolist() == [False, True, False]
-    assert stable_images(score).tolist() == [True, True, True]
+# Subsets
 
 
 @pytest.mark.parametrize(
@@ -552,10 +502,10 @@ def test_the_smallest_subset_of_a_linear_classifier(most: int, order: list[int],
     # Together the best edits gain 3, 5, 6 and 6.5; a tie at 5 is not enough.
     gains = torch.tensor([1.0, 3.0, 2.0, 0.5])
     towards = torch.tensor([1, 1, 1, 1, -1])
-    judge = linear_judge(torch.tensor([-5.0, -2.5, -100.0, -6.25, -2.5]) * towards, torch.tensor([0.0, 1.0]))
+    logits_of = linear_logits(torch.tensor([-5.0, -2.5, -100.0, -6.25, -2.5]) * towards, torch.tensor([0.0, 1.0]))
     changes = torch.stack([torch.zeros(4), gains], dim=1) * towards[:, None, None]
     target = torch.tensor([1, 1, 1, 1, 0])
-    found, needed = smallest_subset(judge, changes, gains.expand(5, 4), target, most)
+    found, needed = smallest_subset(logits_of, changes, gains.expand(5, 4), target, most)
     assert found.tolist() == [order] * 5
     assert needed.tolist() == counts
 
@@ -564,8 +514,8 @@ def test_edits_that_speak_against_the_target_join_no_subset() -> None:
     # The second edit would flip the image although its own effect was measured as harmful.
     score = torch.tensor([[1.0, -1.0]])
     changes = torch.tensor([[[1.0], [9.0]]])
-    judge = linear_judge(torch.tensor([-2.0]), torch.ones(1))
-    _, needed = smallest_subset(judge, changes, score, torch.ones(1, dtype=torch.int64))
+    logits_of = linear_logits(torch.tensor([-2.0]), torch.ones(1))
+    _, needed = smallest_subset(logits_of, changes, score, torch.ones(1, dtype=torch.int64))
     assert needed.tolist() == [0]
 
 
@@ -573,7 +523,7 @@ def test_every_image_has_an_order_of_its_own() -> None:
     score = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
     changes = score[:, :, None]
     found, needed = smallest_subset(
-        linear_judge(torch.tensor([-2.0, -3.5]), torch.ones(1)), changes, score, torch.ones(2, dtype=torch.int64)
+        linear_logits(torch.tensor([-2.0, -3.5]), torch.ones(1)), changes, score, torch.ones(2, dtype=torch.int64)
     )
     assert found.tolist() == [[1, 0], [0, 1]]
     assert needed.tolist() == [1, 2]
@@ -583,15 +533,15 @@ def test_every_image_has_an_order_of_its_own() -> None:
 
 
 def search_result() -> SearchResult:
-    """Six images on a line, of which the fourth is not reconstructed as what it is."""
+    """Builds the result of six images on a line; the reconstruction of the fourth is classified differently."""
     margins = torch.tensor([-0.5, 0.5, -1.5, -0.2, 2.0, -4.0])
-    judge = linear_judge(margins, torch.tensor([1.0, -2.0]))
+    logits_of = linear_logits(margins, torch.tensor([1.0, -2.0]))
     return SearchResult(
         index=torch.tensor([4, 8, 15, 16, 23, 42]),
         vectors=torch.eye(2),
         spread=torch.tensor([0.5, 1.0]),
         steps=torch.ones(2),
-        table=direction_table(judge, 6, torch.eye(2)),
+        table=direction_table(logits_of, 6, torch.eye(2)),
         before=of_margins(margins),
         predicted=(margins > 0).long(),
         kept=torch.tensor([True, True, True, False, True, True]),

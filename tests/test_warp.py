@@ -1,13 +1,19 @@
-"""Tests of ``cfe_lightning.metrics.warp`` on changes that are, or are not, warps."""
+"""Tests of ``warp_energy`` in ``benchmarks/steerable_lens.py`` on changes that are, or are not, warps."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfe_lightning.metrics.warp import warp_energy
+# Scripts, not a package.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from steerable_lens import warp_energy
 
 
 def smooth(count: int = 3, channels: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an evaluation measures on request: asking again, other networks, published populations, and going on."""
+"""Tests of measurements on request: repeated questions, other networks, published populations, and resuming."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from cfe_lightning.classifier.networks import SimpleCnn
 from cfe_lightning.decisions import runner_up
 from cfe_lightning.evaluation.evaluate import Evaluation, evaluate, evenly
 from cfe_lightning.evaluation.gallery import Gallery
-from cfe_lightning.evaluation.instruments import Instruments
 from cfe_lightning.evaluation.store import EvaluationStore
-from cfe_lightning.evaluation.tally import Measures
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.methods.baselines.captum import build_baseline
 from cfe_lightning.metrics import realism
+from cfe_lightning.metrics.case import Instruments, Measures
 from cfe_lightning.metrics.repetition import forgetful, sensitivity
+from cfe_lightning.metrics.similarity import cosine
 
 FAST = Measures(curve_steps=0)
 
@@ -252,7 +252,7 @@ def test_features_of_other_networks_and_held_out_images() -> None:
     edit = explainer.explain(image).counterfactual
     assert edit is not None
     assert value(row, "fid_user") == pytest.approx(realism.fid(user(image), user(edit.clamp(-1, 1))), abs=1e-5)
-    similar = realism.cosine(user(image), user(edit.clamp(-1, 1)))
+    similar = cosine(user(image), user(edit.clamp(-1, 1)))
     assert value(row, "fs") == value(row, "s3") == pytest.approx(float(similar.mean()), abs=1e-5)
     assert value(row, "fva") == pytest.approx(float((similar > 0.5).float().mean()))
     held_out = [image[:5] * 0.5, image[5:] * 0.5]

@@ -1,4 +1,4 @@
-"""The door between files and tensors: every mode arrives with the right values, every broken file with a sentence."""
+"""Files of every mode are read with the right values, and every broken file is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cfe_lightning import images
-from cfe_lightning.images import (
-    UnreadableImageError,
-    cut_montage,
-    find_images,
-    montage_side,
-    read_image,
-    reading,
-    resize,
-    tile_montage,
-)
+from cfe_lightning.images import UnreadableImageError, find_images, read_image, reading, resize
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (7, 10, 3), dtype=np.uint8)
@@ -37,7 +27,7 @@ def rgb() -> Image.Image:
 
 
 def expected(unit: np.ndarray) -> torch.Tensor:
-    """[H, W] or [H, W, 3] in [0, 1] as the tensor that should be read."""
+    """Returns the tensor that should be read from pixels [H, W] or [H, W, 3] in [0, 1]."""
     unit = unit[None] if unit.ndim == 2 else unit.transpose(2, 0, 1)
     return torch.from_numpy(unit.astype(np.float32)) * 2 - 1
 
@@ -203,13 +193,13 @@ class TestSizes:
     ) -> None:
         Image.fromarray(np.zeros((*shape, 3), dtype=np.uint8)).save(tmp_path / "a.png")
         sizes = []
-        interpolate = reading._interpolate
+        interpolate = reading.interpolate
 
         def recorded(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
             sizes.append(max(image.numel(), 3 * height * width))
             return interpolate(image, height, width)
 
-        monkeypatch.setattr(reading, "_interpolate", recorded)
+        monkeypatch.setattr(reading, "interpolate", recorded)
         read_image(tmp_path / "a.png", 3, size=64)
         assert max(sizes) <= 3 * reading._STRIP_PIXELS
 
@@ -219,13 +209,6 @@ class TestSizes:
             image = read_image(tmp_path / "a.png", 3, size=size)
             assert image.max() <= 1
             assert image.min() == pytest.approx(1, abs=1e-5)
-
-    def test_resize_antialiases(self) -> None:
-        stripes = torch.ones(1, 1, 64, 64)
-        stripes[..., ::2] = -1
-        assert resize(stripes, 8).abs().max() < 0.3
-        assert resize(stripes[0], 8).shape == (1, 8, 8)
-        assert resize(stripes, 64) is stripes
 
     def test_other_channel_counts_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"):
@@ -283,7 +266,7 @@ class TestBrokenFiles:
         assert "symbolic links" in self.message(tmp_path / "loop.png")
 
     def test_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Not by chmod: it does not stop root, who runs many a test.
+        # Not by chmod, which does not stop root.
         def refused(path: Path, **options: object) -> None:
             raise PermissionError(13, "Permission denied", str(path))
 
@@ -310,12 +293,14 @@ class TestBrokenFiles:
 
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     def test_random_damage_is_either_read_or_refused(self, tmp_path: Path) -> None:
+        # One file of each format.
         rng = np.random.default_rng(1)
         originals = []
         for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"):
             buffer = io.BytesIO()
             rgb().save(buffer, format=form)
             originals.append(buffer.getvalue())
+        # Five random bytes changed in each of many copies.
         path = tmp_path / "a.png"
         refused = 0
         for round_ in range(20 * len(originals)):
@@ -421,137 +406,3 @@ class TestFindImages:
         self.touch(tmp_path, "a.png")
         with pytest.raises(NotADirectoryError, match="is not a folder: give the folder that holds the images"):
             find_images(tmp_path / "a.png")
-
-
-class TestSaving:
-    def test_bytes_are_rounded_not_truncated(self) -> None:
-        levels = torch.tensor([-1.0, -1.2, 1.0, 1.5, 2 * 99.6 / 255 - 1, 2 * 99.4 / 255 - 1]).view(1, 1, 6)
-        assert images.to_uint8(levels).flatten().tolist() == [0, 0, 255, 255, 100, 99]
-
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_saved_is_what_a_reader_sees(self, tmp_path: Path, channels: int) -> None:
-        image = torch.rand(channels, 9, 5, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-        path = tmp_path / "new" / "a.png"
-        images.save_image(image, path)
-        torch.testing.assert_close(read_image(path, channels), images.saved(image), atol=1e-6, rtol=0)
-        torch.testing.assert_close(images.saved(images.saved(image)), images.saved(image))
-
-    def test_only_the_file_itself_stays_and_long_names_work(self, tmp_path: Path) -> None:
-        name = "n" * 251 + ".png"
-        images.save_image(torch.zeros(1, 4, 4), tmp_path / name)
-        assert os.listdir(tmp_path) == [name]
-
-    def test_a_failed_save_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        images.save_image(torch.zeros(1, 4, 4), tmp_path / "a.png")
-        before = (tmp_path / "a.png").read_bytes()
-
-        def interrupted(self: Image.Image, file: Path, **options: object) -> None:
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(Image.Image, "save", interrupted)
-        with pytest.raises(OSError, match=r"No space left.*a\.png"):
-            images.save_image(torch.ones(1, 4, 4), tmp_path / "a.png")
-        with pytest.raises(OSError, match=r"No space left.*a\.gif"):
-            images.save_animation(torch.ones(2, 1, 4, 4), tmp_path / "a.gif")
-        assert (tmp_path / "a.png").read_bytes() == before
-        assert os.listdir(tmp_path) == ["a.png"]
-
-
-class TestDrawing:
-    def test_a_signed_difference_is_red_for_brighter_and_blue_for_darker(self) -> None:
-        change = torch.tensor([0.5, -0.5, 0.0, 0.25]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
-        colours = images.signed_difference(change)[0, :, 0].T
-        wanted = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [1, 1, 1], [1, 0, 0]])
-        torch.testing.assert_close(colours, wanted)
-        assert torch.equal(images.signed_difference(change, scale=1.0)[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
-
-    def test_a_change_of_hue_alone_is_seen(self) -> None:
-        change = torch.tensor([0.4, -0.2, -0.2]).view(1, 3, 1, 1)
-        assert torch.equal(images.signed_difference(change).flatten(), torch.tensor([1.0, -1.0, -1.0]))
-
-    def test_no_change_is_white(self) -> None:
-        assert torch.equal(images.signed_difference(torch.zeros(2, 3, 2, 2)), torch.ones(2, 3, 2, 2))
-
-    def test_a_heat_map_goes_from_black_to_white(self) -> None:
-        heat = images.heat_map(torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 1, 1, 4))[0, :, 0].T
-        assert torch.equal(heat, torch.tensor([[-1.0, -1, -1], [1, -1, -1], [1, 1, -1], [1, 1, 1]]))
-        assert torch.isfinite(images.heat_map(torch.zeros(1, 1, 2, 2))).all()
-
-    def test_arrows_are_means_of_cells(self) -> None:
-        motion = torch.zeros(1, 2, 24, 36)
-        motion[0, 0, :2, :3] = 3.0
-        coarse = images.arrows(motion)
-        assert coarse.shape == (1, 2, 12, 12)
-        assert coarse[0, 0, 0, 0] == 3
-        assert coarse.sum() == 3
-        assert images.arrows(torch.ones(1, 2, 5, 40)).shape == (1, 2, 5, 12)
-
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_an_arrow_points_where_its_motion_goes(self, channels: int) -> None:
-        motion = torch.zeros(2, 2, 240, 240)
-        motion[0, 1, 100:120, 100:120] = 5.0
-        drawn = images.draw_motion(torch.zeros(2, channels, 240, 240), motion)
-        assert drawn.shape == (2, 3, 240, 240)
-        ink = ((drawn.amax(dim=1) - drawn.amin(dim=1)) > 0.5).float()
-        assert ink[1].sum() == 0
-        rows, columns = torch.nonzero(ink[0], as_tuple=True)
-        # One and a half cells of 20 pixels from left to right, with the head at the right end.
-        assert abs(float(columns.float().mean()) - 110) < 8
-        assert columns.max() - columns.min() == pytest.approx(30, abs=2)
-        assert (
-            rows[columns > 120].max() - rows[columns > 120].min()
-            > rows[columns < 115].max() - rows[columns < 115].min()
-        )
-
-    def test_a_grid_has_a_row_for_every_image_and_a_column_for_every_batch(self) -> None:
-        grey, colour = torch.zeros(3, 1, 4, 5), torch.full((3, 3, 4, 5), -1.0)
-        laid = images.grid([grey, colour], padding=1)
-        assert laid.shape == (3, 3 * 6, 2 * 7)
-        assert (laid[:, 1:5, 1:6] == 0).all()
-        assert (laid[:, 1:5, 8:13] == -1).all()
-        assert (laid[:, 0] == 1).all()
-
-
-class TestMontage:
-    def test_slices_stand_row_by_row(self) -> None:
-        # Slice k has the values 100 k + 10 channel + row + column / 10.
-        slices = torch.stack(
-            [
-                100.0 * k + 10 * torch.arange(2)[:, None, None] + torch.arange(3)[:, None] + torch.arange(4) / 10
-                for k in range(4)
-            ]
-        )
-        image = tile_montage(slices[None])
-        assert image.shape == (1, 2, 6, 8)
-        assert torch.equal(image[0, 1, 0], torch.cat([slices[0, 1, 0], slices[1, 1, 0]]))
-        assert torch.equal(image[0, 1, 5], torch.cat([slices[2, 1, 2], slices[3, 1, 2]]))
-        assert torch.equal(image[0, 0, :, 4], torch.cat([slices[1, 0, :, 0], slices[3, 0, :, 0]]))
-
-    @pytest.mark.parametrize("num_slices", [1, 4, 9, 16])
-    def test_cutting_and_tiling_are_inverse(self, num_slices: int) -> None:
-        slices = torch.randn(2, num_slices, 3, 4, 5)
-        image = tile_montage(slices)
-        side = montage_side(num_slices)
-        assert image.shape == (2, 3, 4 * side, 5 * side)
-        assert torch.equal(cut_montage(image, num_slices), slices)
-        assert torch.equal(tile_montage(cut_montage(image, num_slices)), image)
-
-    def test_one_slice_is_the_image(self) -> None:
-        image = torch.randn(2, 3, 4, 4)
-        assert torch.equal(cut_montage(image, 1)[:, 0], image)
-
-    @pytest.mark.parametrize("num_slices", [-4, 0, 2, 8])
-    def test_what_is_no_square(self, num_slices: int) -> None:
-        message = rf"^A montage is a square and needs 1, 4, 9, 16, \.\.\. slices, got {num_slices}\.$"
-        with pytest.raises(ValueError, match=message):
-            cut_montage(torch.zeros(1, 1, 8, 8), num_slices)
-        if num_slices >= 0:
-            with pytest.raises(ValueError, match=message):
-                tile_montage(torch.zeros(1, num_slices, 1, 2, 2))
-
-    @pytest.mark.parametrize(("height", "width"), [(8, 9), (9, 8)])
-    def test_what_cannot_be_cut(self, height: int, width: int) -> None:
-        message = f"needs a height and width that 2 divides, got {height} x {width}: change the image size or the"
-        with pytest.raises(ValueError, match=message):
-            cut_montage(torch.zeros(1, 1, height, width), 4)
