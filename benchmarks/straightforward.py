@@ -306,8 +306,9 @@ class PlainMirror(MirrorCFE):
         feature_map, head = seen.feature_map.double(), self.head()
         features = feature_map.mean(dim=(2, 3))
         source, target = seen.logits.topk(2, dim=1).indices.unbind(dim=1)
-        assert head.matrix is not None, "the benchmark's classifiers are linear at the end"
-        line = head.matrix[target] - head.matrix[source]
+        assert head.linear is not None, "the benchmark's classifiers are linear at the end"
+        weight, _, matrix = head.linear
+        line = matrix[target] - matrix[source]
 
         def crossed(step: Tensor) -> Tensor:
             return margin(head.logits(features + step[:, None] * line), source, target) <= 0
@@ -327,7 +328,7 @@ class PlainMirror(MirrorCFE):
             change=change,
             features=features,
             reflection=reflection,
-            rows=head.weight[torch.stack([source, target], dim=1)],
+            rows=weight[torch.stack([source, target], dim=1)],
             levels=seen.levels,
         )
 

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
     from cfe_lightning.explainer import ExplainerModule, load_explainer
     from cfe_lightning.explanation import Explainer, Explanation
 
-# fmt: off
 __all__ = [
     "ClassifierSpec", "Explainer", "ExplainerModule", "Explanation", "FrozenClassifier", "load_classifier",
     "load_explainer",
-]
-# fmt: on
+]  # fmt: skip
 _MODULES = {
     "classifier": ("ClassifierSpec", "FrozenClassifier", "load_classifier"),
     "explainer": ("ExplainerModule", "load_explainer"),

@@ -9,8 +9,6 @@ A method that learns a few directions for a whole data set is explained by them 
 Shapes: N images, T strengths, C channels, H, W pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,9 +65,8 @@ class AtlasDirection:
                 raise ValueError(f"AtlasDirection.{name} must be finite, got values that are not.")
         # Strengths.
         if columns % 2 == 0 or self.strengths[columns // 2] != 0 or not bool((self.strengths.diff() > 0).all()):
-            raise ValueError(
-                f"AtlasDirection.strengths must ascend with 0 in the middle, got {self.strengths.tolist()}."
-            )
+            given = self.strengths.tolist()
+            raise ValueError(f"AtlasDirection.strengths must ascend with 0 in the middle, got {given}.")
         # Numbers.
         for name, number in self.numbers().items():
             if number is not None and not math.isfinite(number):
@@ -107,8 +104,7 @@ class AtlasPair:
     curve: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
-        shares = {"covered": [self.covered], "curve": [share for _, share in self.curve]}
-        for name, values in shares.items():
+        for name, values in (("covered", [self.covered]), ("curve", [share for _, share in self.curve])):
             if not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"AtlasPair.{name} must hold shares from 0 to 1, got {values}.")
 

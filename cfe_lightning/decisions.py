@@ -4,8 +4,6 @@ Shapes: B images, T steps, K classes. [B, ..., K] is [B, K] or, along a path, [B
 image, [B], or one number for all of them.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -16,8 +14,6 @@ from cfe_lightning.compute.precision import to_float32
 
 #: Smallest lead in probability that counts as clear: on the boundary itself, rounding to 8 bits would decide.
 _CLEAR_LEAD = 0.02
-
-# Winner.
 
 
 def decides_for(logits: Tensor, target: Tensor | int) -> Tensor:
@@ -39,9 +35,6 @@ def alternative_class(label: Tensor, num_classes: int) -> Tensor:
 def probability(logits: Tensor, target: Tensor | int) -> Tensor:
     """Returns the softmax probability of the target, [B, ..., K] -> [B, ...] in [0, 1]."""
     return _entry(logits.softmax(dim=-1), target)
-
-
-# Margins.
 
 
 def margin(logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -73,9 +66,6 @@ def sure_enough(logits: Tensor, target: Tensor, confidence: float | None) -> Ten
     return leads(logits, target) if confidence is None else probability(logits, target) >= confidence
 
 
-# Divergences.
-
-
 def confidence_gap(intended: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     """Returns the mean absolute difference of intended and measured target probability, [B, T, K] twice -> [B]."""
     difference = probability(intended, target) - probability(logits.double(), target)
@@ -92,9 +82,6 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     """Returns KL(uniform || softmax) of logits, [B, K] -> [B]; 0 exactly when all classes are equally probable."""
     # Rounding can make the divergence of an undecided classifier slightly negative.
     return (-math.log(logits.shape[1]) - F.log_softmax(to_float32(logits), dim=1).mean(dim=1)).clamp_min(0)
-
-
-# Entries of the last dimension.
 
 
 def _index(values: Tensor, target: Tensor | int) -> Tensor:

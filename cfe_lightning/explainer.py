@@ -1,7 +1,5 @@
 """The base class of every method, a LightningModule around one frozen classifier, and its loading from a checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
@@ -165,7 +163,6 @@ def load_explainer(
                 f"{path} was written by version {version} of cfe_lightning and cannot be read by this one "
                 f"({VERSION}): {str(error) or type(error).__name__}."
             ) from error
-    # Weights.
     fill(explainer, weights, f"{path} (written by version {version})", kind.__name__)
     check_outputs(explainer.classifier, str(path))
     explainer.eval()
@@ -175,8 +172,7 @@ def load_explainer(
 def _explainer_entries(checkpoint: dict[str, Any], path: Path) -> tuple[str, ClassifierSpec, dict[str, Any], Any]:
     """Returns class path, classifier spec, constructor arguments and weights of a checkpoint, or refuses it."""
     # Names.
-    missing = {"explainer", "classifier", "state_dict", "hyper_parameters"} - checkpoint.keys()
-    if missing:
+    if missing := {"explainer", "classifier", "state_dict", "hyper_parameters"} - checkpoint.keys():
         raise ValueError(
             f"{path} is not an explainer checkpoint (missing: {', '.join(sorted(missing))}): give the best.ckpt or "
             "last.ckpt that train.py wrote under checkpoints/<run>/."
@@ -216,7 +212,6 @@ def check_arguments(kind: type[ExplainerModule], arguments: Mapping[str, Any]) -
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tells whether a value from a command line or a file fits an annotated type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in inner)
@@ -230,10 +225,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    """Describes an annotated type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " or ".join(str(choice) for choice in inner)
+        return " or ".join(map(str, inner))
     if origin in (Union, UnionType):
         return " or ".join(map(_described, inner))
     if origin is list:

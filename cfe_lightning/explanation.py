@@ -113,8 +113,7 @@ class Explanation:
             expected["steps"] = (self.steps, (batch, num_steps, channels, height, width))
             expected["strengths"] = (self.strengths, (batch, num_steps))
             expected["intended"] = (self.intended, (batch, num_steps, num_classes))
-            for name, score in self.step_scores.items():
-                expected[f"step_scores[{name!r}]"] = (score, (batch, num_steps))
+            expected |= {f"step_scores[{name!r}]": (s, (batch, num_steps)) for name, s in self.step_scores.items()}
         elif self.intended is not None or self.step_scores:
             named = "intended" if self.intended is not None else "step_scores"
             raise ValueError(f"Explanation.{named} is about steps and needs Explanation.steps.")
@@ -135,14 +134,12 @@ class Explanation:
     @staticmethod
     def joined(explanations: Sequence[Explanation]) -> Explanation:
         """Joins explanations of one method; a caveat that is missing in one of them does not apply to its images."""
-        caveats = dict.fromkeys(clause for one in explanations for clause in one.caveats)
-        none = [torch.zeros_like(one.target, dtype=torch.bool) for one in explanations]
-        return joined(
-            [
-                replace(one, caveats={clause: one.caveats.get(clause, no) for clause in caveats})
-                for one, no in zip(explanations, none, strict=True)
-            ]
-        )
+        clauses = dict.fromkeys(clause for one in explanations for clause in one.caveats)
+        alike = []
+        for one in explanations:
+            no_image = torch.zeros_like(one.target, dtype=torch.bool)
+            alike.append(replace(one, caveats={clause: one.caveats.get(clause, no_image) for clause in clauses}))
+        return joined(alike)
 
     @property
     def predicted(self) -> Tensor:
@@ -188,11 +185,10 @@ def _cell(name: str, image: Tensor) -> str:
     """Returns a table cell with one image [C, H, W]; small images are enlarged."""
     buffer = io.BytesIO()
     images.to_pil(image).save(buffer, format="PNG")
-    address = data_address(buffer.getvalue(), "png")
     width = max(96, image.shape[-1])
     style = "image-rendering:pixelated" if width > image.shape[-1] else ""
-    title = html.escape(name, quote=True)
-    return f'<td><img alt="{title}" width="{width}" style="{style}" src="{address}"></td>'
+    source = data_address(buffer.getvalue(), "png")
+    return f'<td><img alt="{html.escape(name)}" width="{width}" style="{style}" src="{source}"></td>'
 
 
 class Explainer(Protocol):
@@ -202,7 +198,6 @@ class Explainer(Protocol):
 
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
         """Explains images [B, C, H, W] in [-1, 1] for target classes [B]; None asks for the runner-up class."""
-        ...
 
 
 class Decomposer(Explainer, Protocol):
@@ -210,7 +205,6 @@ class Decomposer(Explainer, Protocol):
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
         """Returns the part of images [B, C, H, W] that shows class ``source`` [B]; subtracting it removes the class."""
-        ...
 
 
 def seed_of(names: Sequence[str]) -> int:

@@ -1,11 +1,17 @@
 """Batches of the toy's images, and numbers out of an evaluation's rows."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 from toy import ToyData
 
+from cfe_lightning.evaluation.evaluate import evaluate
 from cfe_lightning.evaluation.summary import ResultRow
+from cfe_lightning.explanation import Explainer
+from cfe_lightning.metrics.case import Measures
+
+FAST = Measures(curve_steps=0)
 
 
 def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> list[dict[str, Any]]:
@@ -19,6 +25,13 @@ def toy_batches(batch_size: int = 5, num_classes: int = 2, wrong: int = 0) -> li
 def only(rows: list[ResultRow]) -> ResultRow:
     (row,) = rows
     return row
+
+
+def row_of(
+    explainers: Mapping[str, Explainer], batches: Iterable[dict[str, Any]], *, measures: Measures = FAST, **options: Any
+) -> ResultRow:
+    """The row of a single explainer."""
+    return only(evaluate(explainers, batches, measures=measures, **options).rows)
 
 
 def value(row: ResultRow, key: str) -> float:

@@ -16,13 +16,8 @@ LAYERS = re.findall(r"^    (\w+)  ", str(cfe_lightning.__doc__), re.MULTILINE)
 #: What the order would allow.
 NEVER = {("methods", "data"), ("report", "torch"), ("report", "lightning")}
 #: Library -> the only module that may import it.
-OWNED = {
-    "captum": "methods.baselines",
-    "wandb": "training.tracking",
-    "lpips": "compute.losses",
-    "jinja2": "report.html",
-}
-OWNED |= {"pydicom": "images.medical", "nibabel": "images.medical"}
+OWNED = {"captum": "methods.baselines", "wandb": "training.tracking", "lpips": "compute.losses"}
+OWNED |= {"jinja2": "report.html", "pydicom": "images.medical", "nibabel": "images.medical"}
 
 
 def imports(source: str) -> Iterator[str]:

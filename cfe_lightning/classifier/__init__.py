@@ -6,11 +6,6 @@ from cfe_lightning.classifier.sources import exported_classifier, torchvision_cl
 from cfe_lightning.classifier.spec import ClassifierSpec
 
 __all__ = [
-    "Activations",
-    "ClassifierSpec",
-    "FrozenClassifier",
-    "exported_classifier",
-    "load_classifier",
-    "torchvision_classifier",
-    "wrap_classifier",
-]
+    "Activations", "ClassifierSpec", "FrozenClassifier", "exported_classifier", "load_classifier",
+    "torchvision_classifier", "wrap_classifier",
+]  # fmt: skip

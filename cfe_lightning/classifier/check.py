@@ -6,8 +6,6 @@ differs from its training. Every explanation of it is then meaningless.
 Accuracies are means over the classes' recalls: a constant answer reaches 1/K however unequal the classes are.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -79,8 +77,7 @@ def check_classifier(
 
     Args:
         classifier: Classifier to check.
-        batches: Loader or list of batches with ``image`` and ``label``, which is read several times. From a loader with
-            more images a fixed random choice is read.
+        batches: Batches with ``image`` and ``label``, read several times; from a larger loader a fixed random choice.
         class_names: The data's class names in the order of the labels.
 
     Returns:
@@ -89,12 +86,10 @@ def check_classifier(
     Raises:
         ValueError: If the check fails; the message gives the reason and the remedy.
     """
-    # Class names.
     check_class_names(class_names, classifier.class_names)
     counts = _confusion(classifier, _choose(batches, _NUM_IMAGES), len(class_names))
     accuracy, chance = _mean_recall(counts), 1 / len(class_names)
-    order = _other_order(counts)
-    if order is not None:
+    if (order := _other_order(counts)) is not None:
         pairs = [(class_names[label], class_names[output]) for label, output in enumerate(order) if label != output]
         moved = ", ".join(f"{label!r} is its output {output!r}" for label, output in pairs)
         raise ValueError(
@@ -105,9 +100,7 @@ def check_classifier(
     # Input format.
     if accuracy < (1 + chance) / 2:
         _find_remedy(classifier, batches, counts)
-        _log.warning(
-            "The classifier's accuracy is only %.2f (chance %.2f): explanations can be no better.", accuracy, chance
-        )
+        _log.warning("Classifier accuracy is only %.2f (chance %.2f): explanations can be no better.", accuracy, chance)
     return float(counts.diagonal().sum() / counts.sum())
 
 
@@ -140,8 +133,7 @@ def _choose(batches: Iterable[dict[str, Any]], limit: int) -> Iterator[dict[str,
     seen = 0
     for batch in batches:
         yield batch
-        seen += len(batch["image"])
-        if seen >= limit:
+        if (seen := seen + len(batch["image"])) >= limit:
             return
 
 
@@ -250,7 +242,8 @@ def _scale_trials(spec: ClassifierSpec) -> list[_Trial]:
             words, remedies = [], []
             if scale is not given:
                 words.append(f"with {scale.name} mean and std")
-                remedies.append(f"mean: {_rounded(scale.mean)} and std: {_rounded(scale.std)}")
+                mean, std = ([round(value, 6) for value in values] for values in (scale.mean, scale.std))
+                remedies.append(f"mean: {mean} and std: {std}")
             if bgr != spec.bgr:
                 words.append(f"with colours in the order {'blue, green, red' if bgr else 'red, green, blue'}")
                 remedies.append(f"bgr: {str(bgr).lower()}")
@@ -262,10 +255,5 @@ def _scale_trials(spec: ClassifierSpec) -> list[_Trial]:
 def _size_trials(spec: ClassifierSpec) -> list[_Trial]:
     return [
         _Trial(f"at {size} x {size} pixels", f"image_size: {size}", replace(spec, image_size=size))
-        for size in _SIZES
-        if size != spec.image_size
+        for size in sorted({*_SIZES} - {spec.image_size})
     ]
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]

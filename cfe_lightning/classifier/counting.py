@@ -1,7 +1,5 @@
 """Counts the passes of every classifier in a block of code, in images; passes of copies count too."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

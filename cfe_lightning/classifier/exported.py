@@ -81,10 +81,10 @@ class ExportedNetwork(nn.Module):
 
     def _fill(self, program: bytes) -> None:
         loaded = _load(program)
+        # A script module has no working `requires_grad_`.
         for weight in loaded.parameters():
             weight.requires_grad_(False)
-        self._bytes = program
-        self._program = [loaded]
+        self._bytes, self._program = program, [loaded]
         self.train(False)
 
 

@@ -1,7 +1,5 @@
 """Classifier files: builds the network that a file names, loads its weights and checks its outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +140,6 @@ def check_outputs(classifier: FrozenClassifier, file: str) -> None:
 
 
 def _read(file: Path) -> tuple[ClassifierSpec, dict[str, Any]]:
-    """Reads spec and weights of a classifier file."""
     content = load_plain(file)
     return ClassifierSpec.from_dict(_part(content, "classifier")), _part(content, "state_dict")
 

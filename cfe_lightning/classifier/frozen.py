@@ -42,9 +42,8 @@ class FrozenClassifier(nn.Module):
     the sigmoid. A multi-label network becomes one label against its absence.
 
     Args:
-        network: Network from normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. A network that
-            ``torch.compile`` returned is replaced by the original, whose layers can be watched and whose weights keep
-            their names.
+        network: Network from normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. After ``torch.compile``
+            the original network is taken, because its layers can be watched and its weights keep their names.
         spec: The network's input format, layer names and class names.
 
     Raises:
@@ -58,13 +57,12 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.network: nn.Module = getattr(network, "_orig_mod", network)
         self.spec = spec
-        shape = (1, spec.channels, 1, 1)
-        self.register_buffer("mean", torch.tensor(spec.mean, dtype=torch.float32).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std, dtype=torch.float32).view(shape), persistent=False)
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         # Refuses unknown layers now and not in the middle of a training.
-        for field, name in (("head", spec.head), ("feature_map", spec.feature_map)):
-            if name is not None:
-                self._layer(field, name)
+        for field, layer in (("head", spec.head), ("feature_map", spec.feature_map)):
+            if layer is not None:
+                self._layer(field, layer)
         self.eval()
 
     @property
@@ -161,7 +159,6 @@ class FrozenClassifier(nn.Module):
         with torch.no_grad():
             bias, *_ = answers = head(points)
             weight = (answers[1:] - bias).T
-
             # Test of linearity at random points.
             probe = torch.randn(8, num_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             probe = probe.to(bias.device)

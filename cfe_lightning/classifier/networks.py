@@ -4,8 +4,6 @@ They are classes, not functions, because a checkpoint names the class that rebui
 names. No network starts from downloaded weights.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
@@ -125,8 +123,7 @@ class SliceStack(DenseNet121):
         num_classes: Number of logits.
         channels: 1 for grey, 3 for RGB.
         num_slices: Number of slices in the montage, a square number.
-        small_image: Replaces the first convolution by one of 3 x 3 and stride 1 without pooling, for slices below about
-            100 pixels.
+        small_image: Uses a first convolution of 3 x 3 and stride 1 without pooling, for slices below about 100 pixels.
 
     Raises:
         ValueError: If ``num_slices`` is no square number; in ``forward``, if its root does not divide the image's side.

@@ -4,8 +4,6 @@ Every function returns a ``FrozenClassifier`` and so is a ``class_path`` in YAML
 here consents to run it; the allow-list of ``files.trust.resolve_class_path`` is for the classes that files name.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,9 +66,7 @@ def torchvision_classifier(
         ValueError: If there is no such network, or if classes, weights and network do not fit each other.
     """
     if not is_torchvision_network(name):
-        raise ValueError(
-            f"torchvision has no classification network {name!r}; it has resnet18, densenet121 and others."
-        )
+        raise ValueError(f"torchvision has no classification network {name!r}; it has resnet18, densenet121, ...")
 
     # Metadata of the weights, or of the network's best weights.
     named, file = _named_or_file(name, weights)
@@ -102,16 +98,9 @@ def torchvision_classifier(
         network = _build(class_path, arguments)
         _log.warning("%s has random weights, because weights were not given.", name)
     spec = ClassifierSpec(
-        class_path=class_path,
-        init_args=arguments,
-        class_names=tuple(class_names),
-        image_size=image_size,
-        mean=tuple(mean or preset.mean),
-        std=tuple(std or preset.std),
-        head=head,
-        feature_map=feature_map,
-        label=label,
-    )
+        class_path=class_path, init_args=arguments, class_names=tuple(class_names), image_size=image_size,
+        mean=tuple(mean or preset.mean), std=tuple(std or preset.std), head=head, feature_map=feature_map, label=label,
+    )  # fmt: skip
     return _freeze(network, spec)
 
 
@@ -151,24 +140,13 @@ def wrap_classifier(
         FileNotFoundError: If there is no such file.
         ValueError: If the class cannot be found or built, or if weights, outputs or class names do not fit it.
     """
-    # Network of the user.
     arguments = dict(init_args or {})
     network = _build(class_path, arguments)
     load_weights(network, state_dict_path)
-
-    # Spec.
     spec = ClassifierSpec(
-        class_path=class_path,
-        init_args=arguments,
-        class_names=tuple(class_names),
-        image_size=image_size,
-        mean=tuple(mean),
-        std=tuple(std),
-        head=head,
-        feature_map=feature_map,
-        label=label,
-        bgr=bgr,
-    )
+        class_path=class_path, init_args=arguments, class_names=tuple(class_names), image_size=image_size,
+        mean=tuple(mean), std=tuple(std), head=head, feature_map=feature_map, label=label, bgr=bgr,
+    )  # fmt: skip
     return _freeze(network, spec)
 
 
@@ -210,16 +188,9 @@ def exported_classifier(
         raise ValueError(f"{path} cannot be used as an exported classifier: {one_line(error)}.") from error
     _check_export(network, path, len(mean), image_size)
     spec = ClassifierSpec(
-        class_path=public_path(ExportedNetwork),
-        init_args={},
-        class_names=tuple(class_names),
-        image_size=image_size,
-        mean=tuple(mean),
-        std=tuple(std),
-        head=None,
-        label=label,
-        bgr=bgr,
-    )
+        class_path=public_path(ExportedNetwork), init_args={}, class_names=tuple(class_names), image_size=image_size,
+        mean=tuple(mean), std=tuple(std), head=None, label=label, bgr=bgr,
+    )  # fmt: skip
     return _freeze(network, spec)
 
 
@@ -272,9 +243,7 @@ def _freeze(network: nn.Module, spec: ClassifierSpec) -> FrozenClassifier:
     # Outputs.
     _check_output(output, spec)
     if returns_probabilities(network, image):
-        raise ValueError(
-            f"{spec.class_path} returns probabilities, but logits are needed: remove its last softmax or sigmoid."
-        )
+        raise ValueError(f"{spec.class_path} returns probabilities, but logits are needed: remove softmax or sigmoid.")
 
     # Layers.
     layers = trace_layers(network, spec.channels, spec.image_size, head=spec.head, feature_map=spec.feature_map)
@@ -309,7 +278,6 @@ def _check_output(output: Any, spec: ClassifierSpec) -> None:
 
 def _check_export(network: ExportedNetwork, path: str, channels: int, image_size: int) -> None:
     """Checks that a program takes batches of any size and answers each image independently of the others."""
-    # Outputs by batch size.
     image = probe_image(network, channels, image_size, batch_size=3)
     outputs: dict[int, Tensor] = {}
     for batch_size in (1, 2, 3):

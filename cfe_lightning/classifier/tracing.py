@@ -4,8 +4,6 @@ The head is the last linear layer that returns the logits. The feature map is th
 over all cells is the head's input. Letters: D features, L tokens, h, w cells of the feature map.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -75,8 +73,7 @@ def trace_layers(
     Args:
         network: Network from [B, C, S, S] to logits [B, K], [B, 1] or [B].
         channels: Number of image channels, C.
-        image_size: Image side S in pixels. Where the map has a single cell, and so cannot be told from its average,
-            the network is watched at larger sizes too.
+        image_size: Image side S in pixels. A map of a single cell equals its average, so larger sizes are tried too.
         head: Layer to take for the head; None looks for it.
         feature_map: Layer to take for the feature map, of which only the transform is found; None looks for it.
 
@@ -104,10 +101,8 @@ def trace_layers(
             size *= 2
 
         # A head of several layers.
-        if name is None and head is None:
-            block = _find_block(network, image, feature_map)
-            if block is not None:
-                return block
+        if name is None and head is None and (block := _find_block(network, image, feature_map)) is not None:
+            return block
     return TracedLayers(head=found_head, feature_map=name or feature_map, feature_map_transform=transform)
 
 
@@ -216,19 +211,16 @@ def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
 def returns_probabilities(network: nn.Module, image: Tensor) -> bool:
     """Tells whether the network ends in a softmax or sigmoid, so that its outputs are not logits.
 
-    A network of one output is judged by its last operation only, others also by the sums of their outputs. Any input
-    will do as ``image``.
+    A network of one output is judged by its last operation only, others also by their sums. Any ``image`` will do.
     """
     with _evaluating(network), torch.enable_grad():
         output = network(image.clone().requires_grad_())
-
     # Last operation.
     last = output.grad_fn
     while last is not None and last.name().startswith(_VIEWS):
         last = last.next_functions[0][0]
     if last is not None and last.name().startswith(("Softmax", "Sigmoid")):
         return True
-
     # Sums of one.
     if output.ndim != 2 or output.shape[1] < 2:
         return False

@@ -3,8 +3,6 @@
 A validation split of its own chooses the epoch, never the test images.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from pathlib import Path
@@ -24,8 +22,8 @@ from cfe_lightning.classifier.tracing import probe_image, trace_layers
 from cfe_lightning.compute.processes import broadcast_buffers, log_training
 from cfe_lightning.files.trust import resolve_class_path
 
-#: Networks that are named by one word; any other architecture is an import path.
-_OURS = ("simple", "pooled", "resnet18", "densenet121")
+#: Classes of the networks that are named by one word; any other architecture is an import path.
+_OURS = {"simple": "SimpleCnn", "pooled": "PooledCnn", "resnet18": "ResNet18", "densenet121": "DenseNet121"}
 #: Those of them that take ``small_image``.
 _SMALL_STEM = ("resnet18", "densenet121")
 
@@ -76,8 +74,6 @@ class ClassifierTraining(pl.LightningModule):
         std: list[float] | None = None,
     ) -> None:
         super().__init__()
-
-        # Contradictions.
         if architecture not in _OURS and "." not in architecture:
             raise ValueError(f"architecture must be {', '.join(_OURS)} or an import path, got {architecture!r}.")
         if small_image and architecture not in _SMALL_STEM:
@@ -124,16 +120,12 @@ class ClassifierTraining(pl.LightningModule):
         # Spec.
         class_names = tuple(self._given_or_from_data("class_names"))
         channels, image_size = self._given_or_from_data("channels"), self._given_or_from_data("image_size")
-        class_path, init_args = self._network_arguments(len(class_names), channels, image_size)
+        class_path, init_args = self._class_and_arguments(len(class_names), channels, image_size)
+        mean, std = (tuple(given or [0.5] * channels) for given in (self.given_mean, self.given_std))
         spec = ClassifierSpec(
-            class_path=class_path,
-            init_args=init_args,
-            head=None,
-            class_names=class_names,
-            image_size=image_size,
-            mean=tuple(self.given_mean or [0.5] * channels),
-            std=tuple(self.given_std or [0.5] * channels),
-        )
+            class_path=class_path, init_args=init_args, head=None, class_names=class_names, image_size=image_size,
+            mean=mean, std=std,
+        )  # fmt: skip
 
         # Network, tried once.
         self.network = build_network(spec, trusted=[class_path.partition(".")[0]])
@@ -242,20 +234,15 @@ class ClassifierTraining(pl.LightningModule):
         self.loss.reset()
         return measured
 
-    def _network_arguments(self, num_classes: int, channels: int, image_size: int) -> tuple[str, dict[str, Any]]:
-        """Returns the class path of the network and its arguments."""
-        ours, arguments = "cfe_lightning.classifier.networks", {"num_classes": num_classes, "channels": channels}
-        match self.architecture:
-            case "simple":
-                return f"{ours}.SimpleCnn", arguments | {"image_size": image_size}
-            case "pooled":
-                return f"{ours}.PooledCnn", arguments
-            case "resnet18":
-                return f"{ours}.ResNet18", arguments | {"small_image": self.small_image}
-            case "densenet121":
-                return f"{ours}.DenseNet121", arguments | {"small_image": self.small_image}
-            case class_path:
-                return class_path, self.init_args
+    def _class_and_arguments(self, num_classes: int, channels: int, image_size: int) -> tuple[str, dict[str, Any]]:
+        if self.architecture not in _OURS:
+            return self.architecture, self.init_args
+        arguments: dict[str, Any] = {"num_classes": num_classes, "channels": channels}
+        if self.architecture == "simple":
+            arguments["image_size"] = image_size
+        if self.architecture in _SMALL_STEM:
+            arguments["small_image"] = self.small_image
+        return f"cfe_lightning.classifier.networks.{_OURS[self.architecture]}", arguments
 
     def _given_or_from_data(self, name: str) -> Any:
         """Returns an option of this name, or the data's attribute of this name if the option is None."""

@@ -1,7 +1,5 @@
 """Reads the state dictionary of a user's network out of the dictionaries that training scripts put around it."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,8 +86,7 @@ def _without_prefixes(weights: dict[str, Any], depth: int = 3) -> list[dict[str,
     # What is beside a prefix, such as the weights of a loss, is no weight of the network.
     found = []
     for prefix in _PREFIXES:
-        inner = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        if inner:
+        if inner := {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}:
             found += [inner, *_without_prefixes(inner, depth - 1)]
     return found
 
@@ -100,13 +97,10 @@ def _mismatches(weights: dict[str, Any], expected: dict[str, Any]) -> dict[str, 
     return {
         "missing": [name for name in expected if name not in weights and not name.endswith(_COUNTER)],
         "unexpected": [name for name in weights if name not in expected and not name.endswith(_COUNTER)],
-        "of another shape": [
-            f"{name} {given} instead of {wanted}" for name, given, wanted in shapes if given != wanted
-        ],
+        "of another shape": [f"{name} {got} instead of {wanted}" for name, got, wanted in shapes if got != wanted],
     }
 
 
 def _shape(value: Any) -> list[int] | None:
-    """Returns a tensor's shape; None for a value without one, which a user's file may hold."""
-    shape = getattr(value, "shape", None)
-    return None if shape is None else list(shape)
+    # A user's file may hold values without a shape.
+    return list(value.shape) if hasattr(value, "shape") else None

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -49,7 +50,6 @@ def run_bench(options: EvaluateOptions, device: torch.device, baselines: Sequenc
     settings = _settings(options, methods, baselines)
     folder.mkdir(parents=True, exist_ok=True)
     keep_settings(options)
-
     # Cell by cell.
     tables = []
     for number, cell in enumerate(cells, start=1):
@@ -81,14 +81,9 @@ def _cells(options: EvaluateOptions) -> list[Cell]:
         raise ValueError(f"--budget multiplies the length of trainings and must be above 0, got {options.budget:g}.")
     if options.limit is not None and options.limit < 2:
         raise ValueError(f"The bench needs at least one test image of each class: give --limit 2, not {options.limit}.")
-
     # Combine them.
-    cells = [
-        Cell(cue=cue, cue_size=size, p=p)
-        for cue in _names(options.cues)
-        for size in dict.fromkeys(options.cue_sizes)
-        for p in dict.fromkeys(options.shortcuts)
-    ]
+    sizes, shortcuts = dict.fromkeys(options.cue_sizes), dict.fromkeys(options.shortcuts)
+    cells = [Cell(cue=cue, cue_size=size, p=p) for cue, size, p in product(_names(options.cues), sizes, shortcuts)]
     for cell in cells:
         shapes_of(cell, options, options.cue_agreement)
     if not cells:
@@ -104,51 +99,40 @@ def _method(name: str) -> BenchMethod:
 
     # Configs by file name and by folder of the class.
     folder = run_folder.find_configs([CLASSIFIER])[0].parent
-    found: dict[str, Path] = {}
-    needs_training: dict[Path, bool] = {}
+    found: dict[str, tuple[Path, dict[str, Any], bool]] = {}
     for path in sorted(folder.glob("*_synthetic.yaml")):
         model = load_config(path)["model"]
         kind = resolve_class_path(model["class_path"])
-        if not (isinstance(kind, type) and issubclass(kind, ExplainerModule)):
-            continue
-        stem = path.name.removesuffix("_synthetic.yaml")
-        found[stem] = path
-        needs_training[path] = kind.needs_training
-        found.setdefault(model["class_path"].split(".")[-2], path)
-
+        if isinstance(kind, type) and issubclass(kind, ExplainerModule):
+            found[path.name.removesuffix("_synthetic.yaml")] = (path, model, kind.needs_training)
+            found.setdefault(model["class_path"].split(".")[-2], (path, model, kind.needs_training))
     # The chosen one.
     if name not in found:
         raise ValueError(f"There is no method {name!r} for the bench: choose from {', '.join(found)}.")
-    config = found[name]
-    model = load_config(config)["model"]
-    arguments = dict(model.get("init_args", {}))
-    arguments.pop("classifier", None)
+    config, model, needs_training = found[name]
+    arguments = {key: value for key, value in model.get("init_args", {}).items() if key != "classifier"}
     base = arguments.get("autoencoder")
     return BenchMethod(
         name=name,
         config=config,
         class_path=model["class_path"],
         arguments=arguments,
-        needs_training=needs_training[config],
+        needs_training=needs_training,
         # A config names the checkpoint of its autoencoder, whose run folder is named after its own config.
         autoencoder=None if base is None else run_folder.find_configs([f"{Path(base).parent.name}.yaml"])[0],
     )
 
 
 def _settings(options: EvaluateOptions, methods: Sequence[BenchMethod], baselines: Sequence[str]) -> dict[str, Any]:
-    """Collects the settings that the numbers depend on."""
+    # The options in the order of the file, some of them in a form of its own.
+    names = ("cues", "cue_sizes", "shortcuts", "cue_agreement", "methods", "baselines", "budget", "limit", "seed")
     return {
         "version": VERSION,
         "bench": options.bench,
+        **{name: getattr(options, name) for name in names},
         "cues": _names(options.cues),
-        "cue_sizes": options.cue_sizes,
-        "shortcuts": options.shortcuts,
-        "cue_agreement": options.cue_agreement,
         "methods": {method.name: method.config.name for method in methods},
         "baselines": list(baselines),
-        "budget": options.budget,
-        "limit": options.limit,
-        "seed": options.seed,
     }
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -68,7 +68,8 @@ class BenchCell:
         """Measures how moving the mark changes the classifier's answers."""
         import torch
 
-        from cfe_lightning.evaluation.known_cause import MarkUse, mark_use
+        from cfe_lightning.compute.rows import joined
+        from cfe_lightning.evaluation.known_cause import mark_use
 
         # Images with the mark in the other corner.
         data = self.shapes.dataset("test")
@@ -78,14 +79,10 @@ class BenchCell:
             part = slice(start, start + self.options.batch_size)
             images = (self.batch["image"][part], torch.stack(moved[part]).to(self.device))
             parts.append(mark_use(self.cell, self.classifier, *images, self.batch["label"][part]))
-
         # Verdict over all images.
-        keys = ("probability", "decision", "correct")
-        found = MarkUse(cell=self.cell, **{key: torch.cat([getattr(part, key) for part in parts]) for key in keys})
-        self._say(
-            f"accuracy {found.correct.double().mean():.3f}, use of the mark {found.probability.mean():.3f} "
-            f"({found.verdict})"
-        )
+        found = joined(parts)
+        accuracy, used = found.correct.double().mean(), found.probability.mean()
+        self._say(f"accuracy {accuracy:.3f}, use of the mark {used:.3f} ({found.verdict})")
         return found
 
     def measure(self, name: str, configs: Sequence[Path | None], build: Callable[[], Explainer], bench: Bench) -> None:
@@ -117,6 +114,7 @@ class BenchCell:
     def _explain(self, name: str, explainer: Explainer) -> tuple[dict[str, torch.Tensor], float]:
         import torch
 
+        from cfe_lightning.compute.rows import joined, rows_of
         from cfe_lightning.evaluation import known_cause, known_cause_page
 
         # Timed explanations.
@@ -124,13 +122,11 @@ class BenchCell:
         started, found = time.perf_counter(), []
         size = self.options.batch_size
         for start in range(0, len(self.batch["label"]), size):
-            part = {key: value[start : start + size] for key, value in self.batch.items()}
-            found.append(known_cause.measure(explainer, part)[1])
+            found.append(known_cause.measure(explainer, rows_of(self.batch, slice(start, start + size)))[1])
         seconds = time.perf_counter() - started
-        values = {key: torch.cat([part[key] for part in found]) for key in found[0]}
-
+        values = joined(found)
         # Pictures of one image per class.
-        explanation, _ = known_cause.measure(explainer, self._first())
+        explanation, _ = known_cause.measure(explainer, rows_of(self.batch, slice(0, 2)))
         known_cause_page.draw(explanation, self.folder / f"{name}.png")
         self._say(f"{name} explained in {seconds:.1f} s, alarm {values['alarm'].nanmean():.2f}")
         return values, seconds / len(self.batch["label"])
@@ -141,8 +137,8 @@ class BenchCell:
         from cfe_lightning.methods.find import build_untrained
 
         if not method.needs_training:
-            module = method.class_path.split(".")[-2]
-            return build_untrained(module, self.classifier, method.arguments).to(self.device)
+            name = method.class_path.split(".")[-2]
+            return build_untrained(name, self.classifier, method.arguments).to(self.device)
         overrides = ["--model.classifier.init_args.path", str(self.folder / "classifier.pt")]
         beneath = [self.classifier.fingerprint()]
         if method.autoencoder is not None:
@@ -170,12 +166,8 @@ class BenchCell:
     def _train(self, name: str, config: Path, overrides: Sequence[str], beneath: Sequence[str] = ()) -> Path:
         """Trains into ``<cell>/runs/<name>`` unless a finished run has these settings, and returns the folder.
 
-        Args:
-            name: Name of the run.
-            config: Training config.
-            overrides: Command-line arguments over the config, besides the cell's data.
-            beneath: Identities of the networks that the run builds on: the classifier's fingerprint, the autoencoder's
-                config. Other networks need another training.
+        ``overrides`` are command-line arguments over the config, besides the cell's data. ``beneath`` identifies the
+        networks that the run builds on (fingerprint or config): others need another training.
 
         Raises:
             ValueError: If it cannot be trained.
@@ -190,13 +182,11 @@ class BenchCell:
             return run
         # First of all: a run that is stopped half way must not look like the finished one before it.
         done.unlink(missing_ok=True)
-
         # Train.
         started = time.perf_counter()
         arguments = ["--config", str(config), "--run", name, "--output", str(run.parent), "--overwrite"]
         arguments += ["--skip-classifier-check", *overrides, *self._data_overrides(config)]
-        reason = _training_error(arguments)
-        if reason is not None:
+        if (reason := _training_error(arguments)) is not None:
             raise ValueError(f"{name} of {self.cell.name} could not be trained: {reason}")
         seconds = time.perf_counter() - started
         write_json(done, {"settings": made_from, "seconds": seconds})
@@ -212,7 +202,6 @@ class BenchCell:
         data, trainer = content["data"].get("init_args", {}), content.get("trainer", {})
         shown = data.get("num_train", 4000) * trainer.get("max_epochs", 1)
         num_train = max(round(shown * _SHARE * self.options.budget), data.get("batch_size", 32))
-
         # Overrides.
         cell = self.cell
         given: dict[str, Any] = {
@@ -244,14 +233,9 @@ class BenchCell:
         data = self.shapes.dataset("test")
         samples = [data[index] for index in range(len(data))]
         batch = {key: torch.stack([s[key] for s in samples]) for key in ("image", "mask", "mark", "counterfactual")}
-        first = {key: value[:2] for key, value in batch.items()}
-        known_cause_page.draw_truth(first["image"], first["counterfactual"], self.folder / "truth.png")
+        known_cause_page.draw_truth(batch["image"][:2], batch["counterfactual"][:2], self.folder / "truth.png")
         batch["label"] = data.labels.clone()
         return {key: value.to(self.device) for key, value in batch.items()}
-
-    def _first(self) -> dict[str, torch.Tensor]:
-        """Returns one image of each class for the pictures."""
-        return {key: value[:2] for key, value in self.batch.items()}
 
     def _say(self, text: str) -> None:
         sys.stderr.write(f"{self.title}: {text}\n")
@@ -282,8 +266,7 @@ def keep_settings(options: EvaluateOptions) -> None:
     if not kept:
         write_json(path, asked)
         return
-    others = [name for name in asked if kept.get(name) != asked[name]]
-    if others:
+    if others := [name for name in asked if kept.get(name) != asked[name]]:
         found, given = (
             " and ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in others)
             for settings in (kept, asked)
@@ -299,17 +282,7 @@ def _shared(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _training_error(arguments: Sequence[str]) -> str | None:
-    """Runs a training and returns the reason of its failure, or None."""
-    with _quiet_training() as spoken:
-        code = train.main(arguments)
-    if code > 128:
-        raise StopRequested(code - 128)
-    return None if code == 0 else spoken.getvalue().strip().rpartition("error: ")[2]
-
-
-@contextlib.contextmanager
-def _quiet_training() -> Iterator[io.StringIO]:
-    """Collects the output of trainings: dozens of them would bury the bench's own lines."""
+    """Runs a training without its output, which would bury the bench's; returns the reason of a failure, or None."""
     spoken = io.StringIO()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "cfe_lightning")]
     levels = [logger.level for logger in loggers]
@@ -317,10 +290,13 @@ def _quiet_training() -> Iterator[io.StringIO]:
         logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(spoken), contextlib.redirect_stdout(spoken):
-            yield spoken
+            code = train.main(arguments)
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    if code > 128:
+        raise StopRequested(code - 128)
+    return None if code == 0 else spoken.getvalue().strip().rpartition("error: ")[2]
 
 
 def _read(path: Path) -> dict[str, Any]:

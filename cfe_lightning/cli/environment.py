@@ -1,9 +1,8 @@
 """A start-up check: torch and torchvision must be releases made for each other."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
+import re
 
 from cfe_lightning.files.text import one_line
 
@@ -25,28 +24,20 @@ def check_torchvision() -> None:
     # RuntimeError: "operator torchvision::nms does not exist"; ImportError and OSError: undefined symbols;
     # AttributeError: a moved part of torch.
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
-        reason = one_line(error)
+        (torch, _), (torchvision, required) = _installed("torch"), _installed("torchvision")
+        # "torch==2.10.0" or, in older metadata, "torch (>=2.14.0)"; not "torchaudio".
+        wanted = re.search(r"^torch ?\(?([=<>][^;)\n]*)", required, re.MULTILINE)
+        made_for = f"torch{wanted[1]}" if wanted else "another release of torch"
         raise ValueError(
-            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')} ({reason}); it was made "
-            f"for {_made_for()}: install matching releases from the same index with `{_REPAIR}`."
+            f"torchvision {torchvision} does not fit torch {torch} ({one_line(error)}); it was made for {made_for}: "
+            f"install matching releases from the same index with `{_REPAIR}`."
         ) from error
 
 
-def _version(package: str) -> str:
+def _installed(package: str) -> tuple[str, str]:
+    """Returns the version of a package, and the packages that it requires, one per line."""
     try:
-        return importlib.metadata.version(package)
+        found = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def _made_for() -> str:
-    """Returns the torch release that torchvision's metadata require, such as ``torch==2.10.0``."""
-    try:
-        wanted = importlib.metadata.requires("torchvision") or []
-    except importlib.metadata.PackageNotFoundError:
-        wanted = []
-    # "torch==2.10.0", "torch (>=2.14.0)", but not "torchaudio" and no optional part.
-    found = [
-        name for name in wanted if name.split(";")[0].strip().startswith(("torch=", "torch (", "torch>", "torch<"))
-    ]
-    return found[0].replace(" (", "").rstrip(")") if found else "another release of torch"
+        return "(not installed)", ""
+    return found.version, "\n".join(found.requires or [])

@@ -92,16 +92,9 @@ def _baseline_names(listed: str) -> list[str]:
 def _baselines(
     names: Sequence[str], classifiers: Mapping[str, FrozenClassifier], taken: set[str], seed: int
 ) -> tuple[dict[str, Explainer], dict[str, str]]:
-    """Builds every baseline on every classifier.
+    """Builds every baseline on every distinct classifier, which are named after their runs.
 
-    Args:
-        names: Names of baselines.
-        classifiers: The distinct classifiers by the names of their runs.
-        taken: Names of other explainers.
-        seed: Seed of baselines that draw random numbers.
-
-    Returns:
-        The baselines by title, and the reasons of those that cannot explain a classifier.
+    Returns the baselines by title, none of which is ``taken``, and the reasons of those that cannot explain one.
     """
     from cfe_lightning.methods.baselines.captum import build_baseline
 
@@ -132,8 +125,7 @@ def _device(asked: str) -> torch.device:
 
 
 def _check_output(folder: Path) -> None:
-    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
-    if file is not None:
+    if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
         raise NotADirectoryError(f"--output {folder} cannot be a folder, {file} is a file: give a folder.")
     check_writable(folder)
     for part in (folder, folder / "unfinished"):

@@ -43,19 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     given = parser().parse_args(arguments)
     return guarded(
-        lambda: _run(options_of(ExplainOptions, given)),
+        lambda: _explain(options_of(ExplainOptions, given)),
         debug=given.debug,
         kept=f"what is finished at --batch-size {given.batch_size} is kept in {given.verify or given.output}, "
         "the same command again does the rest",
     )
 
 
-def _run(options: ExplainOptions) -> int:
-    check_torchvision()
-    return _explain(options) if options.verify is None else _verify(options.verify, options)
-
-
 def _explain(options: ExplainOptions) -> int:
+    check_torchvision()
+    if options.verify is not None:
+        return _verify(options.verify, options)
     from cfe_lightning.explaining.run import ExplainRun
     from cfe_lightning.images import can_save_video
     from cfe_lightning.images.medical import check_window
@@ -94,7 +92,6 @@ def _classifier(given: str, trusted: Sequence[str]) -> FrozenClassifier:
 
 
 def _finish(run: ExplainRun) -> int:
-    """Finishes the output folder with its report, and prints what it holds."""
     from cfe_lightning.report.page import write_html
 
     summary = run.finish()
@@ -158,27 +155,20 @@ def _verify(folder: Path, options: ExplainOptions) -> int:
             f"{folder} holds rows of a run or shard that has not finished ({parts[0].name}): let it finish, or "
             "give its command again without --shard, then --verify."
         )
-
     # Confirm row by row.
     classifier = _verifying_classifier(output, options)
     checked = verify(folder, classifier, header.get("num_slices", 1))
     verdicts = dict(tqdm(checked, desc="verifying", unit="image", disable=None))
     problems = {name: found for name, found in verdicts.items() if found}
-    output.write_verification(
-        {
-            "checked": len(verdicts),
-            "confirmed": len(verdicts) - len(problems),
-            "classifier_fingerprint": classifier.fingerprint(),
-            "problems": problems,
-        }
-    )
-
+    confirmed, fingerprint = len(verdicts) - len(problems), classifier.fingerprint()
+    counts = {"checked": len(verdicts), "confirmed": confirmed, "classifier_fingerprint": fingerprint}
+    output.write_verification({**counts, "problems": problems})
     # Print the first problems.
     for name, found in islice(problems.items(), _SHOWN_PROBLEMS):
         sys.stdout.write(f"{name}: {'; '.join(found)}\n")
     if len(problems) > _SHOWN_PROBLEMS:
         sys.stdout.write(f"... and {len(problems) - _SHOWN_PROBLEMS} more, see verification.json\n")
-    sys.stdout.write(f"{len(verdicts) - len(problems)} of {len(verdicts)} rows confirmed\n")
+    sys.stdout.write(f"{confirmed} of {len(verdicts)} rows confirmed\n")
     return FAILED_ROWS if problems else 0
 
 
@@ -196,7 +186,6 @@ def _verifying_classifier(output: OutputFolder, options: ExplainOptions) -> Froz
     if checkpoint is None and classifier is None:
         checkpoint = Path(summary["checkpoint"]) if "checkpoint" in summary else None
         classifier = summary.get("classifier")
-
     # Load it.
     if checkpoint is not None:
         if "checkpoint_sha256" in header and sha256_of(checkpoint) != header["checkpoint_sha256"]:
@@ -206,7 +195,6 @@ def _verifying_classifier(output: OutputFolder, options: ExplainOptions) -> Froz
         found = _classifier(classifier, options.trusted)
     else:
         raise ValueError(f"{output.path} does not say which classifier it is about: give --checkpoint or --classifier.")
-
     # Is it the same?
     expected = summary.get("classifier_fingerprint", header.get("classifier_sha256"))
     if expected is not None and found.fingerprint() != expected:

@@ -1,7 +1,5 @@
 """The one exit of every command: any failure becomes one sentence and an exit code; imports nothing heavy."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import re
@@ -70,34 +68,22 @@ def explain_error(error: Exception, kept: str) -> tuple[str, int]:
     reason = _without_worker(str(error))
     if "PytorchStreamWriter failed writing" in reason:
         return f"A file could not be written to its end, the disk is full or gone ({kept})", NOTHING_DONE
-
     # Memory.
     if _is_out_of_memory(error):
         told = f" ({plain(_ALLOCATOR.sub('', reason))[:200]})" if reason else ""
-        return (
-            f"Memory ran out{told}: choose smaller batches or images, or a machine with more of it ({kept}).",
-            NOTHING_DONE,
-        )
-
+        advice = f"choose smaller batches or images, or a machine with more of it ({kept})"
+        return f"Memory ran out{told}: {advice}.", NOTHING_DONE
     # Sentences for users.
     if isinstance(error, (ValueError, OSError)):
         return plain(reason or type(error).__name__), NOTHING_DONE
     if reason.startswith("DataLoader worker"):
-        return (
-            f"A process that reads images was killed, often for want of memory: lower num_workers ({kept}).",
-            NOTHING_DONE,
-        )
+        sentence = "A process that reads images was killed, often for want of memory: lower num_workers"
+        return f"{sentence} ({kept}).", NOTHING_DONE
     if isinstance(error, ModuleNotFoundError):
         return plain(f"{reason}: install it, for example with `pip install {error.name}`."), NOTHING_DONE
-
     # Anything else.
-    return (
-        plain(
-            f"This is a fault of the program, {type(error).__name__}: {reason or 'without a message'} ({kept}); please "
-            "report it with what the same command prints with --debug."
-        ),
-        FAULT,
-    )
+    fault = f"This is a fault of the program, {type(error).__name__}: {reason or 'without a message'} ({kept})"
+    return plain(f"{fault}; please report it with what the same command prints with --debug."), FAULT
 
 
 def plain(text: str) -> str:
@@ -129,12 +115,10 @@ def _without_worker(message: str) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "Storage size calculation overflowed" in str(error):  # no machine has so much
         return True
     if "torch" not in sys.modules:
         return False
-    if "Storage size calculation overflowed" in str(error):  # no machine has so much
-        return True
     from cfe_lightning.compute.memory import is_out_of_memory
 
     return is_out_of_memory(error)

@@ -1,7 +1,5 @@
 """``train.py``: trains the explainer or classifier that a config describes; one run fills one folder."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -25,7 +23,7 @@ class TrainOptions:
     """Options of the command itself; everything else on the command line overrides the config."""
 
     config: list[str] = option(
-        [], "YAML file, as named or in configs/", flag=("-c", "--config"), metavar="FILE", action="append"
+        [], "YAML file, as named or in configs/", flag="-c --config", metavar="FILE", action="append"
     )
     run: str | None = option(None, "name of the run (default: the config's file name)", metavar="NAME")
     output: str | None = option(None, "folder of the runs (default: checkpoints)", metavar="DIR")
@@ -73,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     given, overrides = parser().parse_known_args(arguments)
     options = options_of(TrainOptions, given)
-    _speak()
+    logger = logging.getLogger("cfe_lightning")
+    if not logger.handlers:
+        # Not the root logger, through which Lightning would print twice.
+        logger.addHandler(logging.StreamHandler())
     return guarded(
         lambda: _train(options, overrides),
         debug=given.debug,
@@ -81,13 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run
         else "a checkpoint that was written is whole, the same command with --resume goes on from it",
     )
-
-
-def _speak() -> None:
-    """Prints our own messages without the root logger, through which Lightning would print twice."""
-    logger = logging.getLogger("cfe_lightning")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
 
 
 def _train(options: TrainOptions, overrides: list[str]) -> int:
@@ -105,13 +99,11 @@ def _run(options: TrainOptions, overrides: list[str]) -> int:
         from cfe_lightning.training.run import ConfiguredRun
 
         ConfiguredRun([], overrides, Path(), None, options.trusted)  # prints the help and ends the program
-
     # Configs, folder and checkpoint.
     configs, folder = run_folder.locate(options.config, options.run, options.output, options.resume)
     checkpoint = run_folder.find_checkpoint(options.resume, folder)
     if options.dry_run:
         return _dry_run(options, (configs, overrides, folder, checkpoint, options.trusted))
-
     # Build, check, train.
     from cfe_lightning.compute.processes import is_first_process
     from cfe_lightning.training.run import ConfiguredRun

@@ -5,8 +5,6 @@ function that changes a module by hand. None changes a name or a value in a chec
 explained with or without them. They combine with mixed precision and with ``micro_batches``.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -55,12 +53,11 @@ def compile_blocks(module: nn.Module, backend: str = "inductor", *, dynamic: boo
     """
     blocks = _blocks_of(module)
     # All blocks count as one function, and the compiler gives up on a function after eight graphs.
-    limits = torch._dynamo.config
-    most = _GRAPHS_PER_BLOCK * len(blocks)
-    limits.recompile_limit = max(limits.recompile_limit, most)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, most)
+    config, most = torch._dynamo.config, _GRAPHS_PER_BLOCK * len(blocks)
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
     # With several processes it would cut graphs where gradients are exchanged; one block needs no cut.
-    limits.optimize_ddp = False
+    config.optimize_ddp = False
     for block in blocks:
         block.compile(backend=backend, dynamic=dynamic)
 

@@ -1,7 +1,5 @@
 """Passes through batch norms that leave no trace in their running statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -91,16 +89,12 @@ class Lpips:
         # Below the name of their stage, layers keep torchvision's numbers: slice1.0.weight.
         theirs = {name: name.partition(".")[2] for name in own}
         expected = {theirs[name]: value.shape for name, value in own.items()}
-        if expected != {name: value.shape for name, value in weights.items()}:
+        given = {name: value.shape for name, value in weights.items()}
+        if differing := [name for name in expected | given if expected.get(name) != given.get(name)]:
+            named = f"{', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
             kind = type(self.network.net).__name__
-            raise ValueError(f"the layers are not those of torchvision's {kind}: {_differing(expected, weights)}")
+            raise ValueError(f"the layers are not those of torchvision's {kind}: {named} differ")
         self.network.net.load_state_dict({name: weights[other] for name, other in theirs.items()})
-
-
-def _differing(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> str:
-    names = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
-    names += [name for name in weights if name not in expected]
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} differ"
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Fits work into memory: halves batches after an out-of-memory error, and bounds the pictures per pass."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -39,8 +37,7 @@ class BackOff:
         """
         while True:
             size = min(self.at_once or count, count)
-            whole = _attempt(count, part, join, size)
-            if whole is not None:
+            if (whole := _attempt(count, part, join, size)) is not None:
                 return whole
             # Next attempt, with half the size.
             garbage_collection_cuda()

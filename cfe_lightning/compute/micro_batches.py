@@ -7,8 +7,7 @@ Terms over several images of a batch (a batch norm, the critic's comparison of i
 one part instead of the batch; each method documents its own.
 """
 
-from __future__ import annotations
-
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
@@ -56,14 +55,8 @@ def render_twice(
     memory that the parts save, so each part is rendered again; ``render`` must not draw random numbers.
     """
     if len(parts) == 1:
-        rendered: list[Result] = []
-
-        def once(part: Slice) -> Result:
-            if not rendered:
-                rendered.append(render(part))
-            return rendered[0]
-
-        return once, once
+        rendered = functools.cache(lambda: render(parts[0]))
+        return lambda _: rendered(), lambda _: rendered()
     return torch.no_grad()(render), render
 
 

@@ -5,8 +5,6 @@ gradients and sums over many layers or steps go through the functions here. With
 change no bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

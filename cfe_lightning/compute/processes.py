@@ -3,8 +3,6 @@
 With a single process every function returns the process's own values.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 
@@ -83,12 +81,11 @@ def broadcast_buffers(module: nn.Module) -> None:
     A checkpoint holds those of the first process. DDP sends no buffers where optimisers are stepped by hand, or where a
     module disables it (``ddp_options``): without this every process would validate another network.
     """
-    if num_processes() > 1:
-        for buffer in module.buffers():
-            sent = buffer.contiguous()  # some backends require it
-            distributed.broadcast(sent, 0)
-            if sent is not buffer:
-                buffer.copy_(sent)
+    for buffer in module.buffers() if num_processes() > 1 else ():
+        sent = buffer.contiguous()  # some backends require it
+        distributed.broadcast(sent, 0)
+        if sent is not buffer:
+            buffer.copy_(sent)
 
 
 def all_gather_rows(mine: Tensor) -> Tensor:

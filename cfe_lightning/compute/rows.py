@@ -1,7 +1,5 @@
 """Selection and concatenation of rows in nested batches of tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -28,10 +26,8 @@ def joined(parts: Sequence[Batch]) -> Batch:
 def _each(change: Callable[[Any], Tensor], batches: Sequence[Any]) -> Any:
     """Applies ``change`` to the corresponding tensors of all batches and returns the results in the same structure."""
     first = batches[0]
-    # Leaves.
     if isinstance(first, Tensor):
         return change(batches)
-    # Containers.
     if isinstance(first, dict):
         return {name: _each(change, [batch[name] for batch in batches]) for name in first}
     if isinstance(first, list | tuple):

@@ -5,12 +5,11 @@ Nothing is assumed between the tested points: of several crossings, the first on
 Shapes: B images, R searched images, T steps per image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def smallest_step(
@@ -27,7 +26,6 @@ def smallest_step(
     Returns:
         The smallest tested step that meets the goal, [B], or the limit where none does; whether one does, [B] bool.
     """
-    # First round.
     rows = torch.arange(len(limit), device=limit.device)
     share = torch.linspace(0, 1, points + 1, device=limit.device, dtype=limit.dtype)
     grid = limit[:, None] * share
@@ -58,12 +56,8 @@ def refine(
     for _ in range(rounds):
         if len(rows) == 0:
             break
-        # Points inside.
-        below, above = low[rows], high[rows]
-        grid = below[:, None] + (above - below)[:, None] * inside
-        met = reached(grid, rows)
-        # First interval whose end meets the goal.
-        first = torch.where(met.any(dim=1), met.to(torch.int8).argmax(dim=1), points)
-        ends = torch.cat([below[:, None], grid, above[:, None]], dim=1)
-        low[rows] = ends.gather(1, first[:, None]).squeeze(1)
-        high[rows] = ends.gather(1, first[:, None] + 1).squeeze(1)
+        below, above = low[rows, None], high[rows, None]
+        grid = below + (above - below) * inside
+        # The goal is not met at the lower end, and met at the upper one.
+        met = F.pad(F.pad(reached(grid, rows), (1, 0), value=False), (0, 1), value=True)
+        low[rows], high[rows], _ = first_interval(torch.cat([below, grid, above], dim=1), met)

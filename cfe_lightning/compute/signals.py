@@ -1,16 +1,11 @@
-"""Signals that ask a program to end: Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2, in one way for every command.
-
-Needs neither torch nor Lightning.
-"""
-
-from __future__ import annotations
+"""Signals that ask a program to end: Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2. Needs neither torch nor Lightning."""
 
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 #: Signals that users and schedulers send; Windows knows fewer of them.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
@@ -59,19 +54,14 @@ class StopSignals:
         self._process = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         """Starts listening; only the main thread can, in others this does nothing."""
         if threading.current_thread() is threading.main_thread() and not self._before:
             self.patient, self.received, self._process = False, 0, os.getpid()
             self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Restores the former handlers, once."""
         before, self._before = self._before, {}
         for number, handler in before.items():

@@ -6,8 +6,6 @@ stable strings. Where the truth is known, it also has ``mask`` [B, 1, H, W] in {
 [B, 1, H, W] in {0, 1} covers all places where marks can sit.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import itertools
@@ -66,9 +64,7 @@ class ImageData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.balanced = balanced
-        self.horizontal_flip = horizontal_flip
-        self.vertical_flip = vertical_flip
-        self.quarter_turns = quarter_turns
+        self.augmentation = Augmentation(horizontal_flip, vertical_flip, quarter_turns)
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[Sample]:
@@ -84,8 +80,7 @@ class ImageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loads training images shuffled (or class-balanced) and augmented; an incomplete last batch is dropped.
 
-        Order and augmentation depend on the global seed, the epoch and the process only, so a resumed run sees the
-        same images as an uninterrupted one.
+        Order and augmentation depend on global seed, epoch and process only, so a resumed run sees the same images.
 
         Raises:
             ValueError: If the split holds fewer images than one batch per process.
@@ -107,9 +102,8 @@ class ImageData(pl.LightningDataModule):
             )
 
         # Loader.
-        augmentation = Augmentation(self.horizontal_flip, self.vertical_flip, self.quarter_turns)
         return _ResumableLoader(
-            dataset=_Drawn(dataset, augmentation if any(augmentation) else None),
+            dataset=_Drawn(dataset, self.augmentation if any(self.augmentation) else None),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -221,7 +215,6 @@ class _EpochSampler(DistributedSampler[tuple[int, int]]):
         else:
             order = self.weights.multinomial(len(self.weights), replacement=True, generator=generator)
         seeds = torch.randint(2**62, (len(order),), generator=generator)
-
         # Each keeps its own part, without the images that a resumed epoch has already seen.
         mine = slice(self.rank, self.total_size, self.num_replicas)
         skip, self.skip = self.skip, 0
@@ -304,35 +297,26 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 
 
 def split_by_group(groups: Sequence[str], fractions: dict[Split, float], seed: int = 0) -> list[Split]:
-    """Assigns every group (patient, identity, file) to one split by a hash, so that added files move no other file.
+    """Returns each image's split by a hash of its group (patient, identity, file): added files move no other file.
 
     Args:
         groups: Group of each image.
         fractions: Share of the groups per split; the shares must sum to 1.
         seed: Seed of the hash; another seed gives another split.
 
-    Returns:
-        Split of each image.
-
     Raises:
         ValueError: If the shares do not sum to 1.
     """
     if abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"The split fractions must sum to 1, got {fractions}.")
+    splits: tuple[Split, ...] = get_args(Split)
+    edges = list(itertools.accumulate(fractions.get(split, 0.0) for split in splits))
     chosen: dict[str, Split] = {}
     for group in set(groups):
         # A number in [0, 1) that depends on the seed and the group alone.
         draw = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big") / 2**64
-
-        # The split whose interval holds it.
-        edge = 0.0
-        for split in get_args(Split):
-            edge += fractions.get(split, 0.0)
-            if draw < edge:
-                chosen[group] = split
-                break
-        else:
-            chosen[group] = "test"
+        # The split whose interval holds it; rounded shares may sum to less than 1.
+        chosen[group] = next((split for split, edge in zip(splits, edges, strict=True) if draw < edge), "test")
     return [chosen[group] for group in groups]
 
 

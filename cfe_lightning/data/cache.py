@@ -1,7 +1,5 @@
 """Resized images kept in a folder that the user names, for later epochs, runs and processes."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import logging
@@ -43,9 +41,8 @@ class ImageCache:
     The key of an image holds everything that decides on its pixels: path, size and modification time of the file, its
     preparation, and the versions of this format, PyTorch, Pillow and, for DICOM and NIfTI, of the packages that read
     them. A file holds raw numbers and a checksum and is written whole or not at all, so any number of processes can
-    share a folder. A damaged file is replaced; nothing else is touched. Unused entries stay until the folder is
-    emptied, which is safe at any time. After a failed write, or if less than 5 GiB would be left on the disk, the cache
-    is only read, with one warning.
+    share a folder. A damaged file is replaced; nothing else is touched. Unused entries stay, but the folder may be
+    emptied at any time. After a failed write or with less than 5 GiB left on the disk, it is only read, with a warning.
 
     Args:
         folder: Folder of the cache; it is made with the first image.
@@ -70,7 +67,6 @@ class ImageCache:
             shape: Shape of the image, [C, H, W].
             read: Makes the image, float32; its exceptions are passed on.
         """
-        # Key of the entry.
         source = _source(path)
         if source is None:
             return read()  # it raises the right error
@@ -91,11 +87,9 @@ class ImageCache:
     def _write(self, place: Path, key: bytes, image: Tensor) -> None:
         values = image.contiguous().numpy().tobytes()
         try:
-            # Room on the disk.
             place.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(place.parent).free < _RESERVE + len(values):
                 raise OSError(errno.ENOSPC, f"less than {_RESERVE / 2**30:.0f} GiB would be left on the disk")
-
             # A name of its own for each writer: several may write the same image.
             with atomic_path(place, owner=uuid.uuid4().hex) as temporary, temporary.open("xb") as file:
                 file.write(_HEAD.pack(_MAGIC, key, zlib.crc32(values)))
@@ -132,8 +126,6 @@ def _read(place: Path, key: bytes, shape: tuple[int, ...]) -> Tensor | None:
             length = file.readinto(values)
     except (OSError, struct.error):
         return None
-
-    # Checks.
     if (magic, made_for, length, checksum) != (_MAGIC, key, len(values), zlib.crc32(values)):
         return None
     return torch.frombuffer(values, dtype=torch.float32).view(shape)

@@ -3,8 +3,6 @@
 The files have torchvision's layout but are read without its checksums, so a subset or a re-encoded copy works too.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -30,12 +28,10 @@ class CelebA(FileData):
 
     Args:
         root: Folder above ``celeba``.
-        attribute: Attribute that is the class, for example ``Smiling``; the classes are ``not Smiling`` and
-            ``Smiling``.
+        attribute: Attribute that is the class: ``Smiling`` gives the classes ``not Smiling`` and ``Smiling``.
         images: Another folder of the aligned images. They are matched by file name without the ending; images missing
             there are left out. None takes ``img_align_celeba``.
-        crop: Side in pixels of the square cut from the middle of the picture (218 x 178) before resizing; None resizes
-            the whole picture.
+        crop: Side in pixels of the square cut from the middle (of 218 x 178) before resizing; None cuts nothing.
         check_identities: Reads the table of identities and stops if a person is in two splits.
         download: Downloads the set through torchvision if its tables are missing.
         loading: Options of ``FileData`` and ``ImageData``.
@@ -63,7 +59,6 @@ class CelebA(FileData):
         self.class_names = (f"not {attribute}", attribute)
         if download and not (self.folder / "list_attr_celeba.txt").is_file():
             _download(Path(root))
-
         # Files of every split, in the order of their names.
         folder = self.folder / "img_align_celeba" if images is None else Path(images)
         splits = self._read(folder, attribute, check_identities)
@@ -77,7 +72,6 @@ class CelebA(FileData):
 
     def _read(self, folder: Path, attribute: str, check_identities: bool) -> dict[Split, list[LabelledFile]]:
         """Returns the existing images of every split."""
-        # Tables.
         labels = _read_attribute(_table(self.folder, "list_attr_celeba"), attribute)
         partition_file = _table(self.folder, "list_eval_partition")
         partition = {name: split for name, split in _pairs(partition_file).items() if split in _SPLITS}
@@ -107,7 +101,6 @@ class CelebA(FileData):
 
 
 def _table(folder: Path, stem: str) -> Path:
-    """Returns the path of a table, as ``.txt`` or ``.csv``."""
     for ending in (".txt", ".csv"):
         if (folder / f"{stem}{ending}").is_file():
             return folder / f"{stem}{ending}"
@@ -133,7 +126,6 @@ def _pairs(table: Path) -> dict[str, str]:
 
 def _read_attribute(table: Path, attribute: str) -> dict[str, int]:
     """Returns 0 or 1 for every image, by file name without its ending."""
-    # Header.
     rows = _rows(table)
     header = next(rows, [])
     if len(header) == 1:
@@ -162,8 +154,7 @@ def _download(root: Path) -> None:
     try:
         torchvision.datasets.CelebA(str(root), download=True)
     except Exception as error:
-        reason = one_line(error)
         raise ValueError(
-            f"CelebA could not be downloaded ({reason}): fetch img_align_celeba.zip and the tables by hand, unpack "
-            f"them into {root / 'celeba'}, and leave download=false."
+            f"CelebA could not be downloaded ({one_line(error)}): fetch img_align_celeba.zip and the tables by hand, "
+            f"unpack them into {root / 'celeba'}, and leave download=false."
         ) from error

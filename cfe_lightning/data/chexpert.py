@@ -3,8 +3,6 @@
 Source: Irvin et al. 2019, arXiv 1901.07031 (the tables); Atad et al. 2022, arXiv 2207.07553 (Positive-vs-Healthy).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Sequence
@@ -29,8 +27,8 @@ _PATH, _VIEW, _NO_FINDING = "Path", "Frontal/Lateral", "No Finding"
 _VALUES = {"1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-1": -1, "": 0}
 #: Folders that the archives unpack to, in the order in which they are tried.
 _FOLDERS = ("CheXpert-v1.0-small", "CheXpert-v1.0")
-#: The folder above, the part that all layouts share (train/patient00001/study1/...), and the patient in it.
-_ADDRESS = re.compile(r"(?:(.+?)/)??((?:[^/]+/)?(patient\d+)/.+)")
+#: The part of a path that all layouts share (train/patient00001/study1/...), and the patient in it.
+_ADDRESS = re.compile(r"(?:.+?/)??((?:[^/]+/)?(patient\d+)/.+)")
 #: Label of a row that is positive and has No Finding.
 _CONTRADICTION = -1
 
@@ -52,8 +50,7 @@ class CheXpert(FileData):
     256 pixels the whole set takes 59 GB in a ``cache_folder``.
 
     Args:
-        root: Folder ``CheXpert-v1.0-small`` (or ``CheXpert-v1.0``, or another one that holds ``train``), or the folder
-            above it.
+        root: Folder ``CheXpert-v1.0-small``, ``CheXpert-v1.0`` or another one that holds ``train``, or the one above.
         pathology: Finding that is the class, one of ``PATHOLOGIES``: ``Cardiomegaly``, ``Pleural Effusion``, ...; the
             classes are called ``healthy`` or ``no <pathology>``, and ``<pathology>``.
         uncertain: Meaning of the label -1.0: ``zeros`` (absent), ``ones`` (present) or ``ignore`` (row left out). There
@@ -102,8 +99,11 @@ class CheXpert(FileData):
         self.test_table = test_table
 
         # Splits.
+        files = _read(Path(root), table, task)
         shares: dict[Split, float] = {"val": val_fraction, "test": test_fraction if test_table is None else 0.0}
-        splits = _divide(_read(Path(root), table, task), shares, split_seed)
+        shares["train"] = 1.0 - sum(shares.values())
+        chosen = list(zip(files, split_by_group([file.group for file in files], shares, split_seed), strict=True))
+        splits = {split: [file for file, choice in chosen if choice == split] for split in get_args(Split)}
         if test_table is not None:
             splits["test"] = _read(Path(root), test_table, task)
         check_groups({split: [file.group for file in files] for split, files in splits.items()})
@@ -136,13 +136,9 @@ class _Task(NamedTuple):
         if self.pathology not in PATHOLOGIES:
             hint = did_you_mean(self.pathology, PATHOLOGIES, f"it has {', '.join(PATHOLOGIES)}.")
             raise ValueError(f"CheXpert has no pathology {self.pathology!r}: {hint}")
-        for name, value, known in (
-            ("uncertain", self.uncertain, get_args(Uncertain)),
-            ("against", self.against, get_args(Against)),
-            ("views", self.views, get_args(Views)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        for name, choices in (("uncertain", Uncertain), ("against", Against), ("views", Views)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
 
     @property
     def label_columns(self) -> list[str]:
@@ -161,18 +157,8 @@ class _Task(NamedTuple):
         return int(is_positive)
 
 
-class _Row(NamedTuple):
-    """One row: the folder above, the name that all layouts share, the patient and the label."""
-
-    above: str
-    name: str
-    patient: str
-    label: int
-
-
 def _read(root: Path, table: str, task: _Task) -> list[LabelledFile]:
     """Returns the existing images of a table's rows in either class, in the table's order."""
-    # Table.
     folders = (root, *(root / name for name in _FOLDERS))
     file = next((folder / table for folder in folders if (folder / table).is_file()), None)
     if file is None:
@@ -185,9 +171,8 @@ def _read(root: Path, table: str, task: _Task) -> list[LabelledFile]:
     rows = _read_rows(file, task)
     found = []
     for row in rows:
-        path = next((path for path in _places(row, root, file) if path.is_file()), None)
-        if path is not None:
-            found.append(LabelledFile(path, row.name, row.label, row.patient))
+        if path := next((path for path in _places(row, root, file) if path.is_file()), None):
+            found.append(row._replace(path=path))
 
     # Missing images.
     if not found:
@@ -201,45 +186,30 @@ def _read(root: Path, table: str, task: _Task) -> list[LabelledFile]:
     return found
 
 
-def _divide(files: list[LabelledFile], shares: dict[Split, float], seed: int) -> dict[Split, list[LabelledFile]]:
-    """Divides files into splits by a hash of their patients."""
-    splits: dict[Split, list[LabelledFile]] = {split: [] for split in get_args(Split)}
-    chosen = split_by_group([file.group for file in files], {"train": 1.0 - sum(shares.values()), **shares}, seed)
-    for file, split in zip(files, chosen, strict=True):
-        splits[split].append(file)
-    return splits
-
-
-def _places(row: _Row, root: Path, file: Path) -> list[Path]:
+def _places(row: LabelledFile, root: Path, file: Path) -> list[Path]:
     """Returns the paths at which a row's image may lie, most likely first."""
-    return list(dict.fromkeys(folder / row.name for folder in (root / row.above, root, file.parent)))
+    return list(dict.fromkeys((root / row.path, root / row.name, file.parent / row.name)))
 
 
-def _read_rows(file: Path, task: _Task) -> list[_Row]:
-    """Returns the rows of a table in either class."""
+def _read_rows(file: Path, task: _Task) -> list[LabelledFile]:
+    """Returns the rows of a table in either class, with the paths as the table writes them."""
     with open_csv(file, filling="(nothing)") as reader:
         _check_header(file, reader.fieldnames or [], task)
         read = [_read_row(fields, f"{file}, line {reader.line_num}", task) for fields in reader]
 
     # Contradictions.
     rows = [row for row in read if row is not None and row.label != _CONTRADICTION]
-    num_contradictions = sum(row is not None for row in read) - len(rows)
-    if num_contradictions:
-        _log.warning(
-            "%d rows of %s have both No Finding and %s and are left out.", num_contradictions, file, task.pathology
-        )
+    if number := sum(row is not None for row in read) - len(rows):
+        _log.warning("%d rows of %s have both No Finding and %s and are left out.", number, file, task.pathology)
 
     # Usable rows.
     if not rows:
-        raise ValueError(
-            f"{file} has no row for this task: {task.pathology} against {task.against}, {task.views} views."
-        )
+        raise ValueError(f"{file} has no row for the task {task.pathology} against {task.against}, {task.views} views.")
     check_unique(file, [row.name for row in rows])
     return rows
 
 
 def _check_header(file: Path, header: Sequence[str], task: _Task) -> None:
-    """Raises a ValueError that names the missing columns."""
     missing = []
     for column in (_PATH, _VIEW, *task.label_columns):
         if column not in header:
@@ -252,9 +222,8 @@ def _check_header(file: Path, header: Sequence[str], task: _Task) -> None:
         )
 
 
-def _read_row(fields: dict[str, str], place: str, task: _Task) -> _Row | None:
+def _read_row(fields: dict[str, str], place: str, task: _Task) -> LabelledFile | None:
     """Returns one row, also a contradictory one; None if its view is not wanted or it is in neither class."""
-    # View.
     view = fields[_VIEW].strip().lower()
     if view not in ("frontal", "lateral"):
         raise ValueError(f"{place}: {_VIEW!r} is {fields[_VIEW]!r}, which is neither Frontal nor Lateral.")
@@ -267,13 +236,10 @@ def _read_row(fields: dict[str, str], place: str, task: _Task) -> _Row | None:
         if fields[column].strip() not in _VALUES:
             raise ValueError(f"{place}: {column!r} is {fields[column]!r}, which is none of 1.0, 0.0, -1.0 and empty.")
         values.append(_VALUES[fields[column].strip()])
-    label = task.label(*values)
-    if label is None:
+    if (label := task.label(*values)) is None:
         return None
 
     # Image and patient.
-    address = _ADDRESS.fullmatch(fields[_PATH].strip())
-    if address is None:
+    if (address := _ADDRESS.fullmatch(fields[_PATH].strip())) is None:
         raise ValueError(f"{place}: the path {fields[_PATH]!r} holds no patient's folder such as patient00001.")
-    above, name, patient = address.groups(default="")
-    return _Row(above, name, patient, label)
+    return LabelledFile(path=Path(address[0]), name=address[1], label=label, group=address[2])

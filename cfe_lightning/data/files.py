@@ -6,10 +6,11 @@ import csv
 import logging
 import os
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,8 +103,7 @@ class ImageFiles(LabelledImages):
 
     Args:
         files: Files in the order of the data set.
-        crop: Side in pixels of the square cut from the middle before resizing, or "largest" for the largest possible
-            one; None resizes the whole picture.
+        crop: Side in pixels of the square, or "largest" possible square, cut out before resizing; None cuts nothing.
         options: Options of ``LabelledImages``.
     """
 
@@ -190,16 +190,15 @@ def drop_unreadable(files: Sequence[LabelledFile], channels: int) -> list[Labell
 
     # Trial reading; decoding lets other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as executor:
-        problems = list(executor.map(problem, files))
-    broken = [(file, text) for file, text in zip(files, problems, strict=True) if text is not None]
+        problems = zip(files, executor.map(problem, files), strict=True)
+        broken = {file: text for file, text in problems if text is not None}
 
     # One warning for all.
     if broken:
-        first, text = broken[0]
-        _log.warning(
-            "%d of %d images cannot be read and are left out, first %s: %s", len(broken), len(files), first.path, text
-        )
-    return [file for file, text in zip(files, problems, strict=True) if text is None]
+        first, text = next(iter(broken.items()))
+        counts = len(broken), len(files)
+        _log.warning("%d of %d images cannot be read and are left out, first %s: %s", *counts, first.path, text)
+    return [file for file in files if file not in broken]
 
 
 def take_turns(labels: Sequence[int]) -> list[int]:
@@ -207,12 +206,8 @@ def take_turns(labels: Sequence[int]) -> list[int]:
 
     Within a class the given order is kept, so the result depends on that order alone.
     """
-    seen: Counter[int] = Counter()
-    keys = []
-    for index, label in enumerate(labels):
-        keys.append((seen[label], label, index))
-        seen[label] += 1
-    return [index for _, _, index in sorted(keys)]
+    turns: defaultdict[int, Iterator[int]] = defaultdict(count)
+    return [i for _, _, i in sorted((next(turns[label]), label, i) for i, label in enumerate(labels))]
 
 
 @contextmanager
@@ -236,7 +231,6 @@ def check_unique(file: Path, names: Sequence[str]) -> None:
 def check_columns(file: Path, reader: csv.DictReader[str], needed: Sequence[str], remedy: str) -> None:
     """Raises a ValueError that names the missing columns of a table and says what to do, unless all are there."""
     header = list(reader.fieldnames or [])
-    missing = [column for column in needed if column not in header]
-    if missing:
+    if missing := [column for column in needed if column not in header]:
         names = " and no column ".join(map(repr, missing))
         raise ValueError(f"{file} has no column {names} but {header}: {remedy} (the separator must be a comma).")

@@ -1,7 +1,5 @@
 """Labelled images in folders: ``train/val/test/<class>``, ``<class>`` split by us, or files with a CSV of labels."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path, PurePosixPath
@@ -34,8 +32,7 @@ class ImageFolder(FileData):
     - Split folders: ``root/train/<class>/...`` and likewise ``val`` and ``test``. A missing ``val`` or ``test`` is
       taken out of ``train``, never out of the other.
     - Class folders: ``root/<class>/...``, divided into splits here.
-    - A CSV of labels (``labels``): any files below ``root``, one row each, with columns for name, label and, if
-      present, group and split.
+    - A CSV (``labels``): any files below ``root``, one row each, with columns for name, label and maybe group, split.
 
     Class folders are read with their subfolders; hidden files and folders are ignored. All images of a group, such as a
     patient (``group_pattern``, or the CSV's group column), are in one split. The split is chosen by a hash of the
@@ -59,8 +56,7 @@ class ImageFolder(FileData):
 
     Raises:
         FileNotFoundError: If the folder or the CSV does not exist.
-        ValueError: If there are no images, no classes or one, a group in two splits, or a CSV that does not fit the
-            folder.
+        ValueError: If there are no images, fewer than two classes, a group in two splits, or a CSV that does not fit.
     """
 
     def __init__(
@@ -97,9 +93,8 @@ class ImageFolder(FileData):
         splits = assign_splits(entries, {"val": val_fraction, "test": test_fraction}, split_seed)
 
         # Files; groups are checked last, because unreadable files do not count.
-        self._datasets = {
-            split: self.image_files(_number(members, self.class_names, self.root)) for split, members in splits.items()
-        }
+        names = self.class_names
+        self._datasets = {s: self.image_files(_number(found, names, self.root)) for s, found in splits.items()}
         check_groups({split: [file.group for file in files.files] for split, files in self._datasets.items()})
 
     def dataset(self, split: Split) -> ImageFiles:
@@ -134,26 +129,19 @@ def _read_folders(root: Path, group_pattern: str | None) -> list[Entry]:
     # A class may be missing in a split, but the log says so.
     every_class = set().union(*classes.values())
     for name, own in classes.items():
-        if own != every_class:
-            missing = ", ".join(sorted(every_class - own))
-            _log.warning("%s has no images of these classes: %s.", root / name, missing)
+        if missing := every_class - own:
+            _log.warning("%s has no images of these classes: %s.", root / name, ", ".join(sorted(missing)))
     return entries
 
 
 def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: str | None) -> list[Entry]:
     """Returns the images of the class folders in ``root/prefix``; names are relative to ``root``."""
     parent = root / prefix
-    loose = 0
+    paths = [path for path in sorted(parent.iterdir()) if not path.name.startswith(".")]
     entries = []
-    # One folder per class.
-    for path in sorted(parent.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            names = [f"{prefix}{path.name}/{inner}" for inner in find_images(path)]
-            entries += [Entry(name, path.name, split, _group_of(name, group_pattern)) for name in names]
-        else:
-            loose += path.suffix.lower() in EXTENSIONS
+    for label in [path.name for path in paths if path.is_dir()]:
+        names = [f"{prefix}{label}/{inner}" for inner in find_images(parent / label)]
+        entries += [Entry(name, label, split, _group_of(name, group_pattern)) for name in names]
 
     # Images outside of all folders.
     if not entries:
@@ -161,7 +149,7 @@ def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: s
             f"{parent} has no class folders with images: put the images of each class into a folder with the class's "
             "name, give a CSV of labels with labels=<file>, or move away what is not labelled."
         )
-    if loose:
+    if loose := sum(path.suffix.lower() in EXTENSIONS and not path.is_dir() for path in paths):
         _log.warning("%d images lie in %s outside any class folder and are left out.", loose, parent)
     return entries
 
@@ -176,7 +164,6 @@ class LabelColumns(NamedTuple):
 
 
 def _read_csv(root: Path, labels: Path, columns: LabelColumns, group_pattern: str | None) -> list[Entry]:
-    """Returns the files that the rows of a CSV name."""
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(f"There is no CSV of labels {labels}, neither as given nor below {root}.")
@@ -214,7 +201,6 @@ def _row_entry(
     root: Path,
 ) -> Entry:
     """Returns one row as an entry; ``place`` is named in errors."""
-    # File.
     name, label = (row[columns.name] or "").strip(), (row[columns.label] or "").strip()
     name = name.removeprefix("./")
     files = by_name.get(name, [])
@@ -277,8 +263,7 @@ def assign_splits(entries: list[Entry], fractions: dict[Split, float], seed: int
 
     A split that no entry names is taken out of the training entries.
     """
-    # Shares of the splits to be taken out.
-    given = {entry.split for entry in entries if entry.split is not None}
+    given = {entry.split for entry in entries}
     carved: dict[Split, float] = {split: share for split, share in fractions.items() if split not in given}
     shares: dict[Split, float] = {"train": 1.0 - sum(carved.values()), **carved}
     splits: dict[Split, list[Entry]] = {split: [] for split in get_args(Split)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class PatientSlices(FileData):
     the patient, and others by their paths with numbers as numbers (``2`` before ``10``). They are tiled row by row.
     Validation and test show the slices at the quantiles (2k - 1) / (2S) of the stack. Training shows a random slice
     from each of S equal parts of it, which changes with the epoch and depends on seed and epoch only. For a patient
-    with fewer than S slices the nearest ones are repeated. Flips and quarter turns change every slice in its place, all
-    of a patient alike.
+    with fewer than S slices the nearest ones are repeated. Flips and turns change all slices alike, each in its place.
 
     A patient is in one split only, by the CSV or by a hash of the name, so added patients move no other. The classes
     take turns in every split. The name of an image is the patient's.
@@ -94,9 +94,7 @@ class PatientSlices(FileData):
         self.num_slices = num_slices
         self.window = medical.check_window(window)
         if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {self.root}: set root to the folder that the paths start from."
-            )
+            raise FileNotFoundError(f"There is no folder {self.root}: set root to the folder that paths start from.")
         check_fractions(val_fraction, test_fraction)
 
         # Patients.
@@ -181,7 +179,6 @@ class PatientMontages(Dataset[Sample]):
         self.labels = labels
         self.stacks = stacks
         self.num_slices = num_slices
-
         # All slices in one data set, and the index of each patient's first one.
         lengths = torch.tensor([len(stack) for stack in stacks], dtype=torch.int64)
         self._first = (lengths.cumsum(0) - lengths).tolist()
@@ -238,7 +235,7 @@ class _SliceFiles(LabelledImages):
 def read_montage(
     place: Path, *, num_slices: int, image_size: int, channels: int, window: tuple[float, float] | None = None
 ) -> Tensor:
-    """Reads one patient without a CSV: a folder of slices, or a NIfTI volume.
+    """Reads a patient's folder of slices or NIfTI volume as a montage, [C, image_size, image_size] in [-1, 1].
 
     Args:
         place: Folder of slices, or volume.
@@ -247,18 +244,13 @@ def read_montage(
         channels: 1 for grey, 3 for RGB.
         window: Level and width of the shown values of DICOM and NIfTI files; None shows the whole range of each slice.
 
-    Returns:
-        Montage, [C, image_size, image_size] in [-1, 1].
-
     Raises:
         UnreadableImageError: If there is no slice, or a shown one cannot be read.
     """
-    stack = find_stack(place)
-    slices = []
-    for index in middle_slices(len(stack), num_slices):
-        one = stack[index]
+    stack, slices = find_stack(place), []
+    size = image_size // images.montage_side(num_slices)
+    for one in [stack[index] for index in middle_slices(len(stack), num_slices)]:
         try:
-            size = image_size // images.montage_side(num_slices)
             slices.append(medical.read_slice(one.path, channels, size=size, window=window, axial=one.axial))
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(f"{one.name}: {error}") from error
@@ -277,9 +269,5 @@ def draw_slices(num_found: int, num_slices: int, generator: torch.Generator) -> 
     """
     edges = [(2 * part * num_found + num_slices - 1) // (2 * num_slices) for part in range(num_slices + 1)]
     draws = torch.rand(num_slices, generator=generator).tolist()
-    return [
-        low + int(draw * (high - low)) if low < high else middle
-        for low, high, draw, middle in zip(
-            edges[:-1], edges[1:], draws, middle_slices(num_found, num_slices), strict=True
-        )
-    ]
+    parts = zip(pairwise(edges), draws, middle_slices(num_found, num_slices), strict=True)
+    return [low + int(draw * (high - low)) if low < high else middle for (low, high), draw, middle in parts]

@@ -1,7 +1,5 @@
 """Slices of patients, from a CSV with one row for each slice, or from one folder for each patient."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -50,7 +48,6 @@ class SliceColumns(NamedTuple):
 
 def read_patients(root: Path, labels: Path, columns: SliceColumns) -> dict[str, Patient]:
     """Returns the patients of a CSV by name, in the order of the file, each with its slices in order."""
-    # File.
     file = labels if labels.is_file() else root / labels
     if not file.is_file():
         raise FileNotFoundError(
@@ -86,7 +83,6 @@ def read_patients(root: Path, labels: Path, columns: SliceColumns) -> dict[str, 
 
 def _row_patient(row: dict[str, str], place: str, columns: SliceColumns, root: Path) -> Patient:
     """Returns one row as a patient with one slice; ``place`` is named in errors."""
-    # Fields.
     fields = {column: (row[column] or "").strip() for column in columns if column in row}
     for column, field in fields.items():
         if not field:
@@ -123,9 +119,7 @@ def _number(text: str, place: str, columns: SliceColumns) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(
-            f"{place}: {text!r} in the column {columns.position!r} is no number: slices are ordered by it."
-        )
+        raise ValueError(f"{place}: {text!r} in the column {columns.position!r} is no number, but it orders slices.")
     return number
 
 
@@ -169,12 +163,11 @@ def in_order(slices: Sequence[Slice]) -> list[Slice]:
     named = sorted(slices, key=lambda one: _natural(one.name))
     if not all(medical.is_dicom(one.path) for one in named):
         return named
-    places = [medical.slice_place(one.path) for one in named]
-    known = [place for place in places if place is not None]
+    known = [place for one in named if (place := medical.slice_place(one.path)) is not None]
     if len(known) < len(named):
         return named
     # The sort is stable: slices at the same position stay ordered by name.
-    return [named[index] for index in sorted(range(len(named)), key=lambda index: known[index])]
+    return [named[index] for index in sorted(range(len(named)), key=known.__getitem__)]
 
 
 def find_patients(folder: Path) -> Iterator[str]:
@@ -188,13 +181,12 @@ def find_patients(folder: Path) -> Iterator[str]:
         ValueError: If ``folder`` itself holds slices.
     """
     met = set[str]()
-    for name in images.find_images(folder, _is_slice_or_volume):
-        parent = name.rpartition("/")[0]
-        if not parent and not medical.is_nifti(name):
+    for name in images.find_images(folder, lambda name: medical.is_slice(name) or medical.is_nifti(name)):
+        patient = name if medical.is_nifti(name) else name.rpartition("/")[0]
+        if not patient:
             raise ValueError(
                 f"{folder} holds slices itself ({name!r}): give the folder that holds one folder for each patient."
             )
-        patient = name if medical.is_nifti(name) else parent
         if patient not in met:
             met.add(patient)
             yield patient
@@ -216,10 +208,6 @@ def find_stack(place: Path) -> list[Slice]:
     if not names:
         raise images.UnreadableImageError("The folder holds no slices.")
     return in_order([Slice(place / name, name, None, None) for name in names])
-
-
-def _is_slice_or_volume(name: str) -> bool:
-    return medical.is_slice(name) or medical.is_nifti(name)
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

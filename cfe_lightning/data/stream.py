@@ -1,7 +1,5 @@
 """A folder of images without labels, read in batches as they are needed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,7 +101,6 @@ def read_batch(
         num_slices: Slices per image; with more than one, a name is a patient of ``find_patients``, shown as a montage.
         window: Level and width of the shown values of DICOM and NIfTI files; None shows the whole range.
     """
-    # Images.
     batch: Batch = {"image": [], "name": [], "source": [], "failed": []}
     for name in names:
         source = source_of(folder / name)
@@ -135,10 +132,7 @@ def source_of(path: Path) -> list[int]:
     For a patient's folder they are the sum and the latest of its files.
     """
     try:
-        if path.is_dir():
-            held = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
-            return [sum(status.st_size for status in held), max((status.st_mtime_ns for status in held), default=0)]
-        status = os.stat(path)
+        held = [file.stat() for file in os.scandir(path) if file.is_file()] if path.is_dir() else [path.stat()]
     except OSError:
         return [0, 0]
-    return [status.st_size, status.st_mtime_ns]
+    return [sum(status.st_size for status in held), max((status.st_mtime_ns for status in held), default=0)]

@@ -99,29 +99,18 @@ class SyntheticShapes(ImageData):
     def dataset(self, split: Split) -> Shapes:
         """Returns the images of one split with ``mask``, ``counterfactual`` and, with a shortcut, ``mark``."""
         return Shapes(
-            split=split,
-            count=self.counts[split],
-            image_size=self.image_size,
-            channels=self.channels,
-            cue=self.cue,
-            class_names=self.class_names,
-            cue_size=self.cue_size,
-            lesion_place=self.lesion_place,
-            shortcut=self.shortcut,
-            cue_agreement=self.cue_agreement,
-            seed=self.seed,
-        )
+            split=split, count=self.counts[split], image_size=self.image_size, channels=self.channels, seed=self.seed,
+            class_names=self.class_names, cue=self.cue, cue_size=self.cue_size, lesion_place=self.lesion_place,
+            shortcut=self.shortcut, cue_agreement=self.cue_agreement,
+        )  # fmt: skip
 
     def write_folder(self, split: Split, folder: str | Path, count: int | None = None) -> list[Path]:
-        """Writes images as PNG files ``<folder>/<class>/<split>_<index>.png``, the layout that ``ImageFolder`` reads.
+        """Writes images as ``<folder>/<class>/<split>_<index>.png``, as ``ImageFolder`` reads them; returns the paths.
 
         Args:
             split: Split to write.
             folder: Folder of the class folders, created if missing.
             count: Number of images, from the first one on; None writes the whole split.
-
-        Returns:
-            Files in the order of the data set.
         """
         shapes = self.dataset(split)
         paths = []
@@ -147,13 +136,10 @@ def _class_names(cue: Cue, num_classes: int) -> tuple[str, ...]:
 
 def _check(data: SyntheticShapes) -> None:
     """Raises a ValueError at the first argument outside its range."""
-    # Image and cue.
     if not 28 <= data.image_size <= 256:
         raise ValueError(f"SyntheticShapes draws images of 28 to 256 pixels, got image_size={data.image_size}.")
     if data.cue == "colour" and data.channels == 1:
-        raise ValueError(
-            "The cue 'colour' is the hue of the body and needs channels=3: choose cue='lesion' or 'texture'."
-        )
+        raise ValueError("The cue 'colour' is the body's hue and needs channels=3: choose cue='lesion' or 'texture'.")
     if not 0.5 <= data.cue_size <= 1.6:
         raise ValueError(f"cue_size must be from 0.5 to 1.6, got {data.cue_size}.")
     if data.lesion_place not in get_args(LesionPlace):
@@ -276,7 +262,7 @@ class Shapes(Dataset[Sample]):
         num_classes = len(self.class_names)
         return label if agrees < self.cue_agreement else (label + 1 + int(which * (num_classes - 1))) % num_classes
 
-    def _scene(self, index: int, label: int, mark_corner: int | None = None) -> _Scene:
+    def _scene(self, index: int, label: int, corner: int | None = None) -> _Scene:
         """Draws the nuisance of an image; the order of the draws decides on every image and must stay."""
         generator = torch.Generator().manual_seed(_scrambled(self._first_seed + index))
         draws = iter(torch.rand(48, generator=generator).tolist())
@@ -315,14 +301,12 @@ class Shapes(Dataset[Sample]):
 
         # Mark and noise.
         drawn = self._corner(label, next(draws), next(draws))
-        mark_corner = drawn if mark_corner is None else mark_corner
+        corner = drawn if corner is None else corner
         if self.shortcut is not None:
-            base = base + self._mark(mark_corner)
+            base = base + self._mark(corner)
         noise = torch.randn(self.channels, self.image_size, self.image_size, generator=generator)
         base = base + noise.clamp_(-3, 3).mul_(_NOISE)
-        return _Scene(
-            base=base, body=body, across=across, down=down, cue_draws=list(draws), axes=axes, corner=mark_corner
-        )
+        return _Scene(base=base, body=body, across=across, down=down, cue_draws=list(draws), axes=axes, corner=corner)
 
     def _draw(self, scene: _Scene, label: int) -> Tensor:
         """Adds the cue of a class to a scene, [C, H, W]."""
@@ -340,7 +324,6 @@ class Shapes(Dataset[Sample]):
 
     def _lesions(self, scene: _Scene, count: int) -> Tensor:
         """Draws the first ``count`` of three blobs around the centre, [H, W]; their maximum keeps overlaps in range."""
-        # Place.
         wide, high, turn = scene.axes
         first_angle, *draws = scene.cue_draws
         if self.lesion_place == "landmark":
@@ -389,14 +372,10 @@ class Shapes(Dataset[Sample]):
 
     def _mark(self, corner: int) -> Tensor:
         """Draws a small cross in the corner that belongs to class ``corner``, [H, W]."""
-        rows, columns = self._patch(corner)
-        arm = rows.stop - rows.start
         mark = torch.zeros(self.image_size, self.image_size)
-        patch = torch.zeros(arm, arm)
-        stroke = slice((arm - 1) // 3, arm - (arm - 1) // 3)
-        patch[stroke] = 0.6
-        patch[:, stroke] = 0.6
-        mark[rows, columns] = patch
+        patch = mark[self._patch(corner)]
+        stroke = slice((len(patch) - 1) // 3, len(patch) - (len(patch) - 1) // 3)
+        patch[stroke] = patch[:, stroke] = 0.6
         return mark
 
     def _patch(self, corner: int) -> tuple[slice, slice]:

@@ -1,10 +1,9 @@
 """Classification sets of torchvision by name: MNIST, FashionMNIST, CIFAR10, STL10, EuroSAT, ..."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
@@ -21,11 +20,7 @@ from cfe_lightning.data.files import LabelledImages, take_turns
 from cfe_lightning.files.text import one_line
 
 #: Names of the splits in torchvision's sets, best first.
-_SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "trainval"),
-    "val": ("val", "valid"),
-    "test": ("test",),
-}
+_WORDS: dict[Split, tuple[str, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 #: Attributes in which torchvision's sets keep their labels.
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 
@@ -47,8 +42,7 @@ class TorchvisionData(ImageData):
         loading: Options of ``ImageData``.
 
     Raises:
-        ValueError: If torchvision has no such set, it is not there and not to be downloaded, it is no classification
-            set, or it has no such class.
+        ValueError: If the set is unknown, is missing and not downloaded, is no classification set, or lacks a class.
     """
 
     def __init__(
@@ -150,7 +144,6 @@ class _Members(LabelledImages):
 
 
 def _find_class(name: str) -> type[VisionDataset]:
-    """Returns torchvision's class of this name."""
     found = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
     if not (isinstance(found, type) and issubclass(found, VisionDataset)):
         hint = did_you_mean(name, torchvision.datasets.__all__, "its documentation lists the names.")
@@ -160,10 +153,8 @@ def _find_class(name: str) -> type[VisionDataset]:
 
 def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[str, Any]) -> dict[Split, VisionDataset]:
     """Returns the splits that the set has; a set without splits is all training."""
-    # Arguments.
     parameters = _parameters(kind)
-    unknown = [option for option in options if option not in parameters]
-    if unknown:
+    if unknown := [option for option in options if option not in parameters]:
         raise ValueError(f"torchvision's {kind.__name__} takes no option {unknown[0]!r} but {', '.join(parameters)}.")
     common = {"root": str(root), **({"download": download} if "download" in parameters else {}), **options}
 
@@ -175,13 +166,11 @@ def _open(kind: type[VisionDataset], root: Path, download: bool, options: dict[s
 
     # Sets with an argument ``split``, whose words are tried.
     sources: dict[Split, VisionDataset] = {}
-    for split, words in _SPLIT_WORDS.items():
+    for split, words in _WORDS.items():
         for word in words:
-            try:
+            with suppress(_NoSuchSplitError):
                 sources[split] = _build(kind, common | {"split": word})
                 break
-            except _NoSuchSplitError:
-                continue
     if "train" not in sources:
         raise ValueError(f"torchvision's {kind.__name__} has no training split: name one with options={{split: ...}}.")
     return sources
@@ -211,10 +200,9 @@ def _build(kind: type[VisionDataset], arguments: dict[str, Any]) -> VisionDatase
         refused = _NoSuchSplitError if "argument split" in str(error) else ValueError
         raise refused(f"torchvision's {kind.__name__}: {error}; further arguments go into options.") from error
     except (RuntimeError, OSError) as error:
-        reason = one_line(error)
         raise ValueError(
-            f"{kind.__name__} is not complete below {arguments['root']} ({reason}): set download=true, or put its "
-            "files there as torchvision expects them."
+            f"{kind.__name__} is not complete below {arguments['root']} ({one_line(error)}): set download=true, or put "
+            "its files there as torchvision expects them."
         ) from error
 
 
@@ -231,14 +219,11 @@ def _class_names(source: VisionDataset) -> list[str]:
 
 def _labels(source: VisionDataset, name: str) -> Tensor:
     """Returns the class number of every image, [N] int64, without decoding images if the set stores the numbers."""
-    # Is it a classification set?
     if len(source) == 0:
         raise ValueError(f"torchvision's {name} is empty.")
     picture, first = source[0]
     if not isinstance(picture, Image.Image) or not isinstance(first, Integral):
-        raise ValueError(
-            f"torchvision's {name} is no classification set: it does not yield an image and a class number."
-        )
+        raise ValueError(f"torchvision's {name} is no classification set: it yields no image and class number.")
 
     # Stored labels that agree with the first image's.
     for attribute in _LABEL_ATTRIBUTES:

@@ -1,10 +1,7 @@
 """Columns of numbers that grow batch by batch and can be read back batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 _FIRST_ROWS = 1024
@@ -26,16 +23,13 @@ class Columns:
         """Appends rows [B, ...] by column name."""
         for name, new in rows.items():
             start = self._length.get(name, 0)
-            end = start + len(new)
-            kept = self._rows.get(name)
+            end = self._length[name] = start + len(new)
+            kept = self._rows.setdefault(name, new.new_empty((0, *new.shape[1:]), device="cpu"))
             # The room doubles, so that a column is copied rarely.
-            if kept is None or end > len(kept):
-                grown = torch.empty((max(_FIRST_ROWS, 2 * end), *new.shape[1:]), dtype=new.dtype)
-                if kept is not None:
-                    grown[:start] = kept[:start]
-                self._rows[name] = grown
+            if end > len(kept):
+                self._rows[name] = kept.new_empty((max(_FIRST_ROWS, 2 * end), *kept.shape[1:]))
+                self._rows[name][:start] = kept[:start]
             self._rows[name][start:end] = new.detach()
-            self._length[name] = end
 
     def joined(self) -> dict[str, Tensor]:
         """Returns all rows so far, [N, ...] by column name."""
@@ -43,10 +37,6 @@ class Columns:
 
     def take_new(self) -> dict[str, Tensor]:
         """Copies the rows added since the last call; passing all copies to ``add`` rebuilds the columns."""
-        found = {
-            name: rows[self._handed_over.get(name, 0) : self._length[name]].clone()
-            for name, rows in self._rows.items()
-            if self._handed_over.get(name, 0) < self._length[name]
-        }
+        found = {name: rows[self._handed_over.get(name, 0) :].clone() for name, rows in self.joined().items()}
         self._handed_over = dict(self._length)
-        return found
+        return {name: rows for name, rows in found.items() if len(rows)}

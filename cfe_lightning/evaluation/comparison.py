@@ -1,10 +1,9 @@
 """Comparisons behind the table of means: paired differences between explainers, and means per pair of classes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -56,26 +55,26 @@ class GroupMean:
     measured: Measurement
 
 
-def paired_differences(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[Difference]:
+def paired_differences(evaluation: Evaluation) -> list[Difference]:
     """Compares every two explainers in every metric that both have per image."""
     wanted = [metric.key for metric in evaluation.metrics]
     found: list[Difference] = []
     for one, other in combinations(evaluation.rows, 2):
         keys = [key for key in wanted if key in one.per_image and key in other.per_image]
         values = {key: one.per_image[key].double() - other.per_image[key].double() for key in keys}
-        measured = summarise(values, resamples=resamples, seed=seed)
+        measured = summarise(values)
         found += [Difference(first=one.name, second=other.name, key=key, measured=measured[key]) for key in keys]
     return found
 
 
-def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0) -> list[GroupMean]:
+def group_means(evaluation: Evaluation) -> list[GroupMean]:
     """Averages every metric per pair of decided and target class, and per true class: a mean hides its worst part."""
     names = evaluation.class_names
     found: list[GroupMean] = []
     for row in evaluation.rows:
         values = {m.key: row.per_image[m.key] for m in evaluation.metrics if m.key in row.per_image}
         for source, target, members in _groups(row.predicted, row.target, evaluation.labels):
-            measured = summarise({k: value[members] for k, value in values.items()}, resamples=resamples, seed=seed)
+            measured = summarise({key: value[members] for key, value in values.items()})
             asked = None if target is None else names[target]
             found += [
                 GroupMean(explainer=row.name, source=names[source], target=asked, key=key, measured=measured[key])
@@ -84,9 +83,7 @@ def group_means(evaluation: Evaluation, *, resamples: int = 1000, seed: int = 0)
     return found
 
 
-def at_equal_strength(
-    evaluation: Evaluation, level: float, *, resamples: int = 1000, seed: int = 0
-) -> tuple[int, dict[str, dict[str, Measurement]]]:
+def at_equal_strength(evaluation: Evaluation, level: float) -> tuple[int, dict[str, dict[str, Measurement]]]:
     """Measures closeness and realism on the images that every explainer can change to the target probability ``level``.
 
     Returns:
@@ -98,44 +95,35 @@ def at_equal_strength(
         return 0, {}
     # Images that every explainer can change so far.
     common = torch.stack([row.per_image[reached] for row in rows]).all(dim=0)
-    found = {}
+    found, keys = {}, {key: iso_key(level, key) for key in ISO_CLOSENESS}
     for row in rows:
-        keys = {key: iso_key(level, key) for key in ISO_CLOSENESS}
         values = {key: row.per_image[iso][common] for key, iso in keys.items() if iso in row.per_image}
-        found[row.name] = summarise(values, resamples=resamples, seed=seed)
-        found[row.name] |= _realism(row, f"{level:g}", common, seed)
+        found[row.name] = summarise(values) | _realism(row, f"{level:g}", common)
     return int(common.sum()), found
 
 
-def _realism(row: ResultRow, level: str, common: Tensor, seed: int) -> dict[str, Measurement]:
+def _realism(row: ResultRow, level: str, common: Tensor) -> dict[str, Measurement]:
     """Measures distances between the sets of originals and of edits in the classifier's features."""
     total, used = len(common), int(common.sum())
     if level not in row.features:
         return {}
     if used < _FEWEST:
-        return {key: undefined(f"fewer than {_FEWEST} images", total) for key in ISO_REALISM}
+        return dict.fromkeys(ISO_REALISM, undefined(f"fewer than {_FEWEST} images", total))
     before, after = row.features["before"][common], row.features[level][common]
-    kernel, _ = realism.kid(before, after, seed)
-    return {
-        key: Measurement(status="ok", value=value, n_used=used, n_total=total)
-        for key, value in zip(ISO_REALISM, (realism.fid(before, after), kernel), strict=True)
-    }
+    distances = realism.fid(before, after), realism.kid(before, after)[0]
+    found = (Measurement(value=value, n_used=used, n_total=total) for value in distances)
+    return dict(zip(ISO_REALISM, found, strict=True))
 
 
 def worst_pair(groups: list[GroupMean], explainer: str, key: str) -> GroupMean | None:
     """Finds the pair of classes on which an explainer does worst in a metric; None for metrics without a direction."""
-    better = next(metric.better for metric in METRICS if metric.key == key)
+    sign = {"higher": 1, "lower": -1, "neither": 0}[next(metric.better for metric in METRICS if metric.key == key)]
     found = [
-        (group.measured.value, group)
-        for group in groups
-        if (group.explainer, group.key) == (explainer, key)
-        and group.target is not None
-        and group.measured.value is not None
+        (sign * one.measured.value, one)
+        for one in groups
+        if (one.explainer, one.key) == (explainer, key) and one.target is not None and one.measured.value is not None
     ]
-    if not found or better == "neither":
-        return None
-    sign = 1 if better == "higher" else -1
-    return min(found, key=lambda pair: sign * pair[0])[1]
+    return min(found, key=itemgetter(0))[1] if found and sign else None
 
 
 def _groups(

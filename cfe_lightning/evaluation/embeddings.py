@@ -4,8 +4,6 @@ They take images [B, C, H, W] in [-1, 1], grey or RGB, of any size, and give emb
 prepares images as in its own training. The weights come from files of the user; see ``instruments``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -102,11 +100,9 @@ class UserEmbedding(nn.Module):
         Raises:
             ValueError: If the network refuses the images, or does not return one row per image.
         """
-        # Features.
         shown = images.to_unit(coloured(image))
-        features: Any
         try:
-            features = self.network(shown)
+            features: Any = self.network(shown)
         # Networks raise anything on images that they were not made for.
         except Exception as error:
             reason = " ".join(str(error).split())[-200:]

@@ -4,8 +4,6 @@ Explanations are measured and thrown away batch by batch. A few numbers per imag
 keeps them on disk, so that a killed evaluation resumes where it stopped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +65,6 @@ def evaluate(
     gallery: Gallery | None = None,
     shown: Collection[int] = (),
     device: torch.device | str = "cpu",
-    resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
     """Explains every image with every explainer and measures the answers.
@@ -83,7 +80,6 @@ def evaluate(
         gallery: Collects the images ``shown`` with all answers; None collects nothing.
         shown: Positions of the gallery's images in the order of evaluation.
         device: Device that images are moved to.
-        resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -111,10 +107,9 @@ def evaluate(
     if not progress.image_names:
         raise ValueError("There is no image to evaluate: the split is empty.")
 
-    # Results.
     agreeing = tuple(name for name, measurer in measurers.items() if measurer.failure is None)
     return Evaluation(
-        rows=[summarise_measurer(measurer, name, resamples, seed) for name, measurer in measurers.items()],
+        rows=[summarise_measurer(measurer, name, seed) for name, measurer in measurers.items()],
         image_names=progress.image_names,
         labels=torch.cat(progress.labels),
         class_names=class_names,
@@ -164,15 +159,14 @@ class _Progress:
 
         # Storage.
         if store is not None:
-            store.add(
-                {
-                    "names": list(batch["name"]),
-                    "labels": self.labels[-1],
-                    "agreement": [self.sums.clone(), self.counts.clone()],
-                    "tallies": {name: measurer.state() for name, measurer in self.measurers.items()},
-                    "gallery": self.gallery.state() if self.gallery is not None and places else None,
-                }
-            )
+            state = {
+                "names": list(batch["name"]),
+                "labels": self.labels[-1],
+                "agreement": [self.sums.clone(), self.counts.clone()],
+                "tallies": {name: measurer.state() for name, measurer in self.measurers.items()},
+                "gallery": self.gallery.state() if self.gallery is not None and places else None,
+            }
+            store.add(state)
 
     @torch.no_grad()
     def _show(
@@ -183,9 +177,8 @@ class _Progress:
         if explanation is None:
             gallery.fail(name, measurer.failure or "")
             return
-        chosen = explanation.select(torch.tensor(places, device=explanation.image.device))
+        chosen, after = explanation.select(torch.tensor(places, device=explanation.image.device)), None
         # A file holds 8-bit levels, on which the decision may differ.
-        after = None
         if chosen.counterfactual is not None:
             after = measurer.judge(images.saved(chosen.counterfactual.clamp(-1, 1))).softmax(dim=1)
         before = measurer.judge(chosen.image).softmax(dim=1)
@@ -215,8 +208,7 @@ def sample_indices(total: int, limit: int | None, seed: int = 0) -> list[int]:
     """Draws at most ``limit`` indices from the whole set, in ascending order: its start may hold one class only."""
     if limit is None or limit >= total:
         return list(range(total))
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
-    return sorted(drawn.tolist())
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
 def evenly(total: int, count: int) -> list[int]:

@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -57,10 +55,8 @@ class _Picture:
     @property
     def strength(self) -> str | None:
         """Returns the peak in words; None for pictures that show no difference."""
-        if self.peak is None:
-            return None
-        if self.peak == 0:
-            return "nothing"
+        if not self.peak:
+            return None if self.peak is None else "nothing"
         faint = ", less than a grey level" if self.peak < _INVISIBLE else ""
         return f"full colour = {self.peak:.2g}{faint}"
 
@@ -193,7 +189,7 @@ class Gallery:
         if not self._originals:
             path.unlink(missing_ok=True)
             return None
-        longest = max(max(one.picture.pixels.shape[1:]) for one in self._originals)
+        longest = max(side for one in self._originals for side in one.picture.pixels.shape[1:])
         factor = max(1, round(_SHOWN / longest))
         titles = {picture.title for cells in self._cells.values() for cell in cells for picture in cell.pictures}
         return write_page(
@@ -213,13 +209,12 @@ class Gallery:
         )
 
     def _sections(self, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yields the values that the page shows of every image."""
         # Explainers by their kind of answer.
         groups: dict[str, list[str]] = {"What would have to change": [], "Where it looks": [], "Not shown": []}
+        changes, looks, not_shown = groups.values()
         for name, cells in self._cells.items():
             differs = any(difference for cell in cells for difference in cell.differences)
-            title = "What would have to change" if differs else "Where it looks" if cells else "Not shown"
-            groups[title].append(name)
+            (changes if differs else looks if cells else not_shown).append(name)
 
         # Images.
         for index, original in enumerate(self._originals):
@@ -254,7 +249,6 @@ class Gallery:
         }
 
     def _answers(self, explanation: Explanation, before: Tensor, after: Tensor | None) -> list[_Cell]:
-        """Returns one cell per image of a batch."""
         columns = self._columns(explanation)
         predicted, target = before.argmax(dim=1), explanation.target.cpu()
         # An original that is decided as the target has nothing to flip.
@@ -286,8 +280,7 @@ class Gallery:
             distinct = parts["distinct"].float()
             without = self._kept("without this part", image - distinct)
             columns.append((without, self._coloured("distinct part", distinct / 2)))
-        elif "reconstruction" in parts and edited is not None:
-            rendering = parts["reconstruction"]
+        elif edited is not None and (rendering := parts.get("reconstruction")) is not None:
             change = self._coloured("changed beyond it", images.visible_change(rendering, edited))
             columns.append((self._kept("rendering alone", rendering), change))
 
@@ -302,12 +295,10 @@ class Gallery:
 
     def _kept(self, title: str, batch: Tensor, peaks: Sequence[float | None] | None = None) -> list[_Picture]:
         """Returns small copies of images [B, C, H, W] in [-1, 1]."""
-        height, width = batch.shape[-2:]
+        shown, shrink = batch.detach().float(), self.size / max(batch.shape[-2:])
         # Averages over areas, so that shrinking skips no pixel.
-        shrink = min(1.0, self.size / max(height, width))
-        shown = batch.detach().float()
         if shrink < 1:
-            sides = [max(1, round(side * shrink)) for side in (height, width)]
+            sides = [max(1, round(side * shrink)) for side in batch.shape[-2:]]
             shown = torch.nn.functional.interpolate(shown.clamp(-1, 1), size=sides, mode="area")
         return [
             _Picture(title=title, pixels=pixels.clone(), peak=peak)
@@ -326,7 +317,5 @@ def _is_attribution(distinct: Tensor, attribution: Tensor) -> bool:
 
 def _common_decision(cells: Sequence[_Cell]) -> tuple[int, float] | None:
     """Returns decision and probability on an image; None if the explainers' classifiers differ."""
-    decided = {cell.predicted[0] for cell in cells}
-    surely = [cell.predicted[1] for cell in cells]
-    same = len(decided) == 1 and max(surely) - min(surely) <= _SAME
-    return cells[0].predicted if same else None
+    decided, surely = {cell.predicted[0] for cell in cells}, [cell.predicted[1] for cell in cells]
+    return cells[0].predicted if len(decided) == 1 and max(surely) - min(surely) <= _SAME else None

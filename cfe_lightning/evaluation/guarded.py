@@ -1,7 +1,5 @@
 """Third-party explainers, guarded: one that fails gets a reason and does not abort the evaluation of the others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 

@@ -5,8 +5,6 @@ ACE (2303.09962). Only the file ``user`` is code, a TorchScript or torch.export 
 they trust (see ``classifier.exported``).
 """
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import tempfile
@@ -53,20 +51,18 @@ def weights_from(options: Mapping[str, str | Path] | None, environ: Mapping[str,
     Raises:
         ValueError: If a name is not one of ``NAMES``.
     """
-    # Variables.
     named = {
         variable.removeprefix(ENVIRONMENT_PREFIX).lower(): path
         for variable, path in environ.items()
         if variable.startswith(ENVIRONMENT_PREFIX) and path
     }
 
-    # Names.
     for origin, names in (("weights", options or {}), ("variables", named)):
         unknown = [name for name in names if name not in NAMES]
         if unknown:
             shown = [name if origin == "weights" else f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in unknown]
             raise ValueError(f"There are no instruments for the {origin} {', '.join(shown)}: {_CHOICE}.")
-    files = {**named, **(options or {})}
+    files = named | dict(options or {})
     return {name: Path(files[name]) for name in NAMES if name in files}
 
 
@@ -118,17 +114,6 @@ def load_instruments(
     return Instruments(**built, oracle=oracle, correlations=correlations, asked=index, hashes=hashes)
 
 
-class _Perceptual:
-    """LPIPS between images [B, C, H, W] in [-1, 1] of any size, [B]; small images are enlarged first."""
-
-    def __init__(self, measure: Lpips) -> None:
-        self.measure = measure
-
-    @torch.no_grad()
-    def __call__(self, image: Tensor, edited: Tensor) -> Tensor:
-        return self.measure.per_image(_at_least(image), _at_least(edited))
-
-
 def _at_least(image: Tensor) -> Tensor:
     """Enlarges images to sides of at least ``LPIPS_SIZE``."""
     size = tuple(max(side, LPIPS_SIZE) for side in image.shape[-2:])
@@ -171,17 +156,23 @@ def _simsiam(path: Path) -> nn.Module:
     return embedding
 
 
-def _lpips(path: Path) -> _Perceptual:
+def _lpips(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Builds LPIPS between images [B, C, H, W] in [-1, 1] of any size, [B]; small images are enlarged first."""
     # Whole models have a classifier, which LPIPS does not use.
     found = {name: value for name, value in read_weights(path).items() if "classifier." not in name}
     weights = {name.rpartition("features.")[2]: value for name, value in found.items()}
     measure = Lpips(pretrained=False, net=_backbone(weights))
     measure.load_backbone(weights)
-    return _Perceptual(measure)
+
+    @torch.no_grad()
+    def distance(image: Tensor, edited: Tensor) -> Tensor:
+        return measure.per_image(_at_least(image), _at_least(edited))
+
+    return distance
 
 
 #: Functions that build a network from a file, by name of the instrument.
-_BUILDERS: dict[str, Callable[[Path], nn.Module | _Perceptual]] = {
+_BUILDERS: dict[str, Callable[[Path], Callable[..., Tensor]]] = {
     "inception": _inception,
     "user": lambda path: UserEmbedding(ExportedNetwork(path.read_bytes())),
     "face": _face,
@@ -191,19 +182,15 @@ _BUILDERS: dict[str, Callable[[Path], nn.Module | _Perceptual]] = {
 
 
 def _backbone(weights: Mapping[str, Tensor]) -> Literal["alex", "vgg", "squeeze"]:
-    """Returns the name of the network that has such weights."""
     if "3.squeeze.weight" in weights:
         return "squeeze"
-    first = weights.get("0.weight", torch.empty(0)).shape
-    if tuple(first) == (64, 3, 11, 11):
-        return "alex"
-    if tuple(first) == (64, 3, 3, 3):
-        return "vgg"
+    first = tuple(weights.get("0.weight", torch.empty(0)).shape)
+    if first in ((64, 3, 11, 11), (64, 3, 3, 3)):
+        return "alex" if first[2] == 11 else "vgg"
     raise ValueError(f"its layers ({', '.join(list(weights)[:3])}, ...) are those of none of the three networks")
 
 
 def _oracle(path: Path, trusted: Sequence[str], asked: str | None) -> FrozenClassifier:
-    """Loads a multi-label classifier and checks that it has the label ``asked``."""
     oracle = load_classifier(str(path), list(trusted))
     if oracle.spec.label is None:
         raise ValueError(
@@ -223,9 +210,8 @@ def read_labels(path: Path, names: Sequence[str]) -> Tensor:
     """
     # Heading.
     rows = _rows(path)
-    header = next(rows, [])
-    if len(header) == 1:
-        # CelebA's own table starts with the number of images.
+    # CelebA's own table starts with the number of images.
+    if len(header := next(rows, [])) == 1:
         header = next(rows, [])
     # A .csv file names the first column, too.
     columns = header[1:] if path.suffix == ".csv" else header
@@ -281,7 +267,6 @@ def _check(weights: Mapping[str, Path], attributes: Path | None, asked: str | No
 
 @contextmanager
 def _explained(name: str, path: Path) -> Iterator[None]:
-    """Turns any error of a loader into one sentence."""
     try:
         yield
     # Loaders raise nearly anything on broken files and on weights of other networks.

@@ -6,8 +6,6 @@ explanation is the share of its change on the places of marks, relative to chanc
 they separate images explained for classifiers that use the mark from images for classifiers that do not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.explanation import Explainer, Explanation
 from cfe_lightning.metrics import counterfactual as change
 from cfe_lightning.metrics import localisation
@@ -26,6 +25,7 @@ from cfe_lightning.metrics.statistics import Measurement, interval, summarise, u
 USES = 0.1
 #: Mean absolute change below which it counts as blind to the mark; classifiers in between count in neither group.
 BLIND = 0.02
+_RESAMPLES = 1000
 
 Verdict = Literal["uses", "between", "blind"]
 
@@ -130,10 +130,9 @@ def mark_use(cell: Cell, classifier: FrozenClassifier, image: Tensor, moved: Ten
     """
     before, after = classifier(image), classifier(moved)
     decided = before.argmax(dim=1)
-    shift = change.probability(after, decided) - change.probability(before, decided)
     return MarkUse(
         cell=cell,
-        probability=shift.abs().cpu(),
+        probability=change.delta_p(before, after, decided).abs().cpu(),
         decision=(after.argmax(dim=1) != decided).cpu(),
         correct=(decided == label).cpu(),
     )
@@ -165,25 +164,20 @@ def measure(explainer: Explainer, batch: Mapping[str, Any]) -> tuple[Explanation
         raise ValueError("gave an explanation that is not finite")
 
     # Place of the change.
-    nothing = torch.full((len(image),), torch.nan, device=image.device)
-    values = {
+    values = dict.fromkeys(VALUES, torch.full((len(image),), torch.nan, device=image.device)) | {
         "mark_share": localisation.mask_mass(where, batch["mark"]),
         "alarm": localisation.lift(where, batch["mark"]),
         "cue_share": localisation.mask_mass(where, batch["mask"]),
-        "truth_l1": nothing,
-        "l1": nothing,
-        "flip": nothing,
     }
 
     # Edit.
     if shown is not None:
         shown = shown.clamp(-1, 1)
-        # The exact counterfactual shows the next class instead of the true one.
-        wanted = (label + 1) % explanation.logits.shape[1]
-        right = (explanation.predicted == label) & (explanation.target == wanted)
+        asked = explanation.target == localisation.true_target(label, explanation.logits.shape[1])
+        right = (explanation.predicted == label) & asked
         values["truth_l1"] = torch.where(right, change.l1(batch["counterfactual"], shown), torch.nan)
         values["l1"] = change.l1(image, shown)
-        values["flip"] = change.flipped(explainer.classifier(shown), explanation.target).float()
+        values["flip"] = decides_for(explainer.classifier(shown), explanation.target).float()
     return explanation, {key: value.float().cpu() for key, value in values.items()}
 
 
@@ -201,9 +195,7 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
     return float(wins(positive, negative).nanmean())
 
 
-def image_auc(
-    positive: Sequence[Tensor], negative: Sequence[Tensor], *, resamples: int = 1000, seed: int = 0
-) -> Measurement:
+def image_auc(positive: Sequence[Tensor], negative: Sequence[Tensor], seed: int = 0) -> Measurement:
     """Returns the AUC between the images of two groups of cells, with an interval over scenes.
 
     Every cell shows the same N scenes. The bootstrap therefore draws scenes: images of one scene are not independent.
@@ -212,12 +204,10 @@ def image_auc(
     Args:
         positive: Alarms [N] of each cell whose classifier uses the mark; NaN where undefined.
         negative: Alarms [N] of each cell whose classifier is blind to it; NaN where undefined.
-        resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
     """
     if not positive or not negative:
-        missing = "uses" if not positive else "is blind to"
-        return undefined(f"no classifier here {missing} the mark")
+        return undefined(f"no classifier here {'is blind to' if positive else 'uses'} the mark")
 
     # Pairs of scenes, summed over pairs of cells.
     won = torch.zeros(len(positive[0]), len(negative[0]), dtype=torch.float64)
@@ -234,13 +224,13 @@ def image_auc(
     # Bootstrap.
     num_scenes = len(won)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(num_scenes, (resamples, num_scenes), generator=generator)
-    counts = torch.zeros(resamples, num_scenes, dtype=torch.float64)
+    drawn = torch.randint(num_scenes, (_RESAMPLES, num_scenes), generator=generator)
+    counts = torch.zeros(_RESAMPLES, num_scenes, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
     samples = ((counts @ won) * counts).sum(dim=1) / ((counts @ pairs) * counts).sum(dim=1)
     low, high = interval(samples) if num_scenes > 1 else (None, None)
     value, used = float(won.sum() / pairs.sum()), int(alarms.isfinite().sum())
-    return Measurement(status="ok", value=value, low=low, high=high, n_used=used, n_total=len(alarms))
+    return Measurement(value=value, low=low, high=high, n_used=used, n_total=len(alarms))
 
 
 def classifier_auc(positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Measurement:
@@ -250,21 +240,18 @@ def classifier_auc(positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Me
     total = len(ours) + len(theirs)
     if 0 in defined:
         return undefined("there are not both kinds of classifiers", total)
-    return Measurement(status="ok", value=area_under_curve(ours, theirs), n_used=sum(defined), n_total=total)
+    return Measurement(value=area_under_curve(ours, theirs), n_used=sum(defined), n_total=total)
 
 
-def headline(bench: Bench, explainer: str, resamples: int = 1000, seed: int = 0) -> dict[str, Measurement]:
+def headline(bench: Bench, explainer: str, seed: int = 0) -> dict[str, Measurement]:
     """Summarises one explainer by key: AUCs, also of each cue as ``auc_<cue>``, and means as ``<value>_<verdict>``."""
     # AUC.
     verdicts: tuple[Verdict, ...] = ("uses", "blind")
     used, blind = (bench.of(explainer, "alarm", verdict) for verdict in verdicts)
-    found = {
-        "auc_images": image_auc(used, blind, resamples=resamples, seed=seed),
-        "auc_classifiers": classifier_auc(used, blind),
-    }
+    found = {"auc_images": image_auc(used, blind, seed), "auc_classifiers": classifier_auc(used, blind)}
     for cue in dict.fromkeys(use.cell.cue for use in bench.uses):
         used, blind = (bench.of(explainer, "alarm", verdict, cue) for verdict in verdicts)
-        found[f"auc_{cue}"] = image_auc(used, blind, resamples=resamples, seed=seed)
+        found[f"auc_{cue}"] = image_auc(used, blind, seed)
 
     # Means.
     for key in VALUES:
@@ -272,5 +259,5 @@ def headline(bench: Bench, explainer: str, resamples: int = 1000, seed: int = 0)
             cells = bench.of(explainer, key, verdict)
             # Scenes are the unit here, too: a scene counts with its mean over the cells.
             scenes = torch.stack(cells).nanmean(dim=0) if cells else torch.full((0,), torch.nan)
-            found[f"{key}_{verdict}"] = summarise({key: scenes}, resamples=resamples, seed=seed)[key]
+            found[f"{key}_{verdict}"] = summarise({key: scenes}, seed=seed)[key]
     return found

@@ -1,7 +1,5 @@
 """The results of the known-cause bench as files: ``known_cause.md``, ``.csv``, ``.json`` and ``.html``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -129,9 +127,9 @@ def _headline_table(bench: Bench, heads: Mapping[str, Mapping[str, Measurement]]
 def _use_table(bench: Bench) -> Table:
     lines = []
     for use in bench.uses:
-        cell, numbers = use.cell, _use(use)
+        numbers = _use(use)
         shown = (f"{numbers[key]:.3f}" for key in ("accuracy", "use", "decisions"))
-        lines.append([cell.cue, f"{cell.cue_size:g}", f"{cell.p:g}", *shown, _WORDS[use.verdict]])
+        lines.append([use.cell.cue, f"{use.cell.cue_size:g}", f"{use.cell.p:g}", *shown, _WORDS[use.verdict]])
     return Table(
         title="Use of the mark, by intervention",
         heading=["cue", "size", "p", "accuracy", "change of p(decided)", "decisions changed", "the mark"],
@@ -148,8 +146,7 @@ def _full_table(bench: Bench) -> Table:
         for row in _cells(bench)
     ]
     note = "\n".join(f"- `{key}`: {meaning}" for key, meaning in VALUES.items())
-    failed = "\n".join(f"- {name} on {cell}: {reason}" for (cell, name), reason in bench.failures.items())
-    if failed:
+    if failed := "\n".join(f"- {name} on {cell}: {reason}" for (cell, name), reason in bench.failures.items()):
         note += f"\n\nNot computed:\n\n{failed}"
     return Table(title="All cells", heading=["cell", "explainer", *VALUES], lines=lines, note=note)
 
@@ -170,10 +167,10 @@ def _cells(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for use in bench.uses:
         for name in bench.explainers:
-            found = summarise(bench.values.get((use.cell.name, name), {}), resamples=1)
+            place = use.cell.name, name
+            found = summarise(bench.values.get(place, {}), resamples=1)
             measured = {key: found[key].value if key in found else None for key in VALUES}
-            count = found["alarm"].n_used if "alarm" in found else 0
-            reason = bench.failures.get((use.cell.name, name), "")
+            count, reason = found["alarm"].n_used if found else 0, bench.failures.get(place, "")
             rows.append({**_use(use), "explainer": name, **measured, "n": count, "failure": reason})
     return rows
 
@@ -204,10 +201,9 @@ def _scenes(bench: Bench, folder: Path) -> list[dict[str, Any]]:
     scenes = []
     for cue in dict.fromkeys(use.cell.cue for use in bench.uses):
         # Classifiers.
-        of_cue = [use for use in bench.uses if use.cell.cue == cue]
+        of_cue = sorted((use for use in bench.uses if use.cell.cue == cue), key=lambda use: use.cell.p)
         sizes = sorted({use.cell.cue_size for use in of_cue})
-        middle = [use for use in of_cue if use.cell.cue_size == sizes[len(sizes) // 2]]
-        uses = sorted(middle, key=lambda use: use.cell.p)
+        uses = [use for use in of_cue if use.cell.cue_size == sizes[len(sizes) // 2]]
         ends = uses if len(uses) < 2 else [uses[0], uses[-1]]
         headings = [f"p = {use.cell.p:g} (use of the mark {float(use.probability.mean()):.2f})" for use in ends]
 

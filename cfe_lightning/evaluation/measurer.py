@@ -1,7 +1,5 @@
 """Measures one explainer's answers batch by batch and keeps a few numbers per image, which ``summary`` sums up."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from typing import Any
@@ -26,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 #: Number of the judge's layers that are watched for the perceptual distance, from the finest on.
 _STAGES = 5
+#: Attributes that an evaluation stores as they are.
+_PLAIN = ("failure", "positions", "peak_memory", "num_images", "size")
 
 
 class Measurer:
     """Measures one explainer batch by batch and keeps a few numbers per image.
 
     Attributes:
-        columns: Rows per image by kind: ``values`` by metric key; ``curves`` by name; ``features`` before and after by
-            extractor, ``iso_features`` of the edits at equal strength, ``reference`` of held-out images;
-            ``attributes`` before and after; ``decisions``: predicted, target, label.
+        columns: Rows per image by kind (see ``metrics.case.Kept.rows``).
         class_sums: Sums of the probabilities along the DXAI curve by true class, [A, K, K]; ``class_counts``, [K],
             tells how many images each sum has.
         positions: Positions along curves by name, [T] each.
@@ -44,9 +42,7 @@ class Measurer:
     """
 
     def __init__(self, explainer: Explainer, judge: FrozenClassifier, measures: Measures) -> None:
-        self.explainer = explainer
-        self.judge = judge
-        self.measures = measures
+        self.explainer, self.judge, self.measures = explainer, judge, measures
         self.stages = judge.shallow_maps(_STAGES) if judge.spec.head is not None else []
         self.failure: str | None = None
 
@@ -128,7 +124,6 @@ class Measurer:
         self.class_counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
 
     def _explain(self, batch: dict[str, Any]) -> tuple[Explanation, Calls]:
-        """Asks the explainer, watching the clock, the memory and the classifier."""
         image, target = batch["image"], _target(batch, self.explainer.classifier, self.measures.ace)
         # Random numbers depend on the images alone, so that an evaluation that goes on draws the same.
         torch.manual_seed(seed_of(batch["name"]))
@@ -162,12 +157,8 @@ class Measurer:
             # Held-out images are read again.
             "columns": {kind: columns.take_new() for kind, columns in self.columns.items() if kind != "reference"},
             "available": sorted(self.available),
-            "failure": self.failure,
-            "positions": self.positions,
             "seconds": self.seconds[self._told_seconds :],
-            "peak_memory": self.peak_memory,
-            "num_images": self.num_images,
-            "size": self.size,
+            **{name: getattr(self, name) for name in _PLAIN},
             "labels": labels,
             "class_sums": self.class_sums[:, labels].clone(),
             "class_counts": self.class_counts[labels].clone(),
@@ -182,7 +173,7 @@ class Measurer:
             self.columns[kind].add(news)
             self.columns[kind].take_new()
         self.available = set(state["available"])
-        for name in ("failure", "positions", "peak_memory", "num_images", "size"):
+        for name in _PLAIN:
             setattr(self, name, state[name])
 
         # Costs and sums.

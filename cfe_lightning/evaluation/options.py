@@ -1,7 +1,5 @@
 """The options of ``cfe-evaluate``, for given checkpoints and for the known-cause bench."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page of an evaluation: tables, charts and the reasons for missing numbers, in one file that needs no network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +85,6 @@ def charts(evaluation: Evaluation) -> list[Chart]:
 
 
 def _lines(evaluation: Evaluation, key: str, title: str, x_label: str, note: str) -> Chart:
-    """Draws one curve of every explainer."""
     lines = []
     for colour, row in enumerate(evaluation.rows):
         curve = row.curves.get(key)

@@ -1,11 +1,10 @@
 """One run of ``cfe-evaluate`` in three steps: load what is compared, measure it, write tables and pages."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -56,8 +55,7 @@ class EvaluateRun:
 
     def __init__(self, options: EvaluateOptions, device: torch.device) -> None:
         # Networks.
-        self.options = options
-        self.device = device
+        self.options, self.device = options, device
         self._paths = options.checkpoint or []
         self.checkpoints = _load(self._paths, options.trusted, device)
         self.judge = self._classifier(options.classifier)
@@ -117,9 +115,7 @@ class EvaluateRun:
             left_out: Names of explainers that cannot run here, and why.
         """
         # Images and the identity of this evaluation.
-        options = self.options
-        chosen = self._chosen()
-        self.settings = self._settings()
+        options, chosen, self.settings = self.options, self._chosen(), self._settings()
         identity = [self.settings, str(self.device), options.batch_size, options.gallery, _names(chosen)]
         self._store = EvaluationStore(options.folder, digest(identity))
 
@@ -188,33 +184,27 @@ class EvaluateRun:
 
     def _settings(self) -> dict[str, Any]:
         """Collects everything that the numbers depend on; equal hashes mean equal settings."""
-        options, second = self.options, self.measures.second
-        judges = {name: (self.judge or one.classifier).fingerprint() for name, one in self.checkpoints.items()}
+        second = self.measures.second
+
+        # Options as they are given.
+        def given(names: str) -> dict[str, Any]:
+            return {name: getattr(self.options, name) for name in names.split()}
+
         settings = {
-            "protocol": options.protocol,
+            **given("protocol"),
             "checkpoints": dict(zip(self.checkpoints, map(sha256_of, self._paths), strict=True)),
-            "judged_by": judges,
+            "judged_by": {n: (self.judge or one.classifier).fingerprint() for n, one in self.checkpoints.items()},
             "second": None if second is None else second.fingerprint(),
             "data": self._section,
-            "split": options.split,
-            "limit": options.limit,
-            "curve_steps": options.curve_steps,
-            "iso": options.iso,
-            "cycles": options.cycles,
-            "diversity": options.diversity,
-            "sanity": options.sanity,
+            **given("split limit curve_steps iso cycles diversity sanity"),
             "weights": self.measures.instruments.hashes,
-            "asked": options.asked,
-            "fid_reference": options.fid_reference,
-            "seed": options.seed,
-            "baselines": options.baselines,
+            **given("asked fid_reference seed baselines"),
         }
         plain = json.loads(json.dumps(settings, default=str))
         return {"version": VERSION, **plain, "config_hash": digest(settings)}
 
 
 def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -> dict[str, ExplainerModule]:
-    """Loads the explainers by the names of their runs."""
     explainers = [load_explainer(path, trusted).to(device) for path in paths]
     for explainer, path in zip(explainers, paths, strict=True):
         provide_survey(explainer, path)
@@ -226,10 +216,9 @@ def _load(paths: Sequence[Path], trusted: Sequence[str], device: torch.device) -
 
 def _distinct(names: Iterable[str]) -> list[str]:
     """Numbers repeated names: no row may replace another."""
-    seen: dict[str, int] = {}
-    result = []
+    result, seen = [], Counter[str]()
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return result
 

@@ -1,10 +1,9 @@
 """Storage of an unfinished evaluation on disk, batch by batch: the same command resumes from it."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,7 @@ class EvaluationStore:
         self._count = 0
 
     def __len__(self) -> int:
-        count = 0
-        while self._path(count).is_file():
-            count += 1
-        return count
+        return next(index for index in count() if not self._path(index).is_file())
 
     def finished(self) -> Iterator[dict[str, Any]]:
         """Yields the stored batches in the order of ``add``.

@@ -1,7 +1,5 @@
 """Sums up one explainer's numbers as a row of the table: intervals, curves, and reasons for what is missing."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -46,13 +44,12 @@ class ResultRow:
     notes: list[str] = field(default_factory=list)
 
 
-def summarise_measurer(measurer: Measurer, name: str, resamples: int, seed: int) -> ResultRow:
+def summarise_measurer(measurer: Measurer, name: str, seed: int) -> ResultRow:
     """Computes all measurements of one explainer.
 
     Args:
         measurer: The measurer of the explainer, after its last image.
         name: The explainer's name in the table.
-        resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap and of all other draws.
     """
     metrics = metrics_with(measurer.measures.iso)
@@ -74,8 +71,8 @@ def summarise_measurer(measurer: Measurer, name: str, resamples: int, seed: int)
         curves |= {key: rows[correct] for key, rows in curves.items() if key.startswith("cout_")}
 
     # Measurements of images, then of sets.
-    measured = summarise(values, populations | {"l1_truth": "correct"}, resamples=resamples, seed=seed)
-    measured |= _measure_sets(measurer, columns, measured, resamples, seed)
+    measured = summarise(values, populations | {"l1_truth": "correct"}, seed=seed)
+    measured |= _measure_sets(measurer, columns, measured, seed)
 
     # The row.
     row = ResultRow(
@@ -97,28 +94,23 @@ def summarise_measurer(measurer: Measurer, name: str, resamples: int, seed: int)
 
 
 def _measure_sets(
-    measurer: Measurer, columns: dict[str, dict[str, Tensor]], means: dict[str, Measurement], resamples: int, seed: int
+    measurer: Measurer, rows: defaultdict[str, dict[str, Tensor]], means: dict[str, Measurement], seed: int
 ) -> dict[str, Measurement]:
-    """Measures what exists only for a set of images, from rows ``columns`` by kind and ``means`` of the images."""
-    # All rows and costs.
-    flipped = columns["values"].get("flip_rate") if measurer.measures.ace else None
+    """Measures what exists only for a set of images, from ``rows`` by kind and ``means`` of the images."""
+    # Distances of the published protocol are about flips alone.
+    flipped = rows["values"].get("flip_rate") if measurer.measures.ace else None
     kept = Kept(
         means=means,
-        curves=columns["curves"],
-        features=columns["features"],
-        reference=columns["reference"],
-        attributes=columns["attributes"],
-        flipped=flipped,
+        rows=rows,
+        members=slice(None) if flipped is None else flipped,
         population="all" if flipped is None else "flipped",
         instruments=measurer.measures.instruments,
         num_images=measurer.num_images,
         seconds=measurer.seconds,
         peak_memory=measurer.peak_memory,
-        resamples=resamples,
         seed=seed,
     )
 
-    # All groups.
     found: dict[str, Measurement] = {}
     for group in GROUPS:
         if group.summarise is not None:
@@ -132,15 +124,8 @@ def _absent(metric: Metric, available: set[str]) -> Measurement:
 
 
 def _notes(row: ResultRow, features: dict[str, Tensor], size: int) -> list[str]:
-    """Lists what a reader must know of an explainer's numbers.
-
-    Args:
-        row: The explainer's results.
-        features: Features before and after by extractor, [N, D] each.
-        size: Shorter side of the images, in pixels.
-    """
-    notes = []
-    measured = row.measurements
+    """Lists what a reader must know of the numbers; ``size`` is the shorter side of the images in pixels."""
+    notes, measured = [], row.measurements
 
     # Too few images for FID.
     for name, (fid, _, _, kid) in realism.KEYS.items():

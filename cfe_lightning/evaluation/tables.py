@@ -1,7 +1,5 @@
 """An evaluation as files: tables with their legends, differences, groups, JSON, curves and one line per image."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,12 +122,9 @@ def write_csv(path: Path, lines: Iterable[Sequence[object]]) -> None:
 
 def tables(evaluation: Evaluation, differences: Sequence[Difference], groups: list[GroupMean]) -> list[Table]:
     """Returns the comparisons: at equal confidence, of maps, in pairs, and on the worst pair of classes."""
-    found: list[Table | None] = []
-    for level in evaluation.measures.iso:
-        found += _iso_tables(evaluation, level)
-    found += [_agreement_table(evaluation), _difference_table(evaluation, differences)]
-    found += [_worst_table(evaluation, groups)]
-    return [table for table in found if table is not None]
+    iso = [table for level in evaluation.measures.iso for table in _iso_tables(evaluation, level)]
+    others = _agreement_table(evaluation), _difference_table(evaluation, differences), _worst_table(evaluation, groups)
+    return [*iso, *(table for table in others if table is not None)]
 
 
 def _agreement_table(evaluation: Evaluation) -> Table | None:
@@ -206,12 +201,11 @@ def _iso_table(
     evaluation: Evaluation, level: float, title: str, found: Mapping[str, Mapping[str, Measurement]], note: str
 ) -> Table:
     keys = [key for key in (*ISO_CLOSENESS, *ISO_REALISM) if any(key in one for one in found.values())]
-    lines = []
-    for row in evaluation.rows:
-        if row.name in found:
-            one = found[row.name]
-            reached = _number(row.measurements[iso_key(level, "reached")])
-            lines.append([row.name, reached, *(_with_interval(one[key]) if key in one else "" for key in keys)])
+    key_reached, rows = iso_key(level, "reached"), {row.name: row.measurements for row in evaluation.rows}
+    lines = [
+        [name, _number(rows[name][key_reached]), *(_with_interval(one[key]) if key in one else "" for key in keys)]
+        for name, one in found.items()
+    ]
     return Table(title=title, heading=["explainer", "reached", *keys], lines=lines, note=note)
 
 
@@ -258,9 +252,8 @@ def _blind_curves(evaluation: Evaluation) -> list[str]:
 
 
 def _number(measurement: Measurement) -> str:
-    if measurement.value is None:
+    if (value := measurement.value) is None:
         return ""
-    value = measurement.value
     # Three decimals near 1, three significant digits for much smaller or larger numbers.
     if value == 0 or 0.01 <= abs(value) < 10:
         return f"{value:.3f}"
@@ -277,13 +270,12 @@ def _with_interval(measurement: Measurement) -> str:
 
 def _content(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all results as plain data; ``write_json`` refuses a NaN, which would be our mistake."""
-    # Results of one explainer.
     rows = [
         {"name": row.name, "notes": row.notes, "metrics": {key: asdict(one) for key, one in row.measurements.items()}}
         for row in evaluation.rows
     ]
 
-    # Agreement between two.
+    # Agreement of every two explainers.
     names = evaluation.agreeing
     agreement = {
         name: {other: None if math.isnan(value) else value for other, value in zip(names, values, strict=True)}
@@ -322,9 +314,7 @@ def _image_lines(evaluation: Evaluation) -> Iterator[list[object]]:
 
 def _cell(column: list[float] | list[bool] | None, index: int) -> object:
     """Formats a value of one image; None is undefined."""
-    if column is None:
-        return None
-    value = column[index]
+    value = math.nan if column is None else column[index]
     if isinstance(value, bool):
         return int(value)
     return None if math.isnan(value) else f"{value:.6g}"

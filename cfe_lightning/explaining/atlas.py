@@ -1,7 +1,5 @@
 """Writes the atlas of a method's directions beside the explanations, where the report finds it."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,7 @@ SMALLEST_CELL = 48
 
 
 def write_atlas(atlas: Atlas, output: Path) -> None:
-    """Writes ``atlas.json`` and ``atlas/``; an earlier atlas and its pictures give way, other files there stay.
-
-    Args:
-        atlas: The atlas.
-        output: The output folder of an explanation run.
-    """
+    """Writes ``atlas.json`` and ``atlas/`` of an output folder in place of an earlier atlas; other files there stay."""
     # The numbers go first and come last: a kill never leaves numbers beside the pictures of others.
     ATLAS.remove(output)
     (output / ATLAS.name).mkdir(parents=True, exist_ok=True)
@@ -35,7 +28,6 @@ def write_atlas(atlas: Atlas, output: Path) -> None:
 
 def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:
     """Writes the pictures of a pair and returns its part of atlas.json."""
-    # Directions.
     directions = []
     for rank, direction in enumerate(pair.directions):
         # Numbered, because class names may hold anything.
@@ -43,28 +35,12 @@ def _write_pair(pair: AtlasPair, index: int, output: Path) -> dict[str, Any]:
         picture, factor = _picture(direction.images)
         images.save_image(picture, output / file)
         rows, columns = direction.images.shape[:2]
-        directions.append(
-            {
-                "name": direction.name,
-                "file": file,
-                "cell": [picture.shape[2] // columns, picture.shape[1] // rows],
-                "enlarged": factor,
-                "strengths": direction.strengths,
-                "probabilities": direction.probabilities,
-                **direction.numbers(),
-            }
-        )
-
-    # The pair.
-    return {
-        "source": pair.source,
-        "target": pair.target,
-        "num_images": pair.num_images,
-        "num_kept": pair.num_kept,
-        "covered": pair.covered,
-        "curve": pair.curve,
-        "directions": directions,
-    }
+        cell = [picture.shape[2] // columns, picture.shape[1] // rows]
+        drawn = {"name": direction.name, "file": file, "cell": cell, "enlarged": factor}
+        judged = {"strengths": direction.strengths, "probabilities": direction.probabilities}
+        directions.append(drawn | judged | direction.numbers())
+    names = ("source", "target", "num_images", "num_kept", "covered", "curve")
+    return {name: getattr(pair, name) for name in names} | {"directions": directions}
 
 
 def _picture(moved: Tensor) -> tuple[Tensor, int]:

@@ -1,7 +1,5 @@
 """Judges explanations as they are saved: decisions, measurements and pictures of every image, for its row."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +17,7 @@ from cfe_lightning.explanation import Explanation, draw_part
 
 @dataclass(kw_only=True, slots=True)
 class Findings:
-    """Everything known of explained images, on the CPU; None where there is no counterfactual or no path.
+    """Everything known about explained images, on the CPU; None where there is no counterfactual or no path.
 
     The shapes are those of a batch. ``rows_of`` selects one image, without the B, for which the properties hold.
     """

@@ -16,8 +16,6 @@ The folder holds::
 A batch of rows counts only with the line that closes it, so a kill costs at most the batch in flight.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -40,14 +38,9 @@ _NAMES = (*FILES, *(name for pictures in PICTURE_FOLDERS for name in (pictures.f
 
 
 class Shard(NamedTuple):
-    """One of several runs that share an input and do not know one another.
+    """One of several runs that share an input and do not know one another."""
 
-    Attributes:
-        number: Number of this shard, from 1 to ``total``.
-        total: Number of shards.
-    """
-
-    number: int
+    number: int  # from 1 to ``total``
     total: int
 
     def __str__(self) -> str:
@@ -68,8 +61,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, shard: Shard | None = None) -> None:
-        self.path = path
-        self.shard = shard
+        self.path, self.shard = path, shard
         self.manifest_path = path / "manifest.jsonl"
 
     def prepare(self, header: dict[str, Any], overwrite: bool = False) -> None:
@@ -105,7 +97,8 @@ class OutputFolder:
         if self.shard is None:
             self.merge()
         for path in self._shard_parts():
-            with path.open("ab") as file:  # closes the batch that a kill tore, so that the next one is not lost with it
+            # Closes the batch that a kill tore, so that the next one is not lost with it.
+            with path.open("ab") as file:
                 file.write(b'\n{"end": -1}\n')
 
     def _refuse_foreign(self) -> dict[str, Any] | None:
@@ -113,10 +106,8 @@ class OutputFolder:
         foreign = " and ".join(name for name in _NAMES if os.path.lexists(self.path / name))
         earlier = self.header()
         if foreign and earlier is None:
-            raise ValueError(
-                f"The output folder {self.path} holds {foreign} that no run of explain.py left there: give another "
-                "--output."
-            )
+            message = f"The output folder {self.path} holds {foreign} that no run of explain.py left there"
+            raise ValueError(f"{message}: give another --output.")
         return earlier
 
     def _refuse_change(self, earlier: dict[str, Any], header: dict[str, Any]) -> None:
@@ -132,9 +123,8 @@ class OutputFolder:
         for pictures in PICTURE_FOLDERS:
             pictures.remove(self.path)
         unfinished = [path for name in _NAMES for path in self.path.glob(f".{name}.*part")]
-        others = [self.path / name for name in FILES if name != self.manifest_path.name]
-        # The header goes last: without it the folder could no longer be recognised as ours.
-        for path in [*others, *unfinished, *self.parts(), self.manifest_path]:
+        # The header, in the first of the files, goes last: without it the folder would not be recognised as ours.
+        for path in [*unfinished, *self.parts(), *(self.path / name for name in reversed(FILES))]:
             path.unlink(missing_ok=True)
 
     def header(self) -> dict[str, Any] | None:
@@ -146,6 +136,7 @@ class OutputFolder:
             return None
         if not (isinstance(header, dict) and "schema" in header):
             return None
+        # Classes have moved between versions.
         return header | ({"method": present_path(header["method"])} if isinstance(header.get("method"), str) else {})
 
     def append(self, rank: int, rows: Sequence[Row]) -> None:
@@ -159,8 +150,7 @@ class OutputFolder:
     def rows(self) -> Iterator[Row]:
         """Yields the merged rows, ordered by name; then those of this shard, in the order of writing."""
         for path in (self.manifest_path, *self._shard_parts()):
-            for _, row in _committed(path):
-                yield row
+            yield from (row for _, row in _committed(path))
 
     def _shard_parts(self) -> list[Path]:
         return [] if self.shard is None else sorted(self.path.glob(f"manifest.{self.shard}-*.jsonl"))
@@ -205,9 +195,7 @@ class OutputFolder:
         Cells are plain data: a file name that starts with ``=`` is a formula to a spreadsheet that is told to run
         formulas. Bytes of names that are no UTF-8 appear as ``\\udcXX``.
         """
-        extra: dict[str, None] = {}
-        for row in self.rows():
-            extra |= dict.fromkeys(key for key in _cells(row) if key not in COLUMNS)
+        extra = {key for row in self.rows() for key in _cells(row)}.difference(COLUMNS)
         with atomic_write(self.path / "manifest.csv") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *sorted(extra)], restval="")
             writer.writeheader()

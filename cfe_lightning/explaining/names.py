@@ -1,7 +1,5 @@
 """Names in the output folder of ``explain.py``: the files of every writer, and safe names for the files of an image."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -10,7 +8,7 @@ from pathlib import Path
 
 #: Pictures of an explanation besides its parts: keys of a row's ``files``, in the order of the table.
 PICTURES = ("image", "counterfactual", "difference", "attribution", "steps", "motion")
-#: Single files of the output folder; the manifest makes it recognisable as ours.
+#: Single files of the output folder; the manifest, the first of them, makes it recognisable as ours.
 FILES = ("manifest.jsonl", "manifest.csv", "summary.json", "report.html", "verification.json")
 #: Number of pairs in global.json that have pictures and examples; the page shows the same number.
 MAX_PICTURED = 12
@@ -20,26 +18,19 @@ _TORN = r"\..+\.part"
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_ .-]*(?<![ .])")
 # Names of devices, which Windows does not give to files.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-# Characters; file systems take 255 bytes, and Windows 260 characters of a whole path.
+# Limits in characters: file systems take names of 255 bytes, and Windows whole paths of 260 characters.
 _LONGEST_COMPONENT = 80
 _LONGEST_FOLDER = 160
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFolder:
-    """A folder of pictures inside the output folder, and the JSON file that describes them.
-
-    Attributes:
-        name: Name of the folder.
-        pattern: Regular expression of the pictures' file names.
-        file: Name of the JSON file; empty where the manifest describes the pictures.
-        schema: Version of the JSON file's content that this package writes and reads.
-    """
+    """A folder of pictures inside the output folder, and the JSON file that describes them."""
 
     name: str
-    pattern: str
-    file: str = ""
-    schema: int = 1
+    pattern: str  # regular expression of the pictures' file names
+    file: str = ""  # name of the JSON file; empty where the manifest describes the pictures
+    schema: int = 1  # version of the JSON file's content that this package writes and reads
 
     def checked(self, address: str) -> str:
         """Returns the address of a picture; raises a ``ValueError`` for others, which must not reach the page."""
@@ -52,7 +43,8 @@ class PictureFolder:
         if self.file:
             (output / self.file).unlink(missing_ok=True)
         folder = output / self.name
-        if folder.is_symlink():  # it leads out of the output folder
+        # A link leads out of the output folder.
+        if folder.is_symlink():
             folder.unlink()
             return
         for directory, _, names in os.walk(folder, topdown=False):
@@ -79,9 +71,8 @@ def image_folder(name: str) -> str:
     components = name.split("/")
     if len(name) <= _LONGEST_FOLDER and all(map(_is_plain, components)):
         return f"images/{name}"
-    safe = [_safe(component) for component in components]
-    path = "/".join(safe)
-    return f"images/{path if len(path) <= _LONGEST_FOLDER else f'long/{safe[-1][:40]}'}~{_hash(name)}"
+    path = "/".join(map(_safe, components))
+    return f"images/{path if len(path) <= _LONGEST_FOLDER else f'long/{_safe(components[-1])[:40]}'}~{_hash(name)}"
 
 
 def part_file(name: str) -> str:
@@ -95,8 +86,8 @@ def picture_file(key: str) -> str:
 
 
 def _is_plain(component: str) -> bool:
-    plain = len(component) <= _LONGEST_COMPONENT and _PLAIN.fullmatch(component)
-    return bool(plain) and not _RESERVED.fullmatch(component)
+    fits = len(component) <= _LONGEST_COMPONENT
+    return fits and bool(_PLAIN.fullmatch(component)) and not _RESERVED.fullmatch(component)
 
 
 def _safe(component: str) -> str:

@@ -1,7 +1,5 @@
 """The options of ``explain.py``, checked against each other before anything heavy is imported."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,7 @@ class ExplainOptions:
 
     Raises:
         ValueError: If an option is missing, options contradict each other, or input and output lie within one another.
-        FileNotFoundError: If there is no input folder.
-        NotADirectoryError: If the input is a file.
-        PermissionError: If the output takes no files.
+        OSError: If the input does not exist or is a file, or the output takes no files.
     """
 
     checkpoint: Path | None = option(
@@ -99,19 +95,14 @@ class ExplainOptions:
 
     def __post_init__(self) -> None:
         # Verification.
+        given = [name for name in ("input", "output", "target", "limit", "window") if getattr(self, name) is not None]
+        if self.verify is not None and given:
+            raise ValueError(f"--verify takes the folder of an earlier run alone: leave out --{' and --'.join(given)}.")
         if self.verify is not None:
-            given = [
-                name for name in ["input", "output", "target", "limit", "window"] if getattr(self, name) is not None
-            ]
-            if given:
-                raise ValueError(
-                    f"--verify takes the folder of an earlier run alone: leave out --{' and --'.join(given)}."
-                )
             return
 
         # Explaining.
-        missing = [name for name in ("input", "output") if getattr(self, name) is None]
-        if missing:
+        if missing := [name for name in ("input", "output") if name not in given]:
             raise ValueError(
                 f"--{' and --'.join(missing)} must be given, the folder of images and one for the results."
             )

@@ -8,8 +8,6 @@ from the saved pictures. ``write_overview`` puts the result beside the explanati
     global/<p>-strength.png      mean strength of the change, regardless of its sign
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from cfe_lightning import images
 from cfe_lightning.explaining.folder import OutputFolder
 from cfe_lightning.explaining.names import MAX_PICTURED, OVERVIEW
 from cfe_lightning.explaining.row import Row
-from cfe_lightning.explaining.saved_change import frame_mask, strongest_region
+from cfe_lightning.explaining.saved_change import Place, frame_mask, strongest_region
 from cfe_lightning.explaining.values import plain
 from cfe_lightning.files.atomic import write_json
 from cfe_lightning.files.text import significant
@@ -47,12 +45,11 @@ Pair = tuple[str, str]
 def write_overview(output: OutputFolder, *, num_slices: int = 1, max_images: int = MAX_IMAGES) -> None:
     """Writes ``global.json`` and ``global/``; those of an earlier run give way, other files there stay.
 
-    Nothing is written where no saved counterfactual flips. Memory depends on the number of pairs, not of images.
+    Nothing is written where no saved counterfactual flips. Memory grows with the number of pairs, not of images.
 
     Args:
         output: The output folder of an explanation run, its rows merged.
-        num_slices: Number of slices in an image that is a montage, otherwise 1; each slice has its own border and
-            ninths.
+        num_slices: Number of slices in a montage, each with its own border and ninths; 1 for plain images.
         max_images: Largest number of images of a pair that enter its means.
     """
     # The numbers go first and come last: a kill never leaves numbers beside the pictures of others.
@@ -83,16 +80,10 @@ def write_overview(output: OutputFolder, *, num_slices: int = 1, max_images: int
 
 
 class _Mean:
-    """The changes of one pair, added up image by image.
-
-    Args:
-        num_slices: Number of slices in a montage, otherwise 1.
-        pictured: Keeps maps; False keeps numbers only.
-    """
+    """The changes of one pair, added up image by image: numbers, and maps if the pair is to be ``pictured``."""
 
     def __init__(self, num_slices: int, *, pictured: bool) -> None:
-        self.num_slices = num_slices
-        self.pictured = pictured
+        self.num_slices, self.pictured = num_slices, pictured
         self.num_used = self.num_left_out = self.num_framed = self.num_compared = 0
         self.total = self.near = 0.0
         self.shape: torch.Size | None = None  # of the first change, [C, H, W]
@@ -145,9 +136,9 @@ class _Mean:
         # Shares need a change, and a frame that leaves something inside.
         measured = self.total > 0 and self.area < 1
         num_pixels = self.num_used * self.frame.numel()
-        where, where_share = None, None
+        found: Place = (None, None)
         if self.strength is not None:
-            ((where, where_share),) = strongest_region(self.strength[None, None], self.num_slices)
+            (found,) = strongest_region(self.strength[None, None], self.num_slices)
 
         # Alarm and examples.
         often_framed = self.num_used >= FEWEST_FOR_ALARM and 2 * self.num_framed >= self.num_used
@@ -156,8 +147,8 @@ class _Mean:
             "num_used": self.num_used,
             "num_left_out": self.num_left_out,
             "mean_strength": self.total / num_pixels if num_pixels else None,
-            "where": where,
-            "where_share": where_share,
+            "where": found[0],
+            "where_share": found[1],
             "frame_share": self.near / self.total if measured else None,
             "frame_area": self.area if measured else None,
             "num_framed": self.num_framed,
@@ -174,12 +165,10 @@ class _Mean:
             "change": (images.signed_difference(change[None])[0], change.abs().max()),
             "strength": (images.heat_map(strength[None, None])[0], strength.max()),
         }
-        pictures = {}
-        for kind, (picture, scale) in drawn.items():
-            file = f"{OVERVIEW.name}/{index}-{kind}.png"
-            images.save_image(picture, output / file)
-            pictures[kind] = {"file": file, "scale": scale}
-        return pictures
+        files = {kind: f"{OVERVIEW.name}/{index}-{kind}.png" for kind in drawn}
+        for kind, (picture, _) in drawn.items():
+            images.save_image(picture, output / files[kind])
+        return {kind: {"file": files[kind], "scale": scale} for kind, (_, scale) in drawn.items()}
 
     def _is_framed(self, near: float, total: float) -> bool:
         """Tells whether pixels of the frame change more than ``FRAME_RATIO`` times as strongly as those inside."""
@@ -200,9 +189,8 @@ def _chosen(rows: Iterator[Row], counts: Counter[Pair], max_images: int) -> Iter
     for row in rows:
         if not _is_flip(row) or (pair := _pair(row)) not in counts:
             continue
-        place, total = met[pair], counts[pair]
+        place, total, wanted = met[pair], counts[pair], min(counts[pair], max_images)
         met[pair] += 1
-        wanted = min(total, max_images)
         if (place + 1) * wanted // total > place * wanted // total:
             yield row
 

@@ -1,7 +1,5 @@
 """One run of ``explain.py`` in three steps: plan what is missing, explain it, finish the output folder."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 import os
@@ -35,11 +33,8 @@ from cfe_lightning.images.medical import check_window, is_slice
 
 #: Warnings of libraries about their own internals, on which a user of this command cannot act.
 _UNHELPFUL_WARNINGS = (
-    "does not have many workers",
-    "available but not used",
-    "does not have a deterministic implementation",
-    "Couldn't infer the batch indices",
-    "LeafSpec",
+    ".*(does not have many workers|available but not used|does not have a deterministic implementation|"
+    "Couldn't infer the batch indices|LeafSpec).*"
 )
 
 
@@ -60,8 +55,7 @@ class ExplainRun:
     """
 
     def __init__(self, options: ExplainOptions, explainer: ExplainerModule) -> None:
-        self.options = options
-        self.explainer = explainer
+        self.options, self.explainer = options, explainer
         self._started = time.perf_counter()
         self._target = _class_number(options.target, explainer.classifier.class_names)
         self.shard = None if options.shard is None else Shard(*options.shard)
@@ -103,8 +97,7 @@ class ExplainRun:
         An interrupted run leaves whole batches behind, so the same images meet again and give the same numbers.
         """
         recorded = {row.name: (row.status, row.source) for row in self.output.rows()}
-        new: list[str] = []
-        failed: list[str] = []
+        new, failed = list[str](), list[str]()
         for name in self.names:
             status, source = recorded.get(name, ("missing", None))
             if source != source_of(self.options.input / name):
@@ -120,26 +113,30 @@ class ExplainRun:
             ValueError: If Lightning refuses the options, or not even one image fits into memory.
         """
         # Images.
-        options = self.options
+        options, explainer = self.options, self.explainer
         stream = ImageStream(
             folder=options.input,
             batches=self._batches,
-            image_size=self.explainer.image_size,
-            channels=self.explainer.channels,
+            image_size=explainer.image_size,
+            channels=explainer.channels,
             target=self._target,
-            num_slices=self.explainer.num_slices,
+            num_slices=explainer.num_slices,
             window=check_window(options.window),
             num_workers=options.num_workers,
         )
 
+        # Warnings.
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=_UNHELPFUL_WARNINGS)
+
         # Explanations.
-        _be_quiet()
         try:
-            self._trainer().predict(self.explainer, datamodule=stream, return_predictions=False)
+            self._trainer().predict(explainer, datamodule=stream, return_predictions=False)
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
         except RuntimeError as error:
-            if not is_out_of_memory(error) or 1 not in (options.batch_size, self.explainer.back_off.at_once):
+            if not is_out_of_memory(error) or 1 not in (options.batch_size, explainer.back_off.at_once):
                 raise
             raise ValueError(
                 "The device ran out of memory with a single image: the same command with --precision bf16-mixed, "
@@ -172,10 +169,8 @@ class ExplainRun:
             callbacks.append(SurveyFile(options.checkpoint, self.output.path if draws else None))
         mine = sum(map(len, self._batches[:: options.devices * self._machines]))
         callbacks.append(ExplanationWriter(self.output, num_images=mine, animation=options.animation))
-        if options.channels_last:
-            callbacks.append(ChannelsLast())
-        if options.compile:
-            callbacks.append(CompileBlocks())
+        callbacks += [ChannelsLast()] if options.channels_last else []
+        callbacks += [CompileBlocks()] if options.compile else []
         return callbacks
 
     def finish(self) -> dict[str, Any]:
@@ -184,6 +179,7 @@ class ExplainRun:
         output.merge()
         output.write_table()
         write_overview(output, num_slices=explainer.num_slices)
+        # Facts of the run.
         return output.write_summary(
             n_planned=len(self.names),
             **{"checkpoint" if options.checkpoint else "classifier": str(options.checkpoint or options.classifier)},
@@ -217,6 +213,7 @@ def _in_batches(names: list[str], size: int) -> list[list[str]]:
 
 def _identity(options: ExplainOptions, explainer: ExplainerModule) -> dict[str, Any]:
     """Names everything that two runs must share to fill one folder; batch size and devices may differ."""
+    # The explainer's weights.
     if options.checkpoint is not None:
         made_from = {"checkpoint_sha256": sha256_of(options.checkpoint)}
     else:
@@ -256,10 +253,3 @@ def _own_device(accelerator: str) -> int | list[int]:
     place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     num_gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu") else 0
     return 1 if place is None or num_gpus < 2 else [int(place) % num_gpus]
-
-
-def _be_quiet() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _UNHELPFUL_WARNINGS:
-        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -3,8 +3,6 @@
 Images are [B, C, H, W] in [-1, 1], maps [B, 1, H, W] without negative values; see ``docs/evaluating.md``.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -63,7 +61,7 @@ def measure(
     Args:
         explanation: The batch's explanation.
         classifier: Judges the transformed pixels.
-        flipped: True where the saved counterfactual is a flip, [B] bool; None where there are no counterfactuals.
+        flipped: True where the saved counterfactual is a flip, [B] bool; None without counterfactuals.
         num_slices: Number of slices in an image that is a montage, otherwise 1.
     """
     # On the CPU, where the files come from: other devices divide otherwise in the last place, or know no float64.
@@ -134,14 +132,10 @@ def frame_mask(height: int, width: int, num_slices: int = 1) -> Tensor:
     The same call returns the same tensor, which must not be changed.
     """
     side = images.montage_side(num_slices)
-    down, across = (_near_the_ends(length // side) for length in (height, width))
-    return (down[:, None] | across[None, :]).repeat(side, side)
-
-
-def _near_the_ends(length: int) -> Tensor:
-    reach = max(1, round(length * FRAME))
-    place = torch.arange(length)
-    return (place < reach) | (place >= length - reach)
+    inside = torch.zeros(height // side, width // side, dtype=torch.bool)
+    down, across = (max(1, round(length * FRAME)) for length in inside.shape)
+    inside[down : inside.shape[0] - down, across : inside.shape[1] - across] = True
+    return (~inside).repeat(side, side)
 
 
 def _thirds(length: int) -> Tensor:
@@ -162,7 +156,7 @@ def _survival(explanation: Explanation, classifier: FrozenClassifier, chosen: li
     source, target = explanation.predicted[chosen], explanation.target[chosen]
     tried = survives(classifier, before, after, source, target, MILD)
     decided = {name: (kept.tolist(), flips.tolist()) for name, (kept, flips) in tried.items()}
-    lists = []
+    lists: list[Any] = []
     for index in range(len(chosen)):
         stays = {name: flips[index] for name, (kept, flips) in decided.items() if kept[index]}
         kinds = ([name for name, stay in stays.items() if stay == kind] for kind in (True, False))

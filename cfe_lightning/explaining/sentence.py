@@ -1,7 +1,5 @@
 """One sentence about what an explanation changed, made from the numbers of its row; needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from cfe_lightning.explaining.row import Row
@@ -22,9 +20,8 @@ def measured_sentence(row: Row) -> str | None:
     sentence must escape it. The probability before is of the image as explained, the one after of the counterfactual
     as saved.
 
-    Returns:
-        The sentence with its full stop. None for failed rows, for rows of earlier versions, which lack the
-        measurements, and for attributions without measurements.
+    Returns None for failed rows, for rows of earlier versions, which lack the measurements, and for attributions
+    without measurements.
     """
     if row.status != "ok":
         return None
@@ -55,17 +52,18 @@ def measured_sentence(row: Row) -> str | None:
 def _about_attribution(row: Row) -> str | None:
     """Says where an attribution lies, which is all that is known without a counterfactual."""
     where, share = row.attribution_where, row.attribution_share
-    if where is None:
-        return None
-    if share is None:
-        return f"The attribution is {where}."
+    if where is None or share is None:
+        return where and f"The attribution is {where}."
     return f"{short_percent(share)} of the attribution lies {place(where)}."
 
 
 def _outcome(row: Row, target: str, before: str, after: str) -> str:
     """Says what became of the target's probability and of the decision."""
     if row.flipped_saved:
-        return f"moved {target} from {before} to {after}{_robustness(row)}"
+        # Transformations that are not known are left out.
+        kept, lost = _listed(row.survives or (), "and"), _listed(row.lost_under or (), "or")
+        robustness = (f"; survives {kept}" if kept else "") + (f"; does not survive {lost}" if lost else "")
+        return f"moved {target} from {before} to {after}{robustness}"
     if before == after:
         return f"left {target} at {before}: {_failure(row)}"
     wrong_way = row.p_target_saved is not None and row.p_target_saved < row.p_target_before
@@ -77,15 +75,9 @@ def _failure(row: Row) -> str:
     return "the flip is lost when saved" if row.flipped else "not flipped"
 
 
-def _robustness(row: Row) -> str:
-    """Says under which transformations the flip survives and under which not, as far as that is known."""
-    kept, lost = _listed(row.survives or (), "and"), _listed(row.lost_under or (), "or")
-    return (f"; survives {kept}" if kept else "") + (f"; does not survive {lost}" if lost else "")
-
-
 def _listed(names: Sequence[str], word: str) -> str:
-    called = [_TREATMENTS.get(name, name) for name in names]
-    return f" {word} ".join(filter(None, [", ".join(called[:-1]), *called[-1:]]))
+    *first, last = [_TREATMENTS.get(name, name) for name in names] or [""]
+    return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def place(where: str) -> str:
@@ -95,16 +87,15 @@ def place(where: str) -> str:
 
 def _probabilities(p_before: float, p_after: float, flipped: bool) -> tuple[str, str]:
     """Formats the target's probability before and after with two digits, those of a flip until they differ."""
-    for digits in range(2, _MOST_DIGITS + 1):
+    # Probabilities that agree in all digits of a row are shown with two.
+    for digits in (*range(2, _MOST_DIGITS + 1), 2) if flipped else (2,):
         before, after = _probability(p_before, digits), _probability(p_after, digits)
         if before != after:
-            return before, after
-        if not flipped:
             break
-    return _probability(p_before), _probability(p_after)
+    return before, after
 
 
-def _probability(p: float, digits: int = 2) -> str:
+def _probability(p: float, digits: int) -> str:
     """Formats a probability, neither 0 nor 1 unless it is."""
     smallest = 10.0**-digits
     if 0 < p < smallest / 2:

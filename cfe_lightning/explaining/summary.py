@@ -1,7 +1,5 @@
 """Statistics of a whole output folder, from its rows: counts, flip rates with intervals, and means."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Keeps the survey of an explainer, its findings about the classifier as a whole, in a file beside the checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -56,18 +54,15 @@ class SurveyFile(pl.Callback):
     """
 
     def __init__(self, checkpoint: Path, output: Path | None) -> None:
-        self.checkpoint = checkpoint
-        self.output = output
+        self.checkpoint, self.output = checkpoint, output
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Provides the survey on the explainer's device."""
         assert isinstance(pl_module, ExplainerModule), "explain.py loads nothing else"
         if trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
-            if self.output is not None and not (self.output / ATLAS.file).is_file():
-                atlas = pl_module.atlas()
-                if atlas is not None:
-                    write_atlas(atlas, self.output)
+            if self.output is not None and not (self.output / ATLAS.file).is_file() and (atlas := pl_module.atlas()):
+                write_atlas(atlas, self.output)
         trainer.strategy.barrier("survey made")
         if not trainer.is_global_zero:
             provide_survey(pl_module, self.checkpoint)
@@ -95,7 +90,8 @@ def _write(path: Path, content: dict[str, Any], adopted: Callable[[], bool]) -> 
         save_plain(own, content)
         try:
             os.link(own, path)
-        except OSError:  # either there is a file, which counts if it can be adopted, or the disk has no links
+        except OSError:
+            # Either there is a file, which counts if it can be adopted, or the disk has no links.
             if not adopted():
                 own.replace(path)
         finally:

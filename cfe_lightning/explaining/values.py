@@ -1,7 +1,5 @@
 """Values of files that a page is made from: written as plain data, checked, and formatted for readers."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -20,13 +18,14 @@ def read_described(
         path: The file.
         schema: Version of its content that this package reads.
         kind: Noun for the content, for the message.
-        shown: Turns the content into values for a page, and may fail in any way on malformed content.
+        shown: Turns the content into values for a page; may fail in any way on malformed content.
 
     Raises:
         ValueError: If the content is malformed; one sentence says why.
     """
     if not path.is_file():
         return None
+    # Malformed content shows in many types of errors.
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != schema:

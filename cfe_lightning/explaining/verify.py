@@ -4,9 +4,8 @@ Only the saved pictures and the classifier are needed; no method runs. Not check
 survives, which another machine's JPEG may decide otherwise, and the place of an attribution, whose picture is scaled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -56,10 +55,9 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
     # Every row.
     num_explained = 0
     for row in folder.rows():
-        if row.status != "ok":
-            continue
-        num_explained += 1
-        yield row.name, _problems(row, output, classifier, num_slices)
+        if row.status == "ok":
+            num_explained += 1
+            yield row.name, _problems(row, output, classifier, num_slices)
 
     # Lost rows.
     expected = folder.summary().get("n_done", num_explained)
@@ -71,11 +69,9 @@ def verify(output: Path, classifier: FrozenClassifier, num_slices: int = 1) -> I
 
 
 def _problems(row: Row, output: Path, classifier: FrozenClassifier, num_slices: int) -> list[str]:
-    # Keys may be missing at any depth, in the row itself and in its files and curve.
+    # Keys may be missing at any depth: in the row itself, which is checked first, and in its files and curve.
     try:
-        missing = [key for key in _NEEDED if key not in vars(row)]
-        if missing:
-            raise KeyError(missing[0])
+        itemgetter(*_NEEDED)(vars(row))
         problems, pictures = _open(row, output)
         return problems or _claims(row, pictures, classifier, num_slices)
     except KeyError as error:
@@ -83,17 +79,15 @@ def _problems(row: Row, output: Path, classifier: FrozenClassifier, num_slices: 
 
 
 def _open(row: Row, output: Path) -> tuple[list[str], dict[str, Tensor]]:
-    """Reads the pictures of a row, [C, H, W] in [-1, 1], and lists those that have not the pixels that were saved."""
-    problems, pictures = [], {}
-    root = output.resolve()
+    """Lists unreadable and changed pictures of a row, and returns the readable ones, [C, H, W] in [-1, 1]."""
+    problems, pictures, root = [], {}, output.resolve()
     for key, file in row.files.items():
         try:
             pictures[key], digest = images.read_saved(output / row.folder / file, root)
+            if digest != (row.digests or {}).get(key):
+                problems.append(f"{file} has other pixels than those that were saved")
         except images.UnreadableImageError as error:
             problems.append(f"{file} {error}")
-            continue
-        if digest != (row.digests or {}).get(key):
-            problems.append(f"{file} has other pixels than those that were saved")
     return problems, pictures
 
 
@@ -154,10 +148,9 @@ def _flip(row: Row, logits: Tensor, target: int) -> list[str]:
 def _change(row: Row, pictures: dict[str, Tensor], num_slices: int) -> list[str]:
     """Measures area and place of the change once more; rows of earlier versions do not claim them."""
     problems, before, after = [], pictures["image"][None], pictures["counterfactual"][None]
-    if row.changed_area is not None:
-        area = float(changed_area(before, after))
-        if abs(row.changed_area - area) > AREA_TOLERANCE:
-            problems.append(f"its changed area is {area:.4f}, not {row.changed_area}")
+    area = float(changed_area(before, after))
+    if row.changed_area is not None and abs(row.changed_area - area) > AREA_TOLERANCE:
+        problems.append(f"its changed area is {area:.4f}, not {row.changed_area}")
     if "where" in vars(row):
         (found,), claimed = strongest_change(before, after, num_slices), (row.where, row.where_share)
         if found[0] != claimed[0] or abs((found[1] or 0) - (claimed[1] or 0)) > AREA_TOLERANCE:

@@ -1,7 +1,5 @@
 """Turns the explanations of ``Trainer.predict`` into pictures on the disk and rows of the manifest."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -21,14 +19,13 @@ from cfe_lightning import images
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.clock import clock
 from cfe_lightning.compute.memory import BackOff
+from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explaining.findings import Findings, examine, finite_images
 from cfe_lightning.explaining.folder import OutputFolder
 from cfe_lightning.explaining.names import image_folder, picture_file
 from cfe_lightning.explaining.row import Row
 from cfe_lightning.explanation import Explanation, seed_of
 from cfe_lightning.training.lightning_inside import kill_children, silence_signals
-
-Batch = dict[str, Any]
 
 
 class ExplanationWriter(BasePredictionWriter):
@@ -45,9 +42,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def __init__(self, output: OutputFolder, *, num_images: int | None = None, animation: str | None = None) -> None:
         super().__init__(write_interval="batch")
-        self.output = output
-        self.num_images = num_images
-        self.animation = animation
+        self.output, self.num_images, self.animation = output, num_images, animation
         self._started = 0.0
         self._progress: tqdm[Any] | None = None
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
@@ -64,33 +59,21 @@ class ExplanationWriter(BasePredictionWriter):
                 total=self.num_images, desc="explaining", unit="image", mininterval=pause, dynamic_ncols=True
             )
 
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
         """Seeds the batch and starts its clock."""
         torch.manual_seed(seed_of(batch["name"]))
         self._started = clock(pl_module.device)
 
     def write_on_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        prediction: Explanation,
-        batch_indices: Sequence[int] | None,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, indices: Any, batch: Any, *_: Any
     ) -> None:
         """Saves the pictures of one batch, then records its rows."""
-        count = len(batch["name"])
         rows = [Row({**failure, "status": "failed"}) for failure in batch["failed"]]
-        if count:
-            seconds = (clock(pl_module.device) - self._started) / count
-            classifier, num_slices, back_off = pl_module.classifier, pl_module.num_slices, pl_module.back_off
-            assert isinstance(classifier, FrozenClassifier), "every explainer has one"
-            assert isinstance(num_slices, int), "every explainer says how many"
-            assert isinstance(back_off, BackOff), "every explainer has one"
-            rows += self.save(prediction, classifier, batch["name"], batch["source"], seconds, num_slices, back_off)
+        if names := batch["name"]:
+            assert isinstance(pl_module, ExplainerModule), "explain.py loads nothing else"
+            seconds = (clock(pl_module.device) - self._started) / len(names)
+            model = (pl_module.num_slices, pl_module.back_off)
+            rows += self.save(prediction, pl_module.classifier, names, batch["source"], seconds, *model)
         # The record counts, so it comes last.
         self.output.append(trainer.global_rank, rows)
         if self._progress is not None:
@@ -130,18 +113,14 @@ class ExplanationWriter(BasePredictionWriter):
         Raises:
             ValueError: If a folder of pictures is a link that leads out of the output folder.
         """
-
-        def judge(rows: slice) -> list[Findings]:
-            return examine(explanation.select(rows), classifier, num_slices)
-
-        def together(parts: list[list[Findings]]) -> list[Findings]:
-            return [*chain.from_iterable(parts)]
-
-        found = (back_off or BackOff()).in_parts(len(names), judge, together)
+        found: list[Findings] = (back_off or BackOff()).in_parts(
+            len(names),
+            lambda rows: examine(explanation.select(rows), classifier, num_slices),
+            lambda parts: [*chain.from_iterable(parts)],
+        )
         finite = finite_images(explanation).tolist()
-        steps = explanation.steps if self.animation else None
+        animated = repeat(None) if explanation.steps is None or not self.animation else explanation.steps
         save_one = partial(self._save_one, self.output.path.resolve(), seconds)
-        animated = repeat(None) if steps is None else steps
         return list(self._pool.map(save_one, names, sources, found, finite, animated))
 
     def _save_one(
@@ -151,8 +130,7 @@ class ExplanationWriter(BasePredictionWriter):
         # Refuse what cannot be saved.
         given: dict[str, Any] = {"name": name, "source": list(source)}
         if not finite:
-            error = "The explanation holds values that are not finite."
-            return Row({**given, "status": "failed", "error": error})
+            return Row(given | {"status": "failed", "error": "The explanation holds values that are not finite."})
         folder = self.output.path / image_folder(name)
         if not folder.resolve().is_relative_to(root):
             raise ValueError(f"{folder} leads out of the output folder: remove that link.")

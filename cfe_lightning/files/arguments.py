@@ -1,7 +1,5 @@
 """Command-line options as typed fields of a dataclass, and the types of their values; imports nothing heavy."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable
@@ -18,8 +16,8 @@ def option(default: Any, text: str, **settings: Any) -> Any:
     Args:
         default: Value where the option is not given; False makes a switch, a list makes an option that can be repeated.
         text: The option's help.
-        settings: Further arguments of ``add_argument``; ``flag`` names the option unlike its field, ``group`` is
-            shared by options that exclude each other.
+        settings: Further arguments of ``add_argument``; ``flag`` lists the option's names, separated by blanks, in
+            place of its field's, and ``group`` is shared by options that exclude each other.
     """
     metadata = {"help": text, **settings}
     if isinstance(default, list):
@@ -35,21 +33,16 @@ def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, kind:
         if one.name in left_out:
             continue
         settings: dict[str, Any] = dict(one.metadata)
-        flags = settings.pop("flag", f"--{one.name.replace('_', '-')}")
+        flags = settings.pop("flag", f"--{one.name.replace('_', '-')}").split()
         group = settings.pop("group", None)
-        # Actions and defaults.
         if one.default is False:
             settings["action"] = "store_true"
-        elif callable(one.default_factory):
-            settings |= {"default": one.default_factory()}
         else:
-            settings["default"] = one.default
+            settings["default"] = one.default_factory() if callable(one.default_factory) else one.default
         # Options that exclude each other.
         if group is not None and group not in groups:
             groups[group] = parser.add_mutually_exclusive_group()
-        groups.get(group, parser).add_argument(
-            *([flags] if isinstance(flags, str) else flags), dest=one.name, **settings
-        )
+        groups.get(group, parser).add_argument(*flags, dest=one.name, **settings)
 
 
 def options_of(kind: Callable[..., Options], given: argparse.Namespace) -> Options:

@@ -1,7 +1,5 @@
 """Atomic writes: a file appears whole or not at all. Needs no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -52,7 +50,11 @@ def atomic_path(path: Path, owner: str = "") -> Iterator[Path]:
     A failure leaves an earlier file unchanged and removes the temporary one. An ``OSError`` names ``path``. ``owner``
     names the writer where several may write the same file at the same time; the last one wins.
     """
-    temporary = path.with_name(_temporary_name(path.name, owner and f".{owner}"))
+    ending = f".{owner}.part" if owner else ".part"
+    temporary = path.with_name(f".{path.name}{ending}")
+    if len(os.fsencode(temporary.name)) > _LONGEST_NAME:
+        # A digest stands for a name that leaves no room for the ending.
+        temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}")
     with naming(path):
         # A link left in this place would be followed when the file is opened.
         temporary.unlink(missing_ok=True)
@@ -63,14 +65,6 @@ def atomic_path(path: Path, owner: str = "") -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _temporary_name(name: str, owner: str) -> str:
-    """Returns the name of an incomplete file; a digest replaces ``name`` where the result would be too long."""
-    temporary = f".{name}{owner}.part"
-    if len(os.fsencode(temporary)) <= _LONGEST_NAME:
-        return temporary
-    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{owner}.part"
 
 
 @contextmanager
@@ -90,9 +84,7 @@ def refuse_links(folder: Path) -> None:
     Raises:
         ValueError: If an entry is a link; the message names it.
     """
-    if not folder.is_dir():
-        return
-    for entry in os.scandir(folder):
+    for entry in os.scandir(folder) if folder.is_dir() else ():
         if entry.is_symlink():
             raise ValueError(
                 f"{entry.path} is a link, so results would be written elsewhere: remove it, or give another --output."

@@ -1,12 +1,11 @@
 """Reads YAML configs safely: bounds their size and restricts the classes they may name before anything is built."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -19,6 +18,7 @@ from cfe_lightning.files.trust import ALLOWED_PACKAGES, only_trusted, present_pa
 #: Packages whose classes every config may name, besides those that the user trusts.
 CONFIG_PACKAGES = (*ALLOWED_PACKAGES, "lightning", "pytorch_lightning", "torch")
 
+_ADVICE = "give the YAML file that describes the run"
 # Limits of one config: bytes of the file, entries with all references expanded, nesting, digits of an integer.
 _MOST_BYTES = 500_000
 _MOST_ENTRIES = 100_000
@@ -40,8 +40,8 @@ _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed.*? to allow it\.")
 def classes_of(trusted: Sequence[str]) -> Iterator[None]:
     """Restricts the classes that configs, and the files they name, may use: importing a module executes it.
 
-    ``trusted`` are packages in addition to ``CONFIG_PACKAGES``; the word ``exported_program`` trusts stored TorchScript
-    and torch.export programs, see ``files.trust``. Nothing from a config may be built outside this context.
+    ``trusted`` are packages in addition to ``CONFIG_PACKAGES``; the word ``exported_program`` is that of
+    ``files.trust``. Nothing from a config may be built outside this context.
 
     Raises:
         ValueError: If an entry is not the name of a third-party package.
@@ -76,13 +76,9 @@ def in_our_words(message: str) -> str:
             advice = "nothing of it is needed here, so leave it out"
         return f"{denied[1]} is not part of {', '.join(CONFIG_PACKAGES)}: {advice}."
     # Any other cause.
-    kept: list[str] = []
-    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
-        if line.startswith("Not a valid subclass"):
-            break
-        if line and not _NOISE.match(line):
-            kept.append(line)
-    told = " ".join(kept) or " ".join(message.split())[:300]
+    lines = (line.strip().removeprefix("- ") for line in message.splitlines())
+    causes = takewhile(lambda line: not line.startswith("Not a valid subclass"), lines)
+    told = " ".join(line for line in causes if line and not _NOISE.match(line)) or " ".join(message.split())[:300]
     return f"{told} a class_path, and its arguments below init_args, are needed here." if told.endswith(":") else told
 
 
@@ -94,17 +90,14 @@ def load_config(path: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     if size > _MOST_BYTES:
-        raise ValueError(
-            f"{path} has {size:,} bytes, more than the {_MOST_BYTES:,} that a config may have: give the YAML file that "
-            "describes the run."
-        )
+        raise ValueError(f"{path} has {size:,} bytes, more than the {_MOST_BYTES:,} that a config may have: {_ADVICE}.")
     # Reading, and one sentence for every failure.
     try:
         text = path.read_text(encoding="utf-8")
         _check(text)
         content = yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: give the YAML file that describes the run.") from error
+        raise ValueError(f"{path} is no text in UTF-8: {_ADVICE}.") from error
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f", {_place(error.problem_mark)}"
         told = " ".join(filter(None, (error.context, error.problem)))
@@ -112,8 +105,7 @@ def load_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable as YAML: {told}{where}{hint}.") from error
     except yaml.reader.ReaderError as error:
         raise ValueError(
-            f"{path} is not readable as YAML: the character {chr(error.character)!r} is no text, so give the YAML file "
-            "that describes the run."
+            f"{path} is not readable as YAML: the character {chr(error.character)!r} is no text, so {_ADVICE}."
         ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not readable as YAML: {error}") from error

@@ -1,7 +1,5 @@
 """Reads and writes files of ``torch.save`` safely: plain data and tensors only, no larger than the file itself."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickletools
@@ -9,7 +7,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -42,12 +40,10 @@ _OLD_PICKLES = 5
 _SPARE_BYTES = 1 << 30
 _SPARE_TENSORS = 10_000
 #: Functions that make tensors of any size from a few numbers.
-# fmt: off
 _MAKERS: tuple[Any, ...] = (
     torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace,
     torch.rand, torch.randn, torch.randint, torch.randperm,
-)
-# fmt: on
+)  # fmt: skip
 
 
 def load_plain(path: Path, *, any_age: bool = False) -> Any:
@@ -86,24 +82,18 @@ def save_plain(path: Path, content: Any, owner: str = "") -> None:
         OSError: If the file cannot be written; the error names the file.
     """
     with atomic_path(path, owner) as temporary, temporary.open("wb") as file:
-        with _system_errors():
+        try:
             torch.save(content, file)
+        except RuntimeError as error:
+            # PyTorch's writer hides the OSError that says why a file was not written.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror) from error
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """Raises the ``OSError`` behind a ``RuntimeError`` of PyTorch's writer, which hides why a file was not written."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise OSError(cause.errno, cause.strerror) from error
 
 
 class LargerThanFileError(ValueError):
@@ -124,13 +114,11 @@ def allocation_limit(path: Path) -> Iterator[None]:
         LargerThanFileError: If the network exceeds the limit; one sentence.
     """
     budget = _Budget(path)
-    with ExitStack() as stack:
-        for register in (
-            registration.register_module_parameter_registration_hook,
-            registration.register_module_buffer_registration_hook,
-        ):
-            stack.callback(register(budget.register).remove)
-        stack.enter_context(budget)
+    with (
+        registration.register_module_parameter_registration_hook(budget.register),
+        registration.register_module_buffer_registration_hook(budget.register),
+        budget,
+    ):
         yield
 
 
@@ -154,10 +142,9 @@ class _Budget(TorchFunctionMode):
 
     def register(self, _module: nn.Module, _name: str, tensor: Tensor | None) -> None:
         """Counts a registered tensor; one that is registered in several modules counts every time."""
-        if tensor is None:
-            return
-        self._bytes, self._tensors = self._bytes + tensor.nbytes, self._tensors + 1
-        self._check(self._bytes)
+        if tensor is not None:
+            self._bytes, self._tensors = self._bytes + tensor.nbytes, self._tensors + 1
+            self._check(self._bytes)
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > 4 * self._size + _SPARE_BYTES or self._tensors > self._size + _SPARE_TENSORS:
@@ -215,9 +202,8 @@ def _check_names(pickled: BinaryIO) -> None:
 
 def _tensors(content: Any) -> list[Tensor]:
     """Collects every tensor once; refuses containers that are endless or deeper than any checkpoint."""
-    known: dict[int, int] = {}
     found: dict[int, Tensor] = {}
-    if _entries(content, known, found, 0) > _MOST_ENTRIES:
+    if _entries(content, {}, found, 0) > _MOST_ENTRIES:
         raise _RefusedError(f"its lists refer to one another until they have more than {_MOST_ENTRIES:,} entries")
     return list(found.values())
 
@@ -247,13 +233,11 @@ def _check_tensors(tensors: Iterable[Tensor], size: int) -> None:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise _RefusedError(_ODD_TENSOR)
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise _RefusedError(
-                f"it claims a tensor {list(tensor.shape)} of {tensor.nbytes:,} bytes where it holds "
-                f"{tensor.untyped_storage().nbytes():,}"
-            )
-        where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        views[where] = tensor.nbytes
+        storage = tensor.untyped_storage()
+        if tensor.nbytes > storage.nbytes():
+            claimed = f"a tensor {list(tensor.shape)} of {tensor.nbytes:,} bytes"
+            raise _RefusedError(f"it claims {claimed} where it holds {storage.nbytes():,}")
+        views[storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()] = tensor.nbytes
     # Tied weights count once; overlapping ones, which hardly occur, count each.
     if sum(views.values()) > 8 * size:
         raise _RefusedError(f"it claims tensors of {sum(views.values()):,} bytes together where it has {size:,}")

@@ -1,7 +1,5 @@
 """Short texts for files and messages: the version, one-line reasons, rounded numbers, digests, data addresses."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Trusted class paths: a file that could name any callable could run anything, so only trusted packages are allowed."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +54,6 @@ def resolve_class_path(class_path: str, trusted: Sequence[str] = ()) -> Callable
     from torch import nn
     from torchvision import models
 
-    # Package.
     trusted = _effective(trusted)
     class_path = present_path(class_path)
     package, _, _ = class_path.partition(".")
@@ -95,8 +92,10 @@ def present_path(class_path: str) -> str:
 def public_path(kind: type) -> str:
     """Returns the class path to write into files: that of the outermost package that exports the class."""
     module_path, name = kind.__module__, kind.__qualname__
-    packages = list(accumulate(module_path.split("."), "{}.{}".format))
-    return next(f"{package}.{name}" for package in packages if getattr(sys.modules.get(package), name, None) is kind)
+    packages = accumulate(module_path.split("."), "{}.{}".format)
+    exporting = (package for package in packages if getattr(sys.modules.get(package), name, None) is kind)
+    # No module exports a class that was defined inside a function, or anew in a notebook.
+    return f"{next(exporting, module_path)}.{name}"
 
 
 def check_exported_trusted(trusted: Sequence[str]) -> None:

@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels; pictures are in [-1, 1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -96,8 +94,6 @@ def _arrow(pen: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[floa
 
 def grid(columns: Sequence[Tensor], padding: int = 2) -> Tensor:
     """Lays batches [B, C, H, W] side by side: one row per image, one column per batch, [3, height, width]."""
-    coloured = [column.detach().float().cpu() for column in columns]
-    coloured = [c.expand(-1, 3, -1, -1) if c.shape[1] == 1 else c for c in coloured]
-    padded = [F.pad(c, (padding, padding, padding, padding), value=1.0) for c in coloured]
-    rows = torch.cat(padded, dim=3)
+    coloured = [column.detach().float().cpu().expand(-1, 3, -1, -1) for column in columns]
+    rows = torch.cat([F.pad(column, [padding] * 4, value=1.0) for column in coloured], dim=3)
     return torch.cat(list(rows), dim=1)

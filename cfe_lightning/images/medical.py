@@ -4,8 +4,6 @@ Both formats need extra packages (``pip install cfe-lightning[medical]``), impor
 Slices are oriented as in a DICOM viewer: the patient's front is up, the patient's right is on the left.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import math
@@ -22,28 +20,20 @@ from torch import Tensor
 from cfe_lightning import images
 from cfe_lightning.images.reading import UnreadableImageError, unreadable
 
-DICOM_ENDING = ".dcm"
-NIFTI_ENDINGS = (".nii", ".nii.gz")
 #: Packages that decide on the values read, with the decoders that pydicom looks for; Pillow is one of them, too.
-# fmt: off
 _DICOM_READERS = (
     "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm",
-)
-# fmt: on
-_NIFTI_READERS = ("nibabel",)
-
-
-# Names.
+)  # fmt: skip
 
 
 def is_dicom(path: Path | str) -> bool:
     """Tells whether a name has the ending of a DICOM file."""
-    return str(path).lower().endswith(DICOM_ENDING)
+    return str(path).lower().endswith(".dcm")
 
 
 def is_nifti(path: Path | str) -> bool:
     """Tells whether a name has the ending of a NIfTI volume."""
-    return str(path).lower().endswith(NIFTI_ENDINGS)
+    return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
 def is_medical(path: Path | str) -> bool:
@@ -53,7 +43,7 @@ def is_medical(path: Path | str) -> bool:
 
 def reader_versions(path: Path | str) -> str:
     """Returns the versions of the installed packages that read a DICOM or NIfTI file; empty for other files."""
-    return _versions(*_DICOM_READERS) if is_dicom(path) else _versions(*_NIFTI_READERS) if is_nifti(path) else ""
+    return _versions(*_DICOM_READERS) if is_dicom(path) else _versions("nibabel") if is_nifti(path) else ""
 
 
 def is_slice(name: str) -> bool:
@@ -69,9 +59,6 @@ def _versions(*packages: str) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return " ".join(found)
-
-
-# Reading.
 
 
 def read_slice(
@@ -199,9 +186,6 @@ def _package(name: str, path: Path) -> Any:
         raise ModuleNotFoundError(
             f"{path} can be read only with the package {package}: pip install {package}."
         ) from error
-
-
-# Windows of values.
 
 
 def check_window(window: Sequence[float] | None) -> tuple[float, float] | None:

@@ -3,8 +3,6 @@
 Images are float32, [C, H, W] or [B, C, H, W], in [-1, 1].
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

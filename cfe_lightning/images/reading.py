@@ -1,7 +1,5 @@
 """Reading of image files into tensors [C, H, W] in [-1, 1], and finding them in folders."""
 
-from __future__ import annotations
-
 import logging
 import os
 import stat
@@ -35,9 +33,6 @@ def unreadable(kind: str, error: Exception) -> UnreadableImageError:
     """Returns the error of an unreadable file of some kind, without the path, which a system error would repeat."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UnreadableImageError(f"Not a readable {kind}: {' '.join(reason.split()) or type(error).__name__}")
-
-
-# Folders.
 
 
 def is_picture(name: str) -> bool:
@@ -86,14 +81,12 @@ def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
 def _entries(directory: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
-            return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
+            # Hidden names begin with one dot; two belong to ordinary ones.
+            shown = (entry for entry in entries if not entry.name.startswith(".") or entry.name.startswith(".."))
+            return sorted(shown, key=lambda entry: entry.name)
     except OSError as error:
         _log.warning("The folder %s cannot be listed and is left out: %s", directory, error.strerror)
         return []
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") and not name.startswith("..")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -121,9 +114,6 @@ def _leads_elsewhere(link: str, root: str, entered_links: set[str]) -> bool:
 
 def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-# Files.
 
 
 def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:

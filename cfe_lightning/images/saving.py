@@ -1,7 +1,5 @@
 """Writing of pictures and animations, and reading of saved pictures with a digest of their pixels."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os
@@ -89,11 +87,9 @@ def _save_video(frames: Sequence[Image.Image], path: Path, milliseconds: int) ->
     size = (width * factor // 2 * 2, height * factor // 2 * 2)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w", format="mp4") as container:
-        # Stream.
         stream: Any = container.add_stream(codec, rate=Fraction(1000, milliseconds))
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        # Frames.
         for frame in frames:
             enlarged = frame.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
             picture = av.VideoFrame.from_image(enlarged.crop((0, 0, *size)))

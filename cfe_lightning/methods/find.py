@@ -1,7 +1,5 @@
 """Finds explainers that need no training by name: the folder of a method, or a baseline."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil
@@ -27,20 +25,19 @@ def build_untrained(name: str, classifier: FrozenClassifier, arguments: Mapping[
             does not fit.
     """
     # Method or baseline.
-    kind = _explainer_in(name) if name in _modules() else None
-    if kind is None and name not in BASELINES:
-        ready = [module for module in _modules() if (found := _explainer_in(module)) and not found.needs_training]
-        raise ValueError(
-            f"There is no method {name!r} to use untrained: choose from {', '.join((*ready, *BASELINES))}."
-        )
-    if kind is None:
+    kind: type[ExplainerModule]
+    if name in BASELINES:
         kind, arguments = Baseline, {"name": name, **arguments}
-    elif kind.needs_training:
+    elif name in _method_folders():
+        kind = _method_in(name)
+    else:
+        ready = (*(each for each in _method_folders() if not _method_in(each).needs_training), *BASELINES)
+        raise ValueError(f"There is no method {name!r} to use untrained: choose from {', '.join(ready)}.")
+    if kind.needs_training:
         raise ValueError(
             f"{kind.__name__} has to be trained first: run `python train.py --config {name}_<data>.yaml` (configs/ has "
             "some), then `explain.py --checkpoint` with the best.ckpt that it writes."
         )
-
     # Explainer.
     check_arguments(kind, arguments)
     if kind.needs_gradient:
@@ -48,14 +45,11 @@ def build_untrained(name: str, classifier: FrozenClassifier, arguments: Mapping[
     return kind(classifier, **arguments).eval()
 
 
-def _modules() -> list[str]:
-    """Names the folders of ``methods`` that hold one method each."""
+def _method_folders() -> list[str]:
     found = pkgutil.iter_modules(cfe_lightning.methods.__path__)
     return sorted(module.name for module in found if module.ispkg and module.name != "baselines")
 
 
-def _explainer_in(name: str) -> type[ExplainerModule] | None:
-    """Returns the method that a folder of ``methods`` exports."""
-    module = importlib.import_module(f"cfe_lightning.methods.{name}")
-    found = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if issubclass(kind, ExplainerModule)]
-    return found[0] if found else None
+def _method_in(folder: str) -> type[ExplainerModule]:
+    module = importlib.import_module(f"cfe_lightning.methods.{folder}")
+    return next(kind for _, kind in inspect.getmembers(module, inspect.isclass) if issubclass(kind, ExplainerModule))

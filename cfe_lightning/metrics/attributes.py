@@ -4,7 +4,7 @@ MNAC is of DiVE (arXiv 2103.10226), CD of DiME (arXiv 2203.15636). Decisions are
 same images before and after an edit, [B, L] bool; labels are counted from 0. All numbers are float64.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def measure_collateral(case: Case) -> dict[str, Tensor]:
     assert spec.label is not None, "the need multi_label is met"
     # A label is decided at one half.
     before, after = (case.judge.label_probabilities(image) > 0.5 for image in (case.image, case.shown))
-    return {"collateral": collateral(before, after, spec.class_names.index(spec.label))}
+    return {"collateral": attributes_changed(before, after, spec.class_names.index(spec.label))}
 
 
 def measure_oracle(case: Case) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def measure_oracle(case: Case) -> dict[str, Tensor]:
     before, after = (oracle.label_probabilities(image) > 0.5 for image in (case.image, case.shown))
     found = {"mnac": attributes_changed(before, after)}
     if asked is not None:
-        found["mnac_others"] = collateral(before, after, asked)
+        found["mnac_others"] = attributes_changed(before, after, asked)
     # Correlations exist for a set only.
     if "table" in case.available:
         found |= {"attributes/before": before.cpu(), "attributes/after": after.cpu()}
@@ -56,26 +56,21 @@ def measure_oracle(case: Case) -> dict[str, Tensor]:
 
 def summarise(kept: Kept) -> dict[str, Measurement]:
     """Compares the correlations of changed attributes with those of the data."""
-    asked, correlations, members = kept.instruments.asked, kept.instruments.correlations, kept.flipped
-    if not kept.attributes or asked is None or correlations is None:
+    asked, correlations = kept.instruments.asked, kept.instruments.correlations
+    decided = kept.rows["attributes"]
+    if not decided or asked is None or correlations is None:
         return {}
 
     # Population.
-    total, num_labels = kept.attributes["before"].shape
-    before, after = kept.attributes["before"], kept.attributes["after"]
-    if members is not None:
-        before, after = before[members], after[members]
+    total, num_labels = decided["before"].shape
+    before, after = decided["before"][kept.members], decided["after"][kept.members]
     if len(before) < 2:
-        few = undefined("fewer than 2 counterfactuals", total, kept.population)
-        return {"cd": few, "cd_mean": few}
+        return dict.fromkeys(("cd", "cd_mean"), undefined("fewer than 2 counterfactuals", total, kept.population))
 
     # Sum and mean over labels.
     cd = correlation_difference(before, after, asked, correlations.cpu())
-
-    def measured(value: float) -> Measurement:
-        return Measurement(status="ok", value=value, n_used=len(before), n_total=total, population=kept.population)
-
-    return {"cd": measured(cd), "cd_mean": measured(cd / num_labels)}
+    measured = partial(Measurement, n_used=len(before), n_total=total, population=kept.population)
+    return {"cd": measured(value=cd), "cd_mean": measured(value=cd / num_labels)}
 
 
 def attributes_changed(before: Tensor, after: Tensor, without: int | None = None) -> Tensor:
@@ -91,11 +86,6 @@ def attributes_changed(before: Tensor, after: Tensor, without: int | None = None
         _check_label(without, changed.shape[1])
         changed[:, without] = False
     return changed.sum(dim=1).double()
-
-
-def collateral(before: Tensor, after: Tensor, index: int) -> Tensor:
-    """Counts the changed labels as ``attributes_changed`` does, without the asked label ``index``, [B]."""
-    return attributes_changed(before, after, without=index)
 
 
 def attribute_correlations(labels: Tensor, asked: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The input of metrics: settings, one batch with its explanation, and the numbers that are kept of all batches."""
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -237,30 +236,26 @@ class Kept:
 
     Attributes:
         means: Means of the metrics per image, by metric key.
-        curves: Values along curves by name, [N, T] each.
-        features: Features by name, [N, D] each: ``f/before`` and ``f/after`` of the judge, likewise of other networks.
-        reference: Features of held-out images by extractor, [M, D] each; empty without such images.
-        attributes: The oracle's decisions ``before`` and ``after``, [N, L] bool each; empty without an oracle.
-        flipped: Images that distances of sets are about, [N] bool; None where all images count.
+        rows: Rows by kind and name, empty where there are none. ``values``: [N] by metric key; ``curves``: [N, T];
+            ``features``: [N, D], ``f/before`` and ``f/after`` of the judge, likewise of other networks;
+            ``iso_features``: [N, D] of edits at equal strength by level; ``reference``: [M, D] of held-out images by
+            extractor; ``attributes``: the oracle's decisions ``before`` and ``after``, [N, L] bool; ``decisions``:
+            ``predicted``, ``target`` and ``label``, [N].
+        members: Index of the images that distances of sets are about, [N] bool; ``slice(None)`` takes all.
         population: Name of these images, ``all`` or ``flipped``.
         instruments: Networks from files of the user.
         num_images: Number of explained images.
         seconds: Seconds per image of every batch.
         peak_memory: Largest memory of an explained batch on the GPU in bytes; 0 on other devices.
-        resamples: Number of bootstrap resamples.
         seed: Seed of all draws.
     """
 
     means: dict[str, Measurement]
-    curves: dict[str, Tensor]
-    features: dict[str, Tensor]
-    reference: dict[str, Tensor]
-    attributes: dict[str, Tensor]
-    flipped: Tensor | None
+    rows: defaultdict[str, dict[str, Tensor]]
+    members: Tensor | slice
     population: Population
     instruments: Instruments
     num_images: int
     seconds: list[float]
     peak_memory: int
-    resamples: int
     seed: int

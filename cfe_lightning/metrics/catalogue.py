@@ -3,8 +3,6 @@
 A new metric is a line in its module's table and an entry in what the module's ``measure`` returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

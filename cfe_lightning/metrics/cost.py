@@ -1,7 +1,6 @@
 """The cost of an explanation in time, classifier passes and memory."""
 
-from __future__ import annotations
-
+from functools import partial
 from statistics import median
 
 import torch
@@ -36,16 +35,13 @@ def measure(case: Case) -> dict[str, Tensor]:
 
 def summarise(kept: Kept) -> dict[str, Measurement]:
     """Summarises seconds over batches, and memory."""
-
-    def measured(value: float) -> Measurement:
-        return Measurement(status="ok", value=value, n_used=kept.num_images, n_total=kept.num_images)
-
+    measured = partial(Measurement, n_used=kept.num_images, n_total=kept.num_images)
     # Short evaluations have no batches beyond the warm-up.
     seconds = sorted(kept.seconds[_WARM_UP:] or kept.seconds)
     found = {
-        "s_per_image": measured(median(seconds)),
-        "s_per_image_p95": measured(seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]),
+        "s_per_image": measured(value=median(seconds)),
+        "s_per_image_p95": measured(value=seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]),
     }
     if kept.peak_memory:
-        found["peak_memory"] = measured(kept.peak_memory / 2**20)
+        found["peak_memory"] = measured(value=kept.peak_memory / 2**20)
     return found

@@ -5,8 +5,6 @@ Images [B, C, H, W] in [-1, 1]; numbers are in units of [0, 1] images. Every fun
 NaN marks an image where it is undefined.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -54,8 +52,8 @@ def measure_decision(case: Case) -> dict[str, Tensor]:
     # Saving may undo a flip, so the saved image is judged too.
     gain = delta_p(case.logits, case.after, case.target)
     return {
-        "flip_rate": flipped(case.after, case.target),
-        "flip_rate_saved": flipped(case.judge(images.saved(case.shown)), case.target),
+        "flip_rate": decides_for(case.after, case.target),
+        "flip_rate_saved": decides_for(case.judge(images.saved(case.shown)), case.target),
         "flip_rate_any": flipped_any(case.logits, case.after),
         "delta_p": gain,
         "mad": gain.abs(),
@@ -66,7 +64,7 @@ def measure_decision(case: Case) -> dict[str, Tensor]:
 def measure_sufficiency(case: Case) -> dict[str, Tensor]:
     """Tells which flips of a batch need only the best, or the three best, directions, [B] bool by metric key."""
     # Ranks count from 1; scores are floats.
-    hit, place = flipped(case.after, case.target), case.explanation.scores["rank"].round()
+    hit, place = decides_for(case.after, case.target), case.explanation.scores["rank"].round()
     return {"dir_sufficiency_1": hit & (place <= 1), "dir_sufficiency_3": hit & (place <= 3)}
 
 
@@ -109,11 +107,6 @@ def unit(image: Tensor, what: str = "image") -> Tensor:
     return converted
 
 
-def flipped(logits_after: Tensor, target: Tensor) -> Tensor:
-    """Tells whether the decision is the target, [B] bool; a tie counts as not flipped."""
-    return decides_for(logits_after, target)
-
-
 def flipped_any(logits_before: Tensor, logits_after: Tensor) -> Tensor:
     """Tells whether the decision is any other than before, [B] bool."""
     return ~decides_for(logits_after, logits_before.argmax(dim=1))
@@ -153,23 +146,20 @@ def changed_area(image: Tensor, counterfactual: Tensor, threshold: float = CHANG
 
 def area90(change: Tensor) -> Tensor:
     """Finds the smallest share of pixels that holds 90 % of a change map [B, 1, H, W]; NaN without change, [B]."""
-    ordered = change.flatten(1).double().sort(dim=1, descending=True).values
-    cumulative = ordered.cumsum(dim=1)
+    cumulative = change.flatten(1).double().sort(dim=1, descending=True).values.cumsum(dim=1)
     total = cumulative[:, -1:]
     # The slack is relative, so that the unit of the map does not matter.
-    reached = cumulative >= 0.9 * total - 1e-9 * total
-    first = reached.float().argmax(dim=1) + 1
-    return torch.where(total[:, 0] > 0, first / ordered.shape[1], torch.nan).float()
+    first = (cumulative >= 0.9 * total - 1e-9 * total).float().argmax(dim=1) + 1
+    return torch.where(total[:, 0] > 0, first / cumulative.shape[1], torch.nan).float()
 
 
 def gini(change: Tensor) -> Tensor:
     """Measures the concentration of a change map [B, 1, H, W]: 0 even, near 1 one pixel; NaN without change, [B]."""
     ordered = change.flatten(1).double().sort(dim=1).values
+    num_pixels, total = ordered.shape[1], ordered.sum(dim=1)
     # Area under the Lorenz curve.
-    num_pixels = ordered.shape[1]
-    total = ordered.sum(dim=1)
-    position = torch.arange(1, num_pixels + 1, device=change.device, dtype=torch.float64)
-    weighted = (ordered * (num_pixels - position + 0.5)).sum(dim=1) / num_pixels
+    weights = torch.arange(num_pixels, 0, -1, device=change.device, dtype=torch.float64) - 0.5
+    weighted = (ordered * weights).sum(dim=1) / num_pixels
     return torch.where(total > 0, 1 - 2 * weighted / total, torch.nan).float()
 
 

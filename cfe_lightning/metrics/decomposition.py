@@ -4,10 +4,9 @@ Source: DXAI (arXiv 2401.00320), equation 9 and table 2. Images [B, C, H, W] in 
 logits [B, K].
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,14 +64,9 @@ def _measure_agnostic(case: Case) -> dict[str, Tensor]:
     # Summands that an explainer leaves out are zero.
     parts = case.explanation.parts
     whole = torch.stack([parts[name] for name in SUMMANDS if name in parts]).sum(dim=0)
-    divergence, largest, right, former = _undecided(case, case.judge(parts["agnostic"]))
-    return {
-        "additivity": (case.image - whole).abs().flatten(1).amax(dim=1) / 2,
-        "kl_agnostic": divergence,
-        "max_p_agnostic": largest,
-        "accuracy_agnostic": right,
-        "former_p_agnostic": former,
-    }
+    keys = ("kl_agnostic", "max_p_agnostic", "accuracy_agnostic", "former_p_agnostic")
+    undecided = _undecided(case, case.judge(parts["agnostic"]), keys)
+    return {"additivity": (case.image - whole).abs().flatten(1).amax(dim=1) / 2, **undecided}
 
 
 def _measure_distinct(case: Case, distinct: Tensor) -> dict[str, Tensor]:
@@ -91,7 +85,7 @@ def _measure_distinct(case: Case, distinct: Tensor) -> dict[str, Tensor]:
 
     # Pixels, and what is left of the decision.
     removed = removal_logits(case.judge, image, magnitude(distinct), max_batch=max_batch)
-    divergence, largest, right, former = _undecided(case, along_predicted[:, -1])
+    keys = ("kl_removed", "max_p_removed", "accuracy_removed", "former_p_removed")
     return {
         "curves/dxai_label": along_label.argmax(dim=2) == label[:, None],
         "curves/dxai_prediction": along_predicted.argmax(dim=2) == label[:, None],
@@ -99,40 +93,34 @@ def _measure_distinct(case: Case, distinct: Tensor) -> dict[str, Tensor]:
         "curves/removal": removed.argmax(dim=2) == label[:, None],
         "by_class/class_probability": along_label.softmax(dim=2),
         "outside_range": outside_range(image, distinct),
-        "kl_removed": divergence,
-        "max_p_removed": largest,
-        "accuracy_removed": right,
-        "former_p_removed": former,
+        **_undecided(case, along_predicted[:, -1], keys),
     }
 
 
-def _undecided(case: Case, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _undecided(case: Case, logits: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
     """Computes KL from uniform, largest probability, hits of the label and probability of the class before, [B]."""
     largest, right = logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1) == case.label
-    return kl_from_uniform(logits), largest, right, probability(logits, case.source)
+    return dict(zip(keys, (kl_from_uniform(logits), largest, right, probability(logits, case.source)), strict=True))
 
 
 def summarise(kept: Kept) -> dict[str, Measurement]:
     """Measures the areas under accuracy curves; the intervals are over images, as only a set has an accuracy."""
-    if "dxai_label" not in kept.curves:
+    curves = kept.rows["curves"]
+    if "dxai_label" not in curves:
         return {}
+    # Areas of a curve of means, by metric key.
     strengths, fractions = (torch.tensor(positions, dtype=torch.float64) for positions in (STRENGTHS, REMOVED))
-
-    # A curve's area over images.
-    def measured(curve: str, area_of: Callable[[Tensor, Tensor], Tensor], positions: Tensor = strengths) -> Measurement:
-        def function(means: Tensor) -> Tensor:
-            return area_of(means, positions)
-
-        return statistic(kept.curves[curve], function, _NO_CLEAN_HIT, resamples=kept.resamples, seed=kept.seed)
-
-    # Removal of the distinct part, and of pixels.
+    normalised, raw = partial(normalised_area, positions=strengths), partial(area, positions=strengths)
+    areas = {
+        "dxai_auc_label": ("dxai_label", normalised),
+        "dxai_auc_prediction": ("dxai_prediction", normalised),
+        "dxai_auc_fidelity": ("dxai_fidelity", normalised),
+        "dxai_auc_label_raw": ("dxai_label", raw),
+        "dxai_auc_prediction_raw": ("dxai_prediction", raw),
+        "removal_auc": ("removal", partial(removal_area, positions=fractions)),
+    }
     return {
-        "dxai_auc_label": measured("dxai_label", normalised_area),
-        "dxai_auc_prediction": measured("dxai_prediction", normalised_area),
-        "dxai_auc_fidelity": measured("dxai_fidelity", normalised_area),
-        "dxai_auc_label_raw": measured("dxai_label", area),
-        "dxai_auc_prediction_raw": measured("dxai_prediction", area),
-        "removal_auc": measured("removal", removal_area, fractions),
+        key: statistic(curves[name], area_of, _NO_CLEAN_HIT, seed=kept.seed) for key, (name, area_of) in areas.items()
     }
 
 

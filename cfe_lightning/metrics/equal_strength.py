@@ -4,9 +4,7 @@ A method that stops just beyond the boundary looks closer than one that goes on.
 Images [B, C, H, W] in [-1, 1].
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +15,7 @@ from cfe_lightning.compute.search import first_interval, refine
 from cfe_lightning.decisions import sure_enough
 from cfe_lightning.metrics import counterfactual, similarity
 from cfe_lightning.metrics.case import Case
-from cfe_lightning.metrics.faithfulness import path_logits
+from cfe_lightning.metrics.faithfulness import Classify, path_logits
 from cfe_lightning.metrics.metric import Metric
 
 #: Metrics that are compared at equal confidence.
@@ -39,15 +37,8 @@ def metrics_at(levels: Sequence[float]) -> tuple[Metric, ...]:
     found: list[Metric] = []
     for level in levels:
         sure = f"the smallest edit with a probability of the target of at least {level:g}"
-        found.append(
-            Metric(
-                key=iso_key(level, "reached"),
-                better="higher",
-                value_range="[0, 1]",
-                needs=("counterfactual",),
-                meaning=f"share of images that have {sure}",
-            )
-        )
+        key, meaning = iso_key(level, "reached"), f"share of images that have {sure}"
+        found.append(Metric(key=key, better="higher", value_range="[0, 1]", needs=("counterfactual",), meaning=meaning))
         found += [replace(m, key=iso_key(level, m.key), meaning=f"{m.key} of {sure}", title="") for m in compared]
     return tuple(found)
 
@@ -71,7 +62,7 @@ def measure(case: Case) -> dict[str, Tensor]:
         for key, value in values.items():
             found[iso_key(level, key)] = torch.where(smallest.reached, value, torch.nan)
         if "features" in case.available:
-            # Images that do not reach the level keep the features of the end of their way, which are never read.
+            # Features of images that do not reach the level are never read.
             found[f"iso_features/{level:g}"] = case.judge.features(smallest.edit).float().cpu()
     return found
 
@@ -93,13 +84,7 @@ class EqualStrength:
 
 @torch.no_grad()
 def smallest_edit(
-    judge: Callable[[Tensor], Tensor],
-    path: Tensor,
-    target: Tensor,
-    confidence: float,
-    *,
-    bisections: int = 7,
-    max_batch: int = 256,
+    judge: Classify, path: Tensor, target: Tensor, confidence: float, *, bisections: int = 7, max_batch: int = 256
 ) -> EqualStrength:
     """Searches along a way for the first picture with enough probability of the target.
 
@@ -115,12 +100,10 @@ def smallest_edit(
 
     def pictures(position: Tensor, rows: Tensor) -> Tensor:
         """Renders the images ``rows`` at positions [R, S], [R, S, C, H, W]."""
-        place = (position * last).clamp(0, last)
+        place, every = (position * last).clamp(0, last), rows[:, None]
         before = place.floor().long().clamp_max(max(last - 1, 0))
         share = (place - before).view(*place.shape, 1, 1, 1).to(path.dtype)
-        after = (before + 1).clamp_max(last)
-        every = rows[:, None]
-        return images.saved(torch.lerp(path[every, before], path[every, after], share))
+        return images.saved(torch.lerp(path[every, before], path[every, (before + 1).clamp_max(last)], share))
 
     def reached(position: Tensor, rows: Tensor) -> Tensor:
         # The pictures are judged as they would be saved.

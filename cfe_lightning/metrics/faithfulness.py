@@ -5,8 +5,6 @@ COUT is of C3LT (arXiv 2203.15064), deletion and insertion are of RISE (arXiv 18
 exchanges exactly as many pixels as asked.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -31,25 +29,20 @@ del_auc  lower   [0, 1]   curves                 -          probability while pi
 
 def measure(case: Case) -> dict[str, Tensor]:
     """Measures areas under curves of a batch, [B] by metric key, and keeps the curves, [B, T]."""
-    judge, image, source, attribution = case.judge, case.image, case.source, case.explanation.attribution
-    steps, max_batch = case.measures.curve_steps, case.measures.max_batch
-    num_pixels = image[0, 0].numel()
-    found = {"positions/replaced": torch.tensor(cut_points(num_pixels, steps)) / num_pixels}
+    judge, image, source, num_pixels = case.judge, case.image, case.source, case.image[0, 0].numel()
+    blocks = {"steps": case.measures.curve_steps, "max_batch": case.measures.max_batch}
+    found = {"positions/replaced": torch.tensor(cut_points(num_pixels, blocks["steps"])) / num_pixels}
 
     # The change.
     if "counterfactual" in case.available:
         found["cout"], found["curves/cout_source"], found["curves/cout_target"] = cout(
-            judge, image, case.shown, source, case.target, steps=steps, max_batch=max_batch
+            judge, image, case.shown, source, case.target, **blocks
         )
 
     # The attribution.
-    baseline = blurred(image)
-    found["ins_auc"], found["curves/ins_auc"] = insertion(
-        judge, image, attribution, source, baseline, steps=steps, max_batch=max_batch
-    )
-    found["del_auc"], found["curves/del_auc"] = deletion(
-        judge, image, attribution, source, baseline, steps=steps, max_batch=max_batch
-    )
+    attribution, baseline = case.explanation.attribution, blurred(image)
+    found["ins_auc"], found["curves/ins_auc"] = insertion(judge, image, attribution, source, baseline, **blocks)
+    found["del_auc"], found["curves/del_auc"] = deletion(judge, image, attribution, source, baseline, **blocks)
     return found
 
 
@@ -108,24 +101,18 @@ def exchange_curve(
 
 
 def cout(
-    classify: Classify,
-    image: Tensor,
-    counterfactual: Tensor,
-    source: Tensor,
-    target: Tensor,
-    *,
-    steps: int = 50,
-    max_batch: int = 256,
+    classify: Classify, image: Tensor, counterfactual: Tensor, source: Tensor, target: Tensor, **blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the counterfactual transition score: do the few most-changed pixels already carry the decision?
 
+    ``blocks`` are ``steps`` and ``max_batch`` of ``exchange_curve``, also in ``deletion`` and ``insertion``.
     Paper: a short last block counts with the full width, which inflates areas by up to 2 %; here: exact areas.
 
     Returns:
         Score [B] in [-1, 1], NaN where nothing changed; the curves of source and target, [B, T] each.
     """
     change = (image - counterfactual).abs().sum(dim=1, keepdim=True)
-    probabilities, replaced = exchange_curve(classify, image, counterfactual, change, steps, max_batch)
+    probabilities, replaced = exchange_curve(classify, image, counterfactual, change, **blocks)
 
     # Areas between the curves.
     source_curve, target_curve = _curve_of(probabilities, source), _curve_of(probabilities, target)
@@ -134,37 +121,23 @@ def cout(
 
 
 def deletion(
-    classify: Classify,
-    image: Tensor,
-    importance: Tensor,
-    source: Tensor,
-    baseline: Tensor,
-    *,
-    steps: int = 50,
-    max_batch: int = 256,
+    classify: Classify, image: Tensor, importance: Tensor, source: Tensor, baseline: Tensor, **blocks: int
 ) -> tuple[Tensor, Tensor]:
     """Follows the probability of ``source`` while the image turns into the baseline, most important pixels first.
 
     Returns:
         Area [B] in [0, 1], lower is better; the curve [B, T].
     """
-    probabilities, replaced = exchange_curve(classify, image, baseline, importance, steps, max_batch)
+    probabilities, replaced = exchange_curve(classify, image, baseline, importance, **blocks)
     curve = _curve_of(probabilities, source)
     return area(curve, replaced), curve
 
 
 def insertion(
-    classify: Classify,
-    image: Tensor,
-    importance: Tensor,
-    source: Tensor,
-    baseline: Tensor,
-    *,
-    steps: int = 50,
-    max_batch: int = 256,
+    classify: Classify, image: Tensor, importance: Tensor, source: Tensor, baseline: Tensor, **blocks: int
 ) -> tuple[Tensor, Tensor]:
     """Follows the probability of ``source`` while the baseline turns into the image: higher is better."""
-    return deletion(classify, baseline, importance, source, image, steps=steps, max_batch=max_batch)
+    return deletion(classify, baseline, importance, source, image, **blocks)
 
 
 def blurred(image: Tensor, share: float = 0.05) -> Tensor:
@@ -177,5 +150,4 @@ def blurred(image: Tensor, share: float = 0.05) -> Tensor:
 
 def _curve_of(probabilities: Tensor, wanted: Tensor) -> Tensor:
     """Selects the curve of one class per image, [B, T, K] and [B] -> [B, T]."""
-    index = wanted[:, None, None].expand(-1, probabilities.shape[1], 1)
-    return probabilities.gather(2, index).squeeze(2)
+    return probabilities.gather(2, wanted[:, None, None].expand(-1, probabilities.shape[1], 1)).squeeze(2)

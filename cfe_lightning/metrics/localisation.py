@@ -4,8 +4,6 @@ Images [B, C, H, W] in [-1, 1]; change maps [B, 1, H, W] >= 0 (see ``counterfact
 of [0, 1] images. One value per image, [B]; NaN is undefined.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -48,19 +46,12 @@ def measure(case: Case) -> dict[str, Tensor]:
 
 
 def _measure_mask(case: Case, mask: Tensor) -> dict[str, Tensor]:
-    found = {
-        "mask_chance": chance(mask),
-        "mask_mass_attribution": mask_mass(case.explanation.attribution, mask),
-    }
+    found = {"mask_chance": chance(mask), "mask_mass_attribution": mask_mass(case.explanation.attribution, mask)}
 
     # Distinct part.
     if case.distinct is not None:
         change = magnitude(case.distinct)
-        found |= {
-            "mask_mass": mask_mass(change, mask),
-            "mask_lift": lift(change, mask),
-            "leak": leak(change, mask),
-        }
+        found |= {"mask_mass": mask_mass(change, mask), "mask_lift": lift(change, mask), "leak": leak(change, mask)}
 
     # Counterfactual.
     if "counterfactual" in case.available:

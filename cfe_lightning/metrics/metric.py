@@ -1,7 +1,5 @@
 """A metric as a reader sees it, and the tables in which the modules of this folder declare theirs."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Literal, cast

@@ -3,8 +3,6 @@
 Probabilities q and positions k are [B, T]; one value per image, [B]; NaN is undefined.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -80,7 +78,10 @@ def rank_correlation(k: Tensor, q: Tensor) -> Tensor:
 
 def standardised_ranks(values: Tensor) -> Tensor:
     """Ranks every row [B, T], ties by their mean, with mean 0 and length 1; zeros where a row is constant."""
-    ranks = _ranks(values)
+    ordered, values = values.sort(dim=1).values, values.contiguous()
+    # Equal values hold the ranks from ``below`` to ``up_to`` - 1.
+    below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    ranks = (below + up_to - 1).double() / 2
     # A constant row has no order.
     centred = ranks - ranks.mean(dim=1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
@@ -126,12 +127,3 @@ def resampled(k: Tensor, q: Tensor, points: int = RESAMPLED) -> Tensor:
     start, end = k.gather(1, below).to(q.dtype), k.gather(1, above).to(q.dtype)
     share = ((wanted - start) / (end - start).clamp_min(1e-12)).clamp(0, 1)
     return torch.lerp(q.gather(1, below), q.gather(1, above), share)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks every row [B, T]; equal values share their mean rank."""
-    ordered = values.sort(dim=1).values
-    # Equal values hold the ranks from ``below`` to ``up_to`` - 1.
-    below = torch.searchsorted(ordered, values.contiguous())
-    up_to = torch.searchsorted(ordered, values.contiguous(), right=True)
-    return (below + up_to - 1).double() / 2

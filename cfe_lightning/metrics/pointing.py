@@ -1,7 +1,5 @@
 """The places that an explanation points at, as a map that compares explainers of all kinds, and seeds of one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,9 +4,9 @@ FID (arXiv 1706.08500), KID (arXiv 1801.01401), and the split FID of ACE (arXiv 
 per image, are computed in float64; never compare values across extractors or across N.
 """
 
-from __future__ import annotations
-
 import warnings
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from cfe_lightning.metrics.case import Case, Kept
-from cfe_lightning.metrics.metric import Population, rows
+from cfe_lightning.metrics.metric import rows
 from cfe_lightning.metrics.statistics import Measurement, undefined
 
 #: Largest number of images per side; of more, these are drawn.
@@ -62,60 +62,45 @@ def measure(case: Case) -> dict[str, Tensor]:
 def summarise(kept: Kept) -> dict[str, Measurement]:
     """Measures distances between originals, or held-out images, and edits in the features of every extractor."""
     found: dict[str, Measurement] = {}
-    for name in KEYS:
-        if f"{name}/after" not in kept.features:
-            continue
-        before, after = kept.features[f"{name}/before"], kept.features[f"{name}/after"]
-        # The population, of which a sample bounds the cost.
-        total = len(before)
-        if kept.flipped is not None:
-            before, after = before[kept.flipped], after[kept.flipped]
-        order = torch.randperm(len(before), generator=torch.Generator().manual_seed(kept.seed))[:LARGEST_SAMPLE]
-        reference = kept.reference.get(name)
-        found |= set_distances(name, before[order], after[order], reference, total, kept.population, kept.seed)
+    for name, keys in KEYS.items():
+        if f"{name}/after" in kept.rows["features"]:
+            found |= dict(zip(keys, _distances(name, kept), strict=True))
     return found
 
 
-def set_distances(
-    name: str, before: Tensor, after: Tensor, reference: Tensor | None, total: int, population: Population, seed: int
-) -> dict[str, Measurement]:
-    """Measures FID, its floor, split FID and KID of originals and their edits in features of one extractor, [N, D].
-
-    ``reference`` are features of held-out images for FID and KID to compare with; None takes the originals. The images
-    are the ``population`` of ``total`` explained ones.
-    """
-    # Populations.
-    keys = KEYS[name]
+def _distances(name: str, kept: Kept) -> Sequence[Measurement]:
+    """Measures FID, its floor, split FID and KID in the features of one extractor."""
+    # The population, of which a sample bounds the cost.
+    features, population, seed = kept.rows["features"], kept.population, kept.seed
+    before, after = (features[f"{name}/{when}"][kept.members] for when in ("before", "after"))
+    total = len(features[f"{name}/before"])
     if len(before) < _FEWEST:
-        return dict.fromkeys(keys, undefined(f"fewer than {_FEWEST} counterfactuals", total, population))
-    real, edited = before, after
+        return [undefined(f"fewer than {_FEWEST} counterfactuals", total, population)] * 4
+    order = _shuffled(len(before), seed)[:LARGEST_SAMPLE]
+    before, after = before[order], after[order]
+    real, edited, reference = before, after, kept.rows["reference"].get(name)
     if reference is not None:
         # Both sides get the same size, since the distance depends on it.
         size = min(len(reference), len(after))
         if size < _FEWEST:
-            return dict.fromkeys(keys, undefined(f"fewer than {_FEWEST} images to compare with", total, population))
-        generator = torch.Generator().manual_seed(seed)
-        real = reference[torch.randperm(len(reference), generator=generator)[:size]]
-        edited = after[:size]
+            return [undefined(f"fewer than {_FEWEST} images to compare with", total, population)] * 4
+        real, edited = reference[_shuffled(len(reference), seed)[:size]], after[:size]
 
-    # Split FID and KID have a spread, FID and its floor have none.
-    def measured(value: float, low: float | None = None, high: float | None = None, used: int = 0) -> Measurement:
-        n_used = used or len(edited)
-        return Measurement(
-            status="ok", value=value, low=low, high=high, n_used=n_used, n_total=total, population=population
-        )
-
-    # Distances.
+    # Split FID and KID have a spread. Split FID compares edits with other originals, never with held-out images.
+    measured = partial(Measurement, n_total=total, population=population)
     splits = split_fid(before, after, seed=seed)
     mean, deviation = kid(real, edited, seed)
-    values = (
-        measured(fid(real, edited)),
-        measured(fid_floor(real, seed)),
-        # Split FID always compares edits with other originals.
-        measured(float(splits.mean()), float(splits.min()), float(splits.max()), used=len(before)),
-        measured(mean, mean - deviation, mean + deviation) if deviation else measured(mean),
+    low, high = (mean - deviation, mean + deviation) if deviation else (None, None)
+    return (
+        measured(value=fid(real, edited), n_used=len(edited)),
+        measured(value=fid_floor(real, seed), n_used=len(edited)),
+        measured(value=float(splits.mean()), low=float(splits.min()), high=float(splits.max()), n_used=len(before)),
+        measured(value=mean, low=low, high=high, n_used=len(edited)),
     )
-    return dict(zip(keys, values, strict=True))
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class _Given(nn.Module):
@@ -156,21 +141,17 @@ def split_fid(
     """
     if len(real) != len(edited) or len(real) < _FEWEST:
         raise ValueError(f"A split needs at least four images and their edits, got {len(real)} and {len(edited)}.")
-    # Random halves.
     if halves is None:
         generator = torch.Generator().manual_seed(seed)
-        order = torch.stack([torch.randperm(len(real), generator=generator) for _ in range(repeats)])
-        halves = order < len(real) // 2
+        halves = torch.stack([torch.randperm(len(real), generator=generator) for _ in range(repeats)]) < len(real) // 2
     # Either half's originals with the other half's edits.
-    values = [
-        (fid(real[first], edited[~first]) + fid(real[~first], edited[first])) / 2 for first in halves.to(real.device)
-    ]
-    return torch.tensor(values, dtype=torch.float64)
+    sums = [fid(real[one], edited[~one]) + fid(real[~one], edited[one]) for one in halves.to(real.device)]
+    return torch.tensor(sums, dtype=torch.float64) / 2
 
 
 def fid_floor(real: Tensor, seed: int = 0) -> float:
     """Computes the Frechet distance between two random halves of the originals: no honest method is below it."""
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)).to(real.device)
+    order = _shuffled(len(real), seed).to(real.device)
     half = len(real) // 2
     return fid(real[order[:half]], real[order[half : 2 * half]])
 
@@ -189,9 +170,8 @@ def kid(real: Tensor, edited: Tensor, seed: int = 0) -> tuple[float, float]:
         torch.manual_seed(seed)
         # All images form only one subset.
         subsets = 1 if size == len(real) == len(edited) else _KID_SUBSETS
-        metric = KernelInceptionDistance(
-            feature=_Given(real.shape[1]), subsets=subsets, subset_size=size, normalize=True
-        )
+        given = _Given(real.shape[1])
+        metric = KernelInceptionDistance(feature=given, subsets=subsets, subset_size=size, normalize=True)
         metric.update(real.double().cpu(), real=True)
         metric.update(edited.double().cpu(), real=False)
         mean, deviation = metric.compute()

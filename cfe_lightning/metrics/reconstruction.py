@@ -4,8 +4,6 @@ Where rendering alone changes the decision, a counterfactual explains the autoen
 [B, C, H, W] in [-1, 1]; a rendering may overshoot the range and is judged as it is, as in the training loop.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -34,10 +32,7 @@ def measure(case: Case) -> dict[str, Tensor]:
     """Measures the rendering of a batch, [B] by metric key."""
     rendering = case.explanation.parts["reconstruction"]
     # The classifier's decision, then the pixels.
-    found = {
-        "recon_flip": flipped_any(case.logits, case.judge(rendering)),
-        "psnr": psnr(case.image, rendering),
-    }
+    found = {"recon_flip": flipped_any(case.logits, case.judge(rendering)), "psnr": psnr(case.image, rendering)}
     if min(case.image.shape[-2:]) >= SSIM_MIN_SIZE:
         found["ssim"] = ssim(case.image, rendering)
     return found

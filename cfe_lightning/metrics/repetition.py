@@ -4,8 +4,6 @@ Composition and reversibility follow Monteiro et al. (arXiv 2303.01274), diversi
 random weights follow Adebayo et al. (arXiv 1810.03292). Images [B, C, H, W] in [-1, 1]; one value per image, [B].
 """
 
-from __future__ import annotations
-
 import copy
 from itertools import combinations
 
@@ -50,11 +48,10 @@ sanity_all   higher  [0, 2]  as sanity_head, all layers random
 
 def measure_cycles(case: Case) -> dict[str, Tensor]:
     """Asks for no change ten times in a row, and for the way back, [B] by metric key."""
-    found: dict[str, Tensor] = {}
-
     # Composition.
-    current = case.image
+    found: dict[str, Tensor] = {}
     distances: list[Tensor] = []
+    current = case.image
     while len(distances) < 10 and (answer := case.explainer.explain(current, case.source).counterfactual) is not None:
         current = answer.clamp(-1, 1)
         distances.append(l1(case.image, current))
@@ -127,13 +124,11 @@ def forgetful(explainer: Explainer, part: str, seed: int = 0) -> Explainer | Non
     forgotten = False
     # All classifiers within the copy get the same weights: a baseline asks a copy of its own.
     for classifier in (module for module in _modules(twin) if isinstance(module, FrozenClassifier)):
-        head = classifier.spec.head
-        if part == "head" and head is None:
-            continue
-        forgetting = classifier.network.get_submodule(head) if part == "head" and head else classifier.network
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            forgotten |= _forget(forgetting)
+        layer = classifier.spec.head if part == "head" else ""
+        if layer is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                forgotten |= _forget(classifier.network.get_submodule(layer))
     return twin if forgotten else None
 
 

@@ -3,8 +3,6 @@
 Images [B, C, H, W] in [-1, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,6 +15,9 @@ from cfe_lightning.decisions import decides_for
 from cfe_lightning.metrics.case import Case, Kept
 from cfe_lightning.metrics.metric import rows
 from cfe_lightning.metrics.statistics import Measurement
+
+#: Keys of the metrics in the order of ``TRANSFORMATIONS``.
+_KEYS = ("robust_flip_quant8", "robust_flip_jpeg90", "robust_flip_blur1", "robust_flip_down_up")
 
 METRICS = rows("""
 needs: counterfactual
@@ -35,28 +36,21 @@ transfer_flip        transfer  higher  [0, 1]  second
 def measure(case: Case) -> dict[str, Tensor]:
     """Measures the robustness of flips, [B] by metric key; NaN where the image's own decision does not survive."""
     # Mild transformations.
-    survived = survives(case.judge, case.image, case.shown, case.source, case.target)
-    found = {name: torch.where(kept, hit.float(), torch.nan) for name, (kept, hit) in survived.items()}
-    measured = {
-        "robust_flip_quant8": found["quant8"],
-        "robust_flip_jpeg90": found["jpeg90"],
-        "robust_flip_blur1": found["blur1"],
-        "robust_flip_down_up": found["down_up"],
-    }
+    survived = survives(case.judge, case.image, case.shown, case.source, case.target).values()
+    found = {key: torch.where(kept, hit.float(), torch.nan) for key, (kept, hit) in zip(_KEYS, survived, strict=True)}
 
     # A second classifier.
     second = case.measures.second
     if second is not None:
         agreed, told = decides_for(second(case.image), case.source), decides_for(second(case.shown), case.target)
-        measured["transfer_flip"] = torch.where(agreed, told.float(), torch.nan)
-    return measured
+        found["transfer_flip"] = torch.where(agreed, told.float(), torch.nan)
+    return found
 
 
 def summarise(kept: Kept) -> dict[str, Measurement]:
     """Takes the least of all transformations as ``robust_flip``."""
     # Transformations that no image survives have no rate.
-    keys = ("robust_flip_quant8", "robust_flip_jpeg90", "robust_flip_blur1", "robust_flip_down_up")
-    found = [kept.means[key] for key in keys if key in kept.means and kept.means[key].value is not None]
+    found = [kept.means[key] for key in _KEYS if key in kept.means and kept.means[key].value is not None]
     return {"robust_flip": min(found, key=lambda one: one.value or 0.0)} if found else {}
 
 
@@ -83,17 +77,13 @@ def blur1(image: Tensor) -> Tensor:
 
 def down_up(image: Tensor) -> Tensor:
     """Shrinks images to half the size and enlarges them again."""
-    height, width = image.shape[-2:]
-    small = F.interpolate(
-        image, size=(max(1, height // 2), max(1, width // 2)), mode="bilinear", antialias=True, align_corners=False
-    )
-    return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+    half = [max(1, side // 2) for side in image.shape[-2:]]
+    small = F.interpolate(image, size=half, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(small, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
 
 #: Mild transformations by the names in the metrics' keys.
-TRANSFORMATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    transformation.__name__: transformation for transformation in (quant8, jpeg90, blur1, down_up)
-}
+TRANSFORMATIONS: dict[str, Callable[[Tensor], Tensor]] = {one.__name__: one for one in (quant8, jpeg90, blur1, down_up)}
 
 
 @torch.no_grad()

@@ -5,8 +5,6 @@ FS and FVA are of ACE (arXiv 2303.09962), from embeddings of a face network; S3 
 weights, and is not comparable with published LPIPS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

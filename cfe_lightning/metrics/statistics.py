@@ -4,9 +4,8 @@ A per-image tensor marks an image on which its metric is undefined with NaN. Suc
 and a ``Measurement`` holds a finite value or says why not.
 """
 
-from __future__ import annotations
-
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +39,7 @@ class Measurement:
         ValueError: If an ``ok`` value is not finite, or any other status gives no reason.
     """
 
-    status: Status
+    status: Status = "ok"
     value: float | None = None
     low: float | None = None
     high: float | None = None
@@ -130,22 +129,17 @@ def summarise(
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
     """
-    # Rates.
-    populations = populations or {}
-    result: dict[str, Measurement] = {}
-    floats: dict[str, Tensor] = {}
-    for name, values in per_image.items():
-        if values.dtype == torch.bool:
-            result[name] = _rate(values, populations.get(name, "all"))
-        else:
-            floats[name] = values.double()
-    # Means, from the same draws of images.
+    # Rates, then means from the same draws of images.
+    population = defaultdict(lambda: "all", populations or {})
+    rates = {name: _rate(values, population[name]) for name, values in per_image.items() if values.dtype == torch.bool}
+    floats = {name: values.double() for name, values in per_image.items() if name not in rates}
+    means = {}
     if floats:
         matrix = torch.stack(list(floats.values()), dim=1)
         samples = bootstrap_means(matrix, resamples, seed)
-        for index, name in enumerate(floats):
-            result[name] = _mean(matrix[:, index], samples[:, index], populations.get(name, "all"))
-    return {name: result[name] for name in per_image}
+        columns = zip(floats, matrix.T, samples.T, strict=True)
+        means = {name: _mean(values, drawn, population[name]) for name, values, drawn in columns}
+    return {name: (rates | means)[name] for name in per_image}
 
 
 def _rate(hits: Tensor, population: str) -> Measurement:
@@ -153,8 +147,7 @@ def _rate(hits: Tensor, population: str) -> Measurement:
     if total == 0:
         return undefined(_nothing_left(population), 0, population)
     low, high = wilson(successes, total)
-    value = successes / total
-    return Measurement(status="ok", value=value, low=low, high=high, n_used=total, n_total=total, population=population)
+    return Measurement(value=successes / total, low=low, high=high, n_used=total, n_total=total, population=population)
 
 
 def _mean(values: Tensor, samples: Tensor, population: str) -> Measurement:
@@ -166,18 +159,11 @@ def _mean(values: Tensor, samples: Tensor, population: str) -> Measurement:
         return undefined("an image has an infinite value", len(values), population)
     # One image says nothing about the spread between images.
     low, high = interval(samples) if len(defined) > 1 else (None, None)
-    return Measurement(
-        status="ok", value=value, low=low, high=high, n_used=len(defined), n_total=len(values), population=population
-    )
+    return Measurement(value=value, low=low, high=high, n_used=len(defined), n_total=len(values), population=population)
 
 
 def statistic(
-    per_image: Tensor,
-    function: Callable[[Tensor], Tensor],
-    why_undefined: str,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    per_image: Tensor, function: Callable[[Tensor], Tensor], why_undefined: str, *, resamples: int = 1000, seed: int = 0
 ) -> Measurement:
     """Computes a function of the mean over images, such as the area under an accuracy curve, with a bootstrap interval.
 
@@ -193,10 +179,10 @@ def statistic(
     value = float(function(per_image.double().mean(dim=0)))
     if not math.isfinite(value):
         return undefined(why_undefined, num_images)
-    low, high = (None, None)
+    low = high = None
     if num_images > 1:
         low, high = interval(function(bootstrap_means(per_image.double(), resamples, seed)))
-    return Measurement(status="ok", value=value, low=low, high=high, n_used=num_images, n_total=num_images)
+    return Measurement(value=value, low=low, high=high, n_used=num_images, n_total=num_images)
 
 
 def _nothing_left(population: str) -> str:

@@ -1,7 +1,5 @@
 """The atlas of directions as the page shows it: texts, places and plots from ``atlas.json``; needs no torch."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -20,13 +18,12 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 38.0, 14.0, 292.0, 100.0
 
 
 def read_atlas(path: Path) -> dict[str, Any] | None:
-    """Returns what the template shows of an atlas that ``write_atlas`` wrote.
+    """Returns what the template shows of an atlas that ``write_atlas`` wrote; None where there is no such file.
+
+    Every direction has the ``address`` of its picture.
 
     Args:
         path: The file ``atlas.json``.
-
-    Returns:
-        The atlas, or None where there is no such file. Every direction has the ``address`` of its picture.
 
     Raises:
         ValueError: If the file is no atlas.
@@ -70,8 +67,11 @@ def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[
     # Texts and places.
     longest, step = max(width, height), finite(direction["step"])
     pixelated = longest // enlarged <= _PIXELATED
-    trim = 0.0 if pixelated else 0.01  # a smoothly scaled cell would show its neighbours' edges
-    shown = _shown(longest // enlarged)
+    # The longest side on the page: a whole multiple of the image's where that comes near enough.
+    whole = longest // enlarged * (_CELL // (longest // enlarged))
+    shown = whole if whole >= 0.75 * _CELL else _CELL
+    # A smoothly scaled cell would show its neighbours' edges.
+    trim = 0.0 if pixelated else 0.01
     return {
         "id": identifier,
         "name": text(direction["name"]),
@@ -87,18 +87,12 @@ def _direction(direction: dict[str, Any], target: str, identifier: str) -> dict[
         "rows": [
             [
                 _cell(_box(column, row, width, height, trim), strengths[column], probability, target)
-                for column, probability in enumerate(row_probabilities)
+                for column, probability in enumerate(shares)
             ]
-            for row, row_probabilities in enumerate(probabilities)
+            for row, shares in enumerate(probabilities)
         ],
         "numbers": _numbers(direction),
     }
-
-
-def _shown(longest: int) -> int:
-    """Returns the length of a picture's longest side on the page: a whole multiple where that comes near enough."""
-    whole = longest * (_CELL // longest)
-    return whole if whole >= 0.75 * _CELL else _CELL
 
 
 def _box(column: int, row: int, width: int, height: int, trim: float) -> str:
@@ -124,14 +118,14 @@ def _head(strength: float, step: float) -> dict[str, Any]:
 
 def _numbers(direction: dict[str, Any]) -> list[dict[str, str]]:
     """Returns the line of numbers of one direction."""
-    shares = {key: percent(finite(direction[key])) for key in ("flipped", "newly")}
+    flipped, newly = (percent(finite(direction[key])) for key in ("flipped", "newly"))
     mean_change = f"{finite(direction['mean_change']):+.2f}".replace("-", "−")
     step, length = f"{signed(finite(direction['step']))} SD", f"length {finite(direction['degree']):.3g}"
     texts = [
         ("Step", step, length, "how far the images were moved to measure what follows"),
         ("Mean logit change", mean_change, "", "of the target's margin"),
-        ("Flips alone", shares["flipped"], "", "share of the images that it turns into the target"),
-        ("Adds", shares["newly"], "", "share that it flips and no direction before it does"),
+        ("Flips alone", flipped, "", "share of the images that it turns into the target"),
+        ("Adds", newly, "", "share that it flips and no direction before it does"),
         ("Pixel change", f"{finite(direction['change']):.3g}", "", "mean absolute change of a pixel, range 0 to 1"),
     ]
     if direction["inside"] is not None:
@@ -177,19 +171,11 @@ def _ranks(newly: Sequence[float]) -> list[dict[str, str]]:
     bars, before = [], 0.0
     for rank, share in enumerate(newly):
         middle, together = _LEFT + slot * (rank + 0.5), before + share
-        bars.append(
-            {
-                "x": f"{middle - width / 2:.1f}",
-                "middle": f"{middle:.1f}",
-                "width": f"{width:.1f}",
-                "top": f"{_up(together):.1f}",
-                "added": f"{_up(before) - _up(together):.1f}",
-                "between": f"{_up(before):.1f}",
-                "below": f"{_BOTTOM - _up(before):.1f}",
-                "text": percent(together, 0) if len(newly) <= 8 else "",
-                "label": f"rank {rank + 1}: {percent(together)} together, {percent(share)} of them added",
-            }
-        )
+        bar = {"x": middle - width / 2, "middle": middle, "width": width, "top": _up(together)}
+        bar |= {"added": _up(before) - _up(together), "between": _up(before), "below": _BOTTOM - _up(before)}
+        label = f"rank {rank + 1}: {percent(together)} together, {percent(share)} of them added"
+        texts = {"text": percent(together, 0) if len(newly) <= 8 else "", "label": label}
+        bars.append({name: f"{place:.1f}" for name, place in bar.items()} | texts)
         before = together
     return bars
 

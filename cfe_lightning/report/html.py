@@ -3,8 +3,6 @@
 Templates escape whatever comes from files, and a content security policy lets nothing else run or load.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ def write_page(
     script: str | None = None,
     **values: Any,
 ) -> Path:
-    """Writes a page from a template; it appears whole or not at all.
+    """Writes a page from a template, whole or not at all, and returns its path.
 
     Args:
         path: The file to write.
@@ -40,9 +38,6 @@ def write_page(
         more_style: CSS rules after all style sheets.
         script: Name of the only script, as room and file; None forbids scripts.
         values: Values of the template's names; iterators are read while the page is written.
-
-    Returns:
-        The path.
     """
     style = "".join(map(_asset, (_SHARED_STYLE, *styles))) + more_style
     code = None if script is None else _asset(script)
@@ -56,10 +51,8 @@ def write_page(
 def content_policy(style: str, script: str | None = None) -> str:
     """Returns a content security policy that allows one style, one script, and pictures of the page's own place."""
     allowed = {"style-src": style} | ({} if script is None else {"script-src": script})
-    hashes = "; ".join(
-        f"{kind} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for kind, text in sorted(allowed.items())
-    )
+    digests = {kind: hashlib.sha256(text.encode()).digest() for kind, text in sorted(allowed.items())}
+    hashes = "; ".join(f"{kind} 'sha256-{base64.b64encode(code).decode()}'" for kind, code in digests.items())
     return f"default-src 'none'; {hashes}; img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
 
 

@@ -1,7 +1,5 @@
 """The global view of a folder as the page shows it: texts and places from ``global.json``; needs no torch."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,12 @@ from cfe_lightning.explaining.values import finite, read_described, short_percen
 
 
 def read_overview(path: Path) -> dict[str, Any] | None:
-    """Returns what the template shows of a global view that ``write_overview`` wrote.
+    """Returns what the template shows of a global view that ``write_overview`` wrote; None where there is no such file.
+
+    Names of examples are as in the manifest.
 
     Args:
         path: The file ``global.json``.
-
-    Returns:
-        The view, or None where there is no such file. Names of examples are as in the manifest.
 
     Raises:
         ValueError: If the file is no global view.
@@ -92,24 +89,17 @@ def _place(pair: dict[str, Any]) -> dict[str, str] | None:
     if where is None:
         return None
     value = text(where) if share is None else f"{short_percent(finite(share))} {place(text(where))}"
-    return {
-        "title": "Where",
-        "value": value,
-        "detail": "",
-        "note": "the ninth of the picture, or of the slices of a montage, that holds most of the change",
-    }
+    note = "the ninth of the picture, or of the slices of a montage, that holds most of the change"
+    return {"title": "Where", "value": value, "detail": "", "note": note}
 
 
 def _border(share: float, area: float) -> dict[str, str]:
     inside = (1 - share) / (1 - area)
     ratio = share / area / inside if inside > 0 else math.inf
     times = "no change inside" if inside <= 0 else f"{_times(ratio)}× as strong as inside"
-    return {
-        "title": "Near the border",
-        "value": short_percent(share),
-        "detail": f"of the change, on {short_percent(area)} of the area: {times}",
-        "note": "within an eighth of the edge",
-    }
+    detail = f"of the change, on {short_percent(area)} of the area: {times}"
+    note = "within an eighth of the edge"
+    return {"title": "Near the border", "value": short_percent(share), "detail": detail, "note": note}
 
 
 def _times(ratio: float) -> str:

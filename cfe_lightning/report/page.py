@@ -1,7 +1,5 @@
 """The page that shows a folder of explanations: one HTML file that opens without a network, made without torch."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -32,15 +30,12 @@ _WIDEST_WEBP = 16_383
 
 
 def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
-    """Writes ``report.html`` from the manifest, the summary and the pictures of an output folder.
+    """Writes ``report.html`` from the manifest, the summary and the pictures of an output folder; returns its path.
 
     Args:
         output: A folder that ``explain.py`` wrote.
         embedded_bytes: Bytes of pictures that the page holds itself and shows without the folder. The global view
             takes up to a quarter of it, an atlas up to half of the rest.
-
-    Returns:
-        The page.
 
     Raises:
         FileNotFoundError: If the folder holds no manifest or no summary.
@@ -61,11 +56,12 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         embedded_bytes -= _embed(_whole_places(whole), output, embedded_bytes // 4)
     atlas = read_atlas(output / ATLAS.file)
     if atlas is not None:
-        directions = [direction for pair in atlas["pairs"] for direction in pair["directions"]]
+        directions = (direction for pair in atlas["pairs"] for direction in pair["directions"])
         places = ((one, "address", one["file"], one["table"], one["enlarged"]) for one in directions)
         embedded_bytes -= _embed(places, output, embedded_bytes // 2)
 
     # Page.
+    method = str(summary["method"]).rpartition(".")[2]
     return write_page(
         output / "report.html",
         "report/report.html.j2",
@@ -74,22 +70,18 @@ def write_html(output: Path, embedded_bytes: int = EMBEDDED_BYTES) -> Path:
         whole=whole,
         atlas=atlas,
         tiles=_tiles(summary),
-        method=_method(summary),
+        # Readers know a method by its class, but a baseline by its name on the command line.
+        method=summary["untrained"] if method == "Baseline" else method,
         page=_json({"classes": summary["classes"], "files": files, "size": summary["image_size"]}),
         rows=_rows(folder, files, embedded_bytes),
     )
 
 
-def _method(summary: dict[str, Any]) -> str:
-    """Returns the method's name as a reader knows it: a class, or a baseline by its name on the command line."""
-    kind = str(summary["method"]).rpartition(".")[2]
-    return str(summary["untrained"]) if kind == "Baseline" else kind
-
-
 def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the numbers on top of the page."""
-    seconds = summary["s_per_image"]
-    time = _duration(seconds["median"]) if "median" in seconds else "–"
+    median, time = summary["s_per_image"].get("median"), "–"
+    if median is not None:
+        time = f"{median:.3g} s" if median >= 0.1 else f"{1000 * median:.3g} ms"
     return [
         _rate("Flip rate", summary["flip_rate"]),
         _rate("Flip rate, saved pixels", summary["flip_rate_saved"]),
@@ -99,21 +91,13 @@ def _tiles(summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
-
-
 def _rate(title: str, rate: dict[str, Any]) -> dict[str, Any]:
     if "value" not in rate:
         return {"title": title, "value": "–", "note": rate["undefined"]}
-    low, high = rate["interval"]
-    flipped = round(rate["value"] * rate["n"])
-    return {
-        "title": title,
-        "value": f"{rate['value']:.1%}",
-        "note": f"{flipped:,} of {rate['n']:,} (95%: {100 * low:.1f}–{high:.1%})",
-        "meter": {"low": 100 * low, "high": 100 * high, "value": 100 * rate["value"]},
-    }
+    (low, high), value = rate["interval"], rate["value"]
+    note = f"{round(value * rate['n']):,} of {rate['n']:,} (95%: {100 * low:.1f}–{high:.1%})"
+    meter = {"low": 100 * low, "high": 100 * high, "value": 100 * value}
+    return {"title": title, "value": f"{value:.1%}", "note": note, "meter": meter}
 
 
 def _measured(title: str, mean: dict[str, Any], form: str, note: str) -> dict[str, Any]:
@@ -162,10 +146,7 @@ def _whole_places(whole: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
 def _embed(places: Iterable[tuple[Any, ...]], output: Path, budget: int) -> int:
     """Replaces addresses of files by data addresses until these have ``budget`` bytes, and returns the bytes used.
 
-    Args:
-        places: Container of an address, its key there, the file, and further arguments of ``_thumbnail``.
-        output: The output folder.
-        budget: Bytes after which addresses stay as they are.
+    Places hold the container of an address, its key there, the file, and further arguments of ``_thumbnail``.
     """
     used = 0
     for holder, key, file, *form in places:
@@ -206,9 +187,8 @@ def _thumbnail(path: Path, cells: tuple[int, int] = (1, 1), enlarged: int = 1) -
 
 def _shrink(picture: Image.Image, columns: int, rows: int) -> Image.Image:
     """Shrinks a table of pictures cell by cell: resizing it as a whole would blend neighbours."""
-    width, height = picture.width // columns, picture.height // rows
-    longest = max(width, height)
-    width, height = (max(1, round(side * THUMBNAIL / longest)) for side in (width, height))
+    cell_size = (picture.width // columns, picture.height // rows)
+    width, height = (max(1, round(side * THUMBNAIL / max(cell_size))) for side in cell_size)
     shrunk = Image.new("RGB", (width * columns, height * rows))
     for row in range(rows):
         top, bottom = (index * picture.height // rows for index in (row, row + 1))

@@ -1,6 +1,4 @@
-"""The exponential moving average of the weights, which checkpoints and validation hold."""
-
-from __future__ import annotations
+"""The exponential moving average of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +27,10 @@ class EMA(WeightAveraging):
         self.decay = decay
 
     def _blend(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        del num_averaged  # a copy on the accelerator: reading it would wait for the device
         assert self._average_model is not None, "EMA averages only during fit"
+        # Not ``num_averaged``, a copy on the accelerator: reading it would wait for the device.
         count = int(self._average_model.n_averaged)
-        weight = 1 - min(self.decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averaged, current, weight)
+        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + count) / (10 + count)))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keeps the counter on the CPU, because it is read after every batch."""

@@ -1,7 +1,5 @@
 """Checkpoint files that survive a kill, and the random state that they hold."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -22,8 +20,8 @@ log = logging.getLogger(__name__)
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints that are whole at any moment: the old one, or the new one.
 
-    A foreign checkpoint may name any file as an older one to be removed; only files in folders that this run has
-    written to are.
+    It removes older checkpoints only from folders that this run has written to, because a foreign checkpoint may name
+    any file as an older one.
     """
 
     def __init__(self) -> None:
@@ -90,17 +88,17 @@ class RandomState(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the state of this process."""
-        if self._loaded is not None and len(self._loaded) == trainer.world_size:
-            _set_random_state(self._loaded[trainer.global_rank])
-        elif trainer.global_rank > 0:
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
-        if self._loaded is not None and len(self._loaded) != trainer.world_size:
-            log.warning(
-                "The checkpoint was written by %d process(es), this run has %d: it goes on with other random numbers.",
-                len(self._loaded),
-                trainer.world_size,
+        loaded, self._loaded = self._loaded, None
+        rank, size = trainer.global_rank, trainer.world_size
+        if loaded is not None and len(loaded) == size:
+            _set_random_state(loaded[rank])
+        elif rank > 0:
+            torch.manual_seed(torch.initial_seed() + rank)
+        if loaded is not None and len(loaded) != size:
+            message = (
+                "The checkpoint was written by %d process(es), this run has %d: it goes on with other random numbers."
             )
-        self._loaded = None
+            log.warning(message, len(loaded), size)
 
     def state_dict(self) -> dict[str, Any]:
         """Gathers the states of all processes as plain data; all processes call it."""
@@ -117,13 +115,13 @@ class RandomState(pl.Callback):
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         # Lists, not NumPy arrays: a checkpoint must load with weights_only.
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "python": [version, list(words), gauss],
     }
 
@@ -132,7 +130,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -1,7 +1,5 @@
 """The log of every run: ``metrics.csv`` with one row per logged step and one column per quantity."""
 
-from __future__ import annotations
-
 import csv
 import io
 from argparse import Namespace
@@ -27,8 +25,7 @@ class CsvLog(Logger):
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         super().__init__()
-        self.path = path
-        self._resume = resume
+        self.path, self._resume = path, resume
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}
         self._row_start = 0
@@ -80,14 +77,12 @@ class CsvLog(Logger):
 
     def _start(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._columns = ["step"]
-        rows: list[dict[str, str]] = []
-        if self._resume and self.path.is_file():
-            known = [row for row in self._read() if int(row["step"]) <= step]
-            self._columns = list(known[0]) if known else self._columns
-            rows = [row for row in known if int(row["step"]) < step]
-            for row in known[len(rows) :]:
-                self._row = {name: value for name, value in row.items() if value} | {"step": step}
+        rows = self._read() if self._resume and self.path.is_file() else []
+        known = [row for row in rows if int(row["step"]) <= step]
+        self._columns = list(known[0]) if known else ["step"]
+        rows = [row for row in known if int(row["step"]) < step]
+        for row in known[len(rows) :]:
+            self._row = {name: value for name, value in row.items() if value} | {"step": step}
         self._write(rows)
 
     def _read(self) -> list[dict[str, str]]:

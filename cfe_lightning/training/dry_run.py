@@ -1,7 +1,5 @@
 """``train.py --dry-run``: predicts the time and memory of a run from a few timed iterations."""
 
-from __future__ import annotations
-
 import math
 import os
 import statistics
@@ -98,14 +96,11 @@ class DryRun(ConfiguredRun):
             run = f"{_duration(epochs * epoch + measured.preparation)} for {epochs:.3g} epochs"
 
         # Rows.
-        images = ", ".join(f"{count:,} {split}" for split, count in measured.images.items())
+        median = f"{statistics.median(measured.seconds):.3g} (median of {len(measured.seconds)})"
         rows = [
-            ("images", images),
+            ("images", ", ".join(f"{count:,} {split}" for split, count in measured.images.items())),
             ("iterations per epoch", f"{iterations:,} of {measured.batch} images"),
-            (
-                "seconds per iteration",
-                f"{statistics.median(measured.seconds):.3g} (median of {len(measured.seconds)}), {seconds:.3g} (mean)",
-            ),
+            ("seconds per iteration", f"{median}, {seconds:.3g} (mean)"),
             ("images per second", f"{measured.batch / seconds:.3g}"),
             ("waiting for data", f"{measured.waiting:.0%} of the time"),
             ("epoch", _duration(epoch) + (f", {_duration(validation)} of it validation" if validation else "")),
@@ -119,8 +114,7 @@ class DryRun(ConfiguredRun):
         return "".join(f"{title:<23}{text}\n" for title, text in rows)
 
     def _advice(self) -> str:
-        measured = self.stopwatch.measured
-        said = []
+        measured, said = self.stopwatch.measured, list[str]()
         if len(measured.seconds) < measured.cycle:
             said.append(
                 f"Only {len(measured.seconds)} of the {measured.cycle} iterations were timed after which every penalty "
@@ -128,7 +122,8 @@ class DryRun(ConfiguredRun):
             )
         if measured.trouble:
             said.append(f"The end of a validation could not be measured: {measured.trouble}")
-        sentence = advice(measured, self.model, self.datamodule, _num_cores())
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        sentence = advice(measured, self.model, self.datamodule, num_cores)
         return "".join(f"{sentence}\n" for sentence in [*said, sentence] if sentence)
 
 
@@ -141,7 +136,7 @@ def validations_per_epoch(val_check_interval: Any, check_val_every_n_epoch: int 
         iterations: Training batches per epoch.
     """
     interval = val_check_interval
-    if check_val_every_n_epoch is None:  # every so many batches, whatever the epochs
+    if check_val_every_n_epoch is None:  # the interval counts batches over all epochs
         return iterations / interval
     if isinstance(interval, float):
         interval = max(int(iterations * interval), 1)
@@ -208,14 +203,7 @@ def advice(measured: Measured, model: pl.LightningModule, data: ImageData, num_c
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    for unit, length, largest in (("min", 60, 90), ("h", 3600, 48)):
+    for unit, length, largest in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if seconds < length * largest:
             return f"{seconds / length:.2g} {unit}"
     return f"{seconds / 86400:.3g} days"
-
-
-def _num_cores() -> int:
-    """Returns the cores that this process may use, as far as the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,5 @@
 """Finds configs by name, the folder ``<output>/<run>`` of a run, and the checkpoint to resume."""
 
-from __future__ import annotations
-
 import difflib
 import shutil
 from collections.abc import Sequence
@@ -62,9 +60,9 @@ def find_configs(names: Sequence[str]) -> list[Path]:
     folders = list(dict.fromkeys([Path("configs").resolve(), _SHIPPED]))
     known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
     if not names:
-        raise ValueError(
-            f"No config is named: give --config FILE; in configs/ there are: {', '.join(known) or 'none'}."
-        )
+        listed = ", ".join(known) or "none"
+        raise ValueError(f"No config is named: give --config FILE; in configs/ there are: {listed}.")
+    # Configs as named, from the first place that has them.
     paths = []
     for name in names:
         found = [path for path in (Path(name), *(folder / name for folder in folders)) if path.is_file()]

@@ -1,7 +1,5 @@
 """``last.ckpt``, from which a killed or stopped run continues bit for bit."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from pathlib import Path, PurePath
@@ -12,20 +10,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from cfe_lightning.compute.processes import all_reduce_max
 from cfe_lightning.compute.signals import StopRequested, StopSignals, name_of
-from cfe_lightning.training.lightning_inside import (
-    accumulates,
-    count_finished_only,
-    failed_in_fetching,
-    finished_batches,
-    forget_children,
-    is_last_batch,
-    is_to_validate,
-    kill_children,
-    leave_finished_epoch,
-    set_step_limit,
-    silence_signals,
-    step_limit,
-)
+from cfe_lightning.training import lightning_inside as inside
+from cfe_lightning.training.lightning_inside import finished_batches, forget_children, kill_children, set_step_limit
 
 #: The reason to stop beside the signals, more urgent than any of them.
 _READING_FAILED = 1000
@@ -55,20 +41,18 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_batches: int | None = None, dirpath: str | None = None) -> None:
         if every_n_batches is not None and every_n_batches < 1:
             raise ValueError(f"every_n_batches must be positive or null, got {every_n_batches}.")
-        self.every_n_batches = every_n_batches
-        self.dirpath = dirpath
+        self.every_n_batches, self.dirpath = every_n_batches, dirpath
         self._signals = StopSignals("stopping after this batch and saving last.ckpt (Ctrl-C again: without it)")
         self._child_handler: Any = None
-        self._saved: int | None = None
-        self._between = False
-        self._agreed = False
+        self._between = self._agreed = False
         self._planned: BaseException | None = None
+        self._saved: int | None = None
         self._last_step: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listens to signals until the run ends, in Lightning's place."""
         if stage == "fit":
-            silence_signals(trainer)
+            inside.silence_signals(trainer)
             self._agreed, self._planned, self._last_step = False, None, None
             self._signals.__enter__()
 
@@ -76,11 +60,9 @@ class LastCheckpoint(Checkpoint):
         """Remembers whether the run is resumed from ``last.ckpt`` itself."""
         resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path(trainer).resolve()
         self._saved = finished_batches(trainer) if resumed else None
-        leave_finished_epoch(trainer)
+        inside.leave_finished_epoch(trainer)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Saves on schedule and stops on request; the batch at hand is not finished."""
         self._signals.patient = True
         self._notice_dead_loaders_late()
@@ -94,16 +76,14 @@ class LastCheckpoint(Checkpoint):
                 set_step_limit(trainer, self._last_step)
             self._stop_or_save(trainer, due=True)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Stops on request; everything was saved before this validation."""
         if not trainer.sanity_checking:
             self._stop_or_save(trainer, due=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves again, so that the validation is not repeated; the end of an epoch saves right afterwards anyway."""
-        if not trainer.sanity_checking and not is_last_batch(trainer):
+        if not trainer.sanity_checking and not inside.is_last_batch(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -123,7 +103,7 @@ class LastCheckpoint(Checkpoint):
         try:
             if exception is self._planned:
                 forget_children(trainer)  # they end by themselves, after the same batch
-            elif self._signals.patient and not self._agreed and failed_in_fetching(exception):
+            elif self._signals.patient and not self._agreed and inside.failed_in_fetching(exception):
                 self._stop_unread(trainer, exception)
             else:
                 kill_children(trainer)
@@ -134,7 +114,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Makes every checkpoint, also those of ``ModelCheckpoint``, count finished batches and validations only."""
-        count_finished_only(checkpoint, between=self._between, validating=bool(trainer.validating))
+        inside.count_finished_only(checkpoint, between=self._between, validating=bool(trainer.validating))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -147,8 +127,8 @@ class LastCheckpoint(Checkpoint):
                 _find_again(state, Path(callback.dirpath))
 
         # Lightning would leave out the validation that is still to come.
-        limit = step_limit(trainer)
-        if 0 < limit <= checkpoint["global_step"] and is_to_validate(checkpoint):
+        limit = inside.step_limit(trainer)
+        if 0 < limit <= checkpoint["global_step"] and inside.is_to_validate(checkpoint):
             self._last_step = limit
             set_step_limit(trainer, checkpoint["global_step"] + 1)
 
@@ -174,7 +154,7 @@ class LastCheckpoint(Checkpoint):
 
     def _stop_or_save(self, trainer: pl.Trainer, *, due: bool) -> None:
         reason = self._agree(trainer, self._signals.received)
-        if reason not in (0, _READING_FAILED) and accumulates(trainer):
+        if reason not in (0, _READING_FAILED) and inside.accumulates(trainer):
             self._agreed = False
             return
         if due or reason:
@@ -205,7 +185,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save_between(self, trainer: pl.Trainer) -> None:
         """Saves the state after the last finished batch, unless ``last.ckpt`` holds it."""
-        if not accumulates(trainer) and finished_batches(trainer) not in (0, self._saved):
+        if not inside.accumulates(trainer) and finished_batches(trainer) not in (0, self._saved):
             self._between = True
             try:
                 self._save(trainer)

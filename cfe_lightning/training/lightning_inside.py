@@ -3,9 +3,8 @@
 A release of Lightning that moves one of these parts fails here and in ``tests/training/test_lightning_inside.py``.
 """
 
-from __future__ import annotations
-
 import subprocess
+import traceback
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,8 +32,7 @@ def silence_signals(trainer: pl.Trainer) -> None:
 
 def kill_children(trainer: pl.Trainer) -> None:
     """Kills the processes that a failing trainer has started: they could wait for it forever."""
-    children = forget_children(trainer)
-    for child in children:
+    for child in (children := forget_children(trainer)):
         child.kill()
     for child in children:
         if isinstance(child, subprocess.Popen):
@@ -74,7 +72,7 @@ def accumulates(trainer: pl.Trainer) -> bool:
     if trainer.validating and is_last_batch(trainer):
         return False  # Lightning steps after the last batch in any case
     processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-    return bool(processed % trainer.accumulate_grad_batches != 0)
+    return bool(processed % trainer.accumulate_grad_batches)
 
 
 def forget_batch_metrics(trainer: pl.Trainer) -> None:
@@ -88,9 +86,7 @@ def forget_batch_metrics(trainer: pl.Trainer) -> None:
 def failed_in_fetching(error: BaseException) -> bool:
     """Tells whether an exception comes from reading a batch, between two batches."""
     trace = error.__traceback__ if isinstance(error, Exception) else None
-    while trace is not None and trace.tb_frame.f_code not in _FETCHING:
-        trace = trace.tb_next
-    return trace is not None
+    return any(frame.f_code in _FETCHING for frame, _ in traceback.walk_tb(trace))
 
 
 def count_finished_only(checkpoint: dict[str, Any], *, between: bool, validating: bool) -> None:

@@ -1,7 +1,5 @@
 """Checks a checkpoint before a training is resumed from it."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,15 +15,8 @@ log = logging.getLogger(__name__)
 #: Keys under which ModelCheckpoint stores the files that it has written and removes later.
 _KEPT_FILES = frozenset({"best_k_models", "kth_best_model_path", "last_model_path"})
 #: Parts of a checkpoint that a resumed training needs.
-_PARTS = {
-    "state_dict": dict,
-    "epoch": int,
-    "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-}
+_PARTS = {"state_dict": dict, "epoch": int, "global_step": int, "loops": dict, "callbacks": dict}
+_PARTS |= {"optimizer_states": list, "lr_schedulers": list}
 
 
 class Begun(pl.Callback):
@@ -34,9 +25,7 @@ class Begun(pl.Callback):
     def __init__(self) -> None:
         self._begun = False
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Notes that everything has been restored."""
         self._begun = True
 
@@ -64,7 +53,7 @@ def load_training(path: Path) -> dict[str, Any]:
 
 def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
     """Tells for each part of a checkpoint whether its content is as expected."""
-    # Parts.
+    # The parts.
     explainer = checkpoint.get("explainer", {"class_path": ""})
     weights = [checkpoint["state_dict"], checkpoint.get("current_model_state") or {}]
     fit_loop = checkpoint["loops"].get("fit_loop")
@@ -74,9 +63,7 @@ def _contents(checkpoint: dict[str, Any]) -> dict[str, bool]:
     # Their content.
     return {
         "explainer": isinstance(explainer, dict) and isinstance(explainer.get("class_path"), str),
-        "state_dict": all(
-            has_names(state) and all(isinstance(value, Tensor) for value in state.values()) for state in weights
-        ),
+        "state_dict": all(has_names(state) and _are_tensors(state) for state in weights),
         "hyper_parameters": has_names(checkpoint.get("hyper_parameters", {})),
         "epoch": checkpoint["epoch"] >= 0,
         "global_step": checkpoint["global_step"] >= 0,
@@ -100,15 +87,17 @@ def _names_own_files(state: dict[str, Any]) -> bool:
     if not (isinstance(folder, str) and isinstance(state.get("best_model_path"), str) and has_names(scores)):
         return False
     paths = [*scores, state.get("kth_best_model_path", ""), state.get("last_model_path", "")]
-    return all(isinstance(score, Tensor) for score in scores.values()) and all(
-        isinstance(path, str) and (path == "" or _is_below(path, folder)) for path in paths
-    )
+    own = (isinstance(path, str) and (path == "" or _is_below(path, folder)) for path in paths)
+    return _are_tensors(scores) and all(own)
+
+
+def _are_tensors(state: dict[str, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in state.values())
 
 
 def _is_below(path: str, folder: str) -> bool:
-    if "://" in path or not PurePath(path).is_relative_to(folder):
-        return False
-    return ".." not in PurePath(path).relative_to(folder).parts
+    below = "://" not in path and PurePath(path).is_relative_to(folder)
+    return below and ".." not in PurePath(path).relative_to(folder).parts
 
 
 def not_resumable(path: Path, error: Exception) -> str:
@@ -139,10 +128,9 @@ def check_checkpoint(explainer: ExplainerModule, checkpoint: dict[str, Any], pat
         )
 
     # Weights.
-    weights = checkpoint.get("current_model_state") or checkpoint["state_dict"]
-    ours = explainer.state_dict()
-    differing = {name for name in weights.keys() | ours.keys() if _shape(weights, name) != _shape(ours, name)}
-    if differing:
+    weights = (checkpoint.get("current_model_state") or checkpoint["state_dict"], explainer.state_dict())
+    theirs, ours = ({(name, value.shape) for name, value in state.items()} for state in weights)
+    if differing := {name for name, _ in theirs ^ ours}:
         raise ValueError(
             f"{path} cannot be resumed with this config: {len(differing)} weights differ in name or shape, for example "
             f"{min(differing)}; use the run's own config.yaml, or start a new run without --resume."
@@ -161,7 +149,3 @@ def _differ(before: Any, now: Any) -> bool:
         return bool(before != now)
     except (TypeError, ValueError, RuntimeError):
         return True
-
-
-def _shape(weights: dict[str, Any], name: str) -> list[int] | None:
-    return list(weights[name].shape) if name in weights else None

@@ -1,7 +1,5 @@
 """A training run built from YAML: LightningCLI used narrowly, with the defaults of every run."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from argparse import ArgumentError
@@ -62,8 +60,7 @@ class ConfiguredRun(LightningCLI):
         _quiet()
         for path in configs:
             load_config(path)
-        self.folder = folder
-        self.checkpoint_path = checkpoint_path
+        self.folder, self.checkpoint_path = folder, checkpoint_path
         self.checkpoint: dict[str, Any] = load_training(checkpoint_path) if checkpoint_path else {}
         self.continues = checkpoint_path is not None and checkpoint_path.resolve().parent == folder.resolve()
 
@@ -149,11 +146,9 @@ class ConfiguredRun(LightningCLI):
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
+        loggers = [logger for logger in loggers if logger and not isinstance(logger, bool)]
         ours: dict[str, Any] = {
-            "logger": [
-                *(logger for logger in loggers if logger and not isinstance(logger, bool)),
-                CsvLog(self.folder / "metrics.csv", resume=self.continues),
-            ],
+            "logger": [*loggers, CsvLog(self.folder / "metrics.csv", resume=self.continues)],
             "plugins": [plugin for plugin in plugins if plugin is not None],
             "default_root_dir": str(self.folder),
         }
@@ -162,8 +157,7 @@ class ConfiguredRun(LightningCLI):
         # Several processes.
         if given.strategy == "auto" and trainer.world_size > 1:
             # Without this option DDP stops at a weight that a loss leaves out; modules say if they leave none out.
-            options = {"find_unused_parameters": True, **getattr(self.model, "ddp_options", {})}
-            ours["strategy"] = DDPStrategy(**options)
+            ours["strategy"] = DDPStrategy(**{"find_unused_parameters": True, **getattr(self.model, "ddp_options", {})})
             trainer = super().instantiate_trainer(callbacks=[*callbacks], **ours)
         if (launched := launched_processes()) not in (1, trainer.world_size):
             raise ValueError(
@@ -183,10 +177,11 @@ class ConfiguredRun(LightningCLI):
                 f"{self.checkpoint_path} is the checkpoint of {held}, but this config trains a "
                 f"{type(self.model).__name__}: use the run's own config.yaml, or start a new run without --resume."
             )
-        if isinstance(self.model, ExplainerModule) and self.model.needs_gradient:
-            self.model.classifier.require_gradient()
-        if isinstance(self.model, ExplainerModule) and self.checkpoint:
-            check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
+        if isinstance(self.model, ExplainerModule):
+            if self.model.needs_gradient:
+                self.model.classifier.require_gradient()
+            if self.checkpoint:
+                check_checkpoint(self.model, self.checkpoint, str(self.checkpoint_path))
         self.checkpoint = {}  # as large as the trained networks, and fitting reads the file again
 
     def check_classifier(self) -> None:
@@ -207,15 +202,17 @@ class ConfiguredRun(LightningCLI):
         Raises:
             ValueError: If Lightning refuses the configuration.
         """
-        explainer = self.model if isinstance(self.model, ExplainerModule) else None
+        # Folder.
         if is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".*.part"), *self.folder.glob("samples/.*.part")]:
                 stale.unlink()  # unfinished files of a killed run
             with atomic_write(self.folder / "config.yaml") as file:
                 file.write(self.config_text)
-        if explainer and not explainer.needs_training:
-            self.trainer.strategy.connect(explainer)
+
+        # Checkpoints.
+        if isinstance(self.model, ExplainerModule) and not self.model.needs_training:
+            self.trainer.strategy.connect(self.model)
             self.trainer.save_checkpoint(self.folder / "best.ckpt")
         else:
             self.train()
@@ -248,10 +245,8 @@ def check_accumulation(model: pl.LightningModule, count: int) -> None:
         return
     instead = "leave it out"
     if "micro_batches" in model.hparams:
-        instead = (
-            f"set --model.micro_batches {count} and a --data.batch_size {count} times as large instead, which is the "
-            "same"
-        )
+        larger = f"a --data.batch_size {count} times as large"
+        instead = f"set --model.micro_batches {count} and {larger} instead, which is the same"
     raise ValueError(
         f"accumulate_grad_batches {count} adds up gradients for one optimiser, but {type(model).__name__} steps its "
         f"own: {instead}."
@@ -264,11 +259,10 @@ def _quiet() -> None:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_news)
     # A frozen classifier stays in eval mode, and the run folder holds config.yaml: both are intended.
-    for message in (".*in eval mode at the start.*", ".*exists and is not empty.*", ".*LeafSpec.*", ".*many workers.*"):
-        warnings.filterwarnings("ignore", message=message)
+    intended = ".*(in eval mode at the start|exists and is not empty|LeafSpec|many workers).*"
+    warnings.filterwarnings("ignore", message=intended)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(
-        ("\N{ELECTRIC LIGHT BULB}", "`weights_only`", "TPU", "Found current_model")
-    )
+    talk = ("\N{ELECTRIC LIGHT BULB}", "`weights_only`", "TPU", "Found current_model")
+    return not record.getMessage().startswith(talk)

@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,9 +46,7 @@ class SampleGrid(pl.Callback):
             raise ValueError(
                 f"every_n_batches and num_images must be positive, got {every_n_batches} and {num_images}."
             )
-        self.every_n_batches = every_n_batches
-        self.num_images = num_images
-        self.folder = folder
+        self.every_n_batches, self.num_images, self.folder = every_n_batches, num_images, folder
         self._image: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,9 +54,7 @@ class SampleGrid(pl.Callback):
         if trainer.is_global_zero and iteration(trainer) == 0:
             self._draw(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Draws on schedule."""
         if trainer.is_global_zero and iteration(trainer) % self.every_n_batches == 0:
             self._draw(trainer, pl_module)
@@ -113,10 +107,10 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def draw_samples(explanation: Explanation, class_names: Sequence[str], tile: int = 96) -> Image.Image:
-    """Draws explanations as a labelled table, one row per image.
+    """Draws explanations as ``draw_table`` does, with labels of decisions; fields that are None have no column.
 
     Args:
-        explanation: Explanation to draw; fields that are None have no column.
+        explanation: Explanation to draw.
         class_names: K names in logit order.
         tile: Smallest side of an image in pixels; smaller images are enlarged, so that the labels fit.
     """
@@ -131,11 +125,13 @@ def draw_table(columns: Mapping[str, Tensor], labels: Sequence[str], tile: int =
         labels: Label of each row; lines that do not fit are cut.
         tile: Smallest side of an image in pixels; smaller images are enlarged, so that the labels fit.
     """
+    # Table.
     enlarge = max(1, -(-tile // next(iter(columns.values())).shape[-1]))
     enlarged = [c.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3) for c in columns.values()]
     table = images.to_pil(images.grid(enlarged, _PADDING))
-    width = enlarged[0].shape[-1] + 2 * _PADDING
-    height = enlarged[0].shape[-2] + 2 * _PADDING
+    height, width = (side + 2 * _PADDING for side in enlarged[0].shape[-2:])
+
+    # Labels.
     picture = Image.new("RGB", (table.width + _MARGIN, table.height + _HEADER), "white")
     picture.paste(table, (_MARGIN, _HEADER))
     draw = ImageDraw.Draw(picture)
@@ -162,13 +158,11 @@ def _columns(explanation: Explanation) -> dict[str, Tensor]:
 
 
 def _row_labels(explanation: Explanation, class_names: Sequence[str]) -> list[str]:
-    before = explanation.logits.softmax(dim=1)
-    logits = explanation.counterfactual_logits
+    before, logits = explanation.logits.softmax(dim=1), explanation.counterfactual_logits
     after = None if logits is None else logits.softmax(dim=1)
     labels = []
-    for row, (predicted, target) in enumerate(
-        zip(explanation.predicted.tolist(), explanation.target.tolist(), strict=True)
-    ):
+    for row, classes in enumerate(zip(explanation.predicted.tolist(), explanation.target.tolist(), strict=True)):
+        predicted, target = classes
         lines = [f"{class_names[predicted][:20]}", f"  {before[row, predicted]:.2f}", f"to {class_names[target][:20]}"]
         change = f"  {before[row, target]:.2f}"
         lines.append(change if after is None else f"{change} -> {after[row, target]:.2f}")

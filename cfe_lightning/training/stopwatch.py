@@ -30,37 +30,21 @@ VAL_BATCHES, _PREPARED_BATCHES = 3, 4
 
 @dataclass
 class Measured:
-    """Measurements of a run.
+    """Measurements of a run, times in seconds."""
 
-    Attributes:
-        batch: Images per iteration over all processes.
-        iterations: Iterations per epoch.
-        cycle: Iterations in which every lazy penalty comes once.
-        images: Number of images by split.
-        seconds: Seconds of every timed iteration.
-        waits: Seconds that every timed iteration waited for its batch.
-        steps: Optimiser steps per iteration.
-        preparation: Seconds before the first iteration, extrapolated to all images.
-        val_batches: Batches of a whole validation.
-        val_seconds: Seconds of a whole validation.
-        memory: Peak memory in words; None where the system does not tell.
-        memory_share: Share of a GPU's memory used at the peak.
-        trouble: Reason why the end of the validation could not be measured.
-    """
-
-    batch: int = 0
-    iterations: int = 0
-    cycle: int = 1
-    images: dict[str, int] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)
-    steps: float = 1.0
-    preparation: float = 0.0
-    val_batches: int = 0
-    val_seconds: float = 0.0
-    memory: str | None = None
-    memory_share: float = 0.0
-    trouble: str | None = None
+    batch: int = 0  # images per iteration over all processes
+    iterations: int = 0  # per epoch
+    cycle: int = 1  # iterations in which every lazy penalty comes once
+    images: dict[str, int] = field(default_factory=dict)  # number by split
+    seconds: list[float] = field(default_factory=list)  # time of every timed iteration
+    waits: list[float] = field(default_factory=list)  # time that every timed iteration waited for its batch
+    steps: float = 1.0  # optimiser steps per iteration
+    preparation: float = 0.0  # time before the first iteration, extrapolated to all images
+    val_batches: int = 0  # batches of a whole validation
+    val_seconds: float = 0.0  # time of a whole validation
+    memory: str | None = None  # peak in words; None where the system does not tell
+    memory_share: float = 0.0  # share of a GPU's memory used at the peak
+    trouble: str | None = None  # reason why the end of the validation could not be measured
 
     @property
     def iteration_seconds(self) -> float:
@@ -88,9 +72,8 @@ class _Scales(AtomicCheckpointIO):
         torch.save(checkpoint, self)  # type: ignore[arg-type]
 
     def write(self, data: Any) -> int:
-        length = memoryview(data).nbytes
-        self.size += length
-        return length
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
         """Does nothing; ``torch.save`` calls it."""
@@ -110,10 +93,8 @@ class Stopwatch(pl.Callback):
 
     def __init__(self, val_limit: float) -> None:
         self.val_limit = val_limit
-        self.measured = Measured()
-        self.scales = _Scales()
-        self.is_judging = False
-        self._is_done = False
+        self.measured, self.scales = Measured(), _Scales()
+        self.is_judging = self._is_done = False
         self._iterations: list[tuple[_Tick, _Tick]] = []
         self._waits: list[float] = []
         self._validation: list[_Tick] = []
@@ -122,8 +103,7 @@ class Stopwatch(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wraps the preparation of the module, which comes next."""
         self._resident = resident_bytes()
-        prepare = partial(self._prepare, trainer, pl_module, pl_module.on_fit_start)
-        pl_module.on_fit_start = prepare  # type: ignore[method-assign]
+        pl_module.on_fit_start = partial(self._prepare, trainer, pl_module, pl_module.on_fit_start)  # type: ignore[method-assign]
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule, prepare: Callable[[], None]) -> None:
         """Times a preparation on a few batches, for methods that read the whole training split before they start."""
@@ -137,6 +117,7 @@ class Stopwatch(pl.Callback):
             share = min(share, most / len(dataset))
             return Subset(dataset, range(min(most, len(dataset))))
 
+        # Preparation.
         data.dataset = first_batches  # type: ignore[method-assign]
         started = time.perf_counter()
         try:
@@ -150,8 +131,8 @@ class Stopwatch(pl.Callback):
         """Counts images and iterations, and finds the length of a cycle."""
         self.measured.images["train"] = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         self.measured.iterations = int(trainer.num_training_batches)
-        named = [value for name, value in pl_module.hparams.items() if name.endswith("_interval")]
-        lazy = [value for value in named if isinstance(value, int) and value > 0]
+        intervals = [value for name, value in pl_module.hparams.items() if name.endswith("_interval")]
+        lazy = [value for value in intervals if isinstance(value, int) and value > 0]
         self.measured.cycle = math.lcm(trainer.accumulate_grad_batches, *lazy)
         self._first_step = trainer.global_step
 
@@ -159,9 +140,7 @@ class Stopwatch(pl.Callback):
         """Restarts the clock: the time since the last iteration belongs to none."""
         self._since = _Tick(pl_module.device)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Notes how long the batch was waited for."""
         self._waits.append(time.perf_counter() - self._since.host)
 
@@ -189,13 +168,12 @@ class Stopwatch(pl.Callback):
         """Counts images and batches, and starts the clock."""
         loader: Any = trainer.val_dataloaders
         self.measured.images["val"] = len(loader.dataset)
-        whole = len(loader)
-        limit = self.val_limit
+        whole, limit = len(loader), self.val_limit
         self.measured.val_batches = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
         self.is_judging = True
         self._validation = [_Tick(pl_module.device)]
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Takes the time of a batch."""
         self._validation.append(_Tick(pl_module.device))
 
@@ -234,8 +212,7 @@ class Stopwatch(pl.Callback):
         measured.waits = self._waits[first:]
 
         # Validation and memory.
-        ticks = self._validation
-        if len(ticks) > 1:
+        if len(ticks := self._validation) > 1:
             batches = [since.until(now) for since, now in pairwise(ticks[: VAL_BATCHES + 1])]
             # The median: loader processes start before the first batch, and a method may compute after the last.
             missing = measured.val_batches - len(batches)

@@ -1,7 +1,5 @@
 """Weights & Biases: one run over all resumptions, offline where there is no key or no network."""
 
-from __future__ import annotations
-
 import logging
 import os
 import urllib.error
@@ -25,8 +23,7 @@ class WandbRun(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes the id of the run that the logger has started."""
-        ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        self._id = ids[0] if ids else None
+        self._id = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Stores the id; None without W&B."""
@@ -78,7 +75,6 @@ def wandb_must_be_offline() -> bool:
         ) from error
 
     # Key and network.
-    reason = None
     try:
         if not wandb.login(prompt=False, verify=False):
             reason = "no API key is configured (WANDB_API_KEY or `wandb login`)"
@@ -86,10 +82,11 @@ def wandb_must_be_offline() -> bool:
             reason = f"{host} cannot be reached"
         else:
             wandb.login(prompt=False, verify=True)
+            return False
     except wandb.Error as error:
         reason = one_line(error)
-    if reason is None:
-        return False
+
+    # Offline.
     log.warning("W&B logs offline: %s; upload later with `wandb sync`.", reason)
     # W&B would repeat the warning at length; it reads the environment when it is set up anew.
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -102,7 +99,6 @@ def _reachable(host: str, seconds: float = 5.0) -> bool:
     try:
         with urllib.request.urlopen(host, timeout=seconds):
             return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        # A server that answers with an error is reachable.
+        return isinstance(error, urllib.error.HTTPError)

@@ -3,9 +3,8 @@
 Iterations are training batches: Lightning's ``global_step`` counts optimiser steps, two per batch for a GAN.
 """
 
-from __future__ import annotations
-
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ class Throughput(pl.Callback):
     ) -> None:
         """Starts a window after the slow first batch, and logs at the end of every window."""
         now = time.perf_counter()
-        if self._start is None:
-            self._images, self._start, self._paused = 0, now, 0.0
-            return
-        self._images += len(batch["image"]) * trainer.world_size
-        if iteration(trainer) % self.every_n_batches == 0:
+        if self._start is not None:
+            self._images += len(batch["image"]) * trainer.world_size
+            if iteration(trainer) % self.every_n_batches:
+                return
             elapsed = now - self._start - self._paused
             pl_module.log("images_per_second", self._images / max(elapsed, 1e-9), batch_size=1)
-            self._images, self._start, self._paused = 0, now, 0.0
+        self._images, self._start, self._paused = 0, now, 0.0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
@@ -59,9 +57,7 @@ class FreshMetrics(pl.Callback):
     throughput, until the epoch ends. A resumed run does not know that value, so its log would differ.
     """
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Forgets the values of the batch before; means over an epoch continue."""
         forget_batch_metrics(trainer)
 
@@ -86,9 +82,7 @@ class NonFiniteGuard(pl.Callback):
         self._first_bad: dict[tuple[str, ...], Tensor] = {}
         self._saving = False
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Notes non-finite terms of this batch, and checks on schedule."""
         step = iteration(trainer)
         terms = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
@@ -100,9 +94,7 @@ class NonFiniteGuard(pl.Callback):
         if step % self.every_n_batches == 0:
             self._check(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Checks before anything is written."""
         if not self._saving:
             self._check(trainer)
@@ -112,12 +104,8 @@ class NonFiniteGuard(pl.Callback):
         self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
-        first = [
-            (step, name)
-            for names, steps in self._first_bad.items()
-            for step, name in zip(steps.tolist(), names, strict=True)
-        ]
-        bad = [(step, name) for step, name in first if step < float("inf")]
+        first = (zip(steps.tolist(), names, strict=True) for names, steps in self._first_bad.items())
+        bad = [(step, name) for step, name in chain.from_iterable(first) if step < float("inf")]
         if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return
         path = Path(trainer.default_root_dir) / "nonfinite.ckpt"

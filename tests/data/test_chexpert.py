@@ -385,7 +385,7 @@ class TestErrors:
 
     def test_no_row_in_either_class(self, tmp_path: Path) -> None:
         write_table(tmp_path / "train.csv", [("patient1/a.jpg", "Frontal", {"Edema": "1.0"})])
-        wanted = r"train.csv has no row for this task: Cardiomegaly against healthy, frontal views\."
+        wanted = r"train.csv has no row for the task Cardiomegaly against healthy, frontal views\."
         with pytest.raises(ValueError, match=wanted):
             data(tmp_path)
 

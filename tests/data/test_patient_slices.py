@@ -442,7 +442,7 @@ class TestTable:
             FileNotFoundError, match=r"There is no CSV slices.csv, neither as given nor below .*: set l"
         ):
             patients(tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"There is no folder .*: set root to the folder that the paths"):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder .*: set root to the folder that paths"):
             patients(tmp_path / "nowhere")
 
     def test_no_text_at_all(self, tmp_path: Path) -> None:

@@ -207,9 +207,7 @@ class TestSplits:
             TorchvisionData(name="Split3", root="x", image_size=4, options={"split": "dev"})
 
     def test_no_classification_set(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"Captions is no classification set: it does not yield an image and a class"
-        ):
+        with pytest.raises(ValueError, match=r"Captions is no classification set: it yields no image and class number"):
             TorchvisionData(name="Captions", root="x", image_size=4)
 
 

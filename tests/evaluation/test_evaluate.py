@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluated import only, toy_batches, value
+from evaluated import FAST, only, row_of, toy_batches, value
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toy import FixedToyExplainer, toy_classifier
@@ -103,7 +103,7 @@ def simple() -> FrozenClassifier:
 def test_every_metric_of_the_catalogue_is_measured_and_the_truth_scores_perfectly(
     shapes: list[dict[str, Any]], simple: FrozenClassifier
 ) -> None:
-    row = only(evaluate({"truth": Truth(simple, shapes)}, shapes, measures=Measures(second=simple, curve_steps=4)).rows)
+    row = row_of({"truth": Truth(simple, shapes)}, shapes, measures=Measures(second=simple, curve_steps=4))
     assert set(row.measurements) == KEYS
     # The parts of a decomposition are no path.
     off = PATH | {metric.key for metric in METRICS if set(metric.needs) & ASKED_FOR}
@@ -126,7 +126,7 @@ def test_every_metric_of_the_catalogue_is_measured_and_the_truth_scores_perfectl
 def test_half_the_truth_keeps_the_place_and_halves_the_amplitude(
     shapes: list[dict[str, Any]], simple: FrozenClassifier
 ) -> None:
-    row = only(evaluate({"half": Truth(simple, shapes, share=0.5)}, shapes, measures=Measures(curve_steps=0)).rows)
+    row = row_of({"half": Truth(simple, shapes, share=0.5)}, shapes)
     assert value(row, "correlation") == pytest.approx(1, abs=1e-4)
     assert value(row, "amplitude") == pytest.approx(value(row, "true_amplitude") / 2)
     assert value(row, "l1_truth") == pytest.approx(value(row, "true_amplitude") / 2, rel=0.3)
@@ -155,7 +155,7 @@ def test_target_is_the_class_of_the_exact_counterfactual_where_the_classifier_is
             asked.append(target)
             return super().explain(image, target)
 
-    evaluate({"truth": Listening(classifier, batches)}, batches, measures=Measures(curve_steps=0))
+    evaluate({"truth": Listening(classifier, batches)}, batches, measures=FAST)
     logits, label = classifier(batches[0]["image"]), batches[0]["label"]
     for index in range(9):
         right = logits[index].argmax() == label[index]
@@ -170,16 +170,12 @@ def test_dxai_curves_equal_plain_loops_also_where_the_classifier_is_wrong(num_cl
     classifier = toy_classifier(num_classes)
     explainer = FixedToyExplainer(classifier)
     batches = toy_batches(num_classes=num_classes, wrong=3)
-    row = only(evaluate({"toy": explainer}, batches, measures=Measures(curve_steps=0)).rows)
+    row = row_of({"toy": explainer}, batches)
     image, label = torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
     clean = classifier(image).argmax(1)
     expected: dict[str, list[float]] = {"label": [], "prediction": [], "fidelity": []}
     for step in range(11):
-        for mode, source, wanted in (
-            ("label", label, label),
-            ("prediction", clean, label),
-            ("fidelity", clean, clean),
-        ):
+        for mode, source, wanted in (("label", label, label), ("prediction", clean, label), ("fidelity", clean, clean)):
             moved = image - step / 10 * explainer.distinct(image, source)
             expected[mode].append(float((classifier(moved).argmax(1) == wanted).float().mean()))
     for mode, curve in expected.items():
@@ -200,7 +196,7 @@ def test_agnostic_numbers_equal_plain_loops() -> None:
     classifier = toy_classifier()
     explainer = FixedToyExplainer(classifier)
     batches = toy_batches(wrong=2)
-    row = only(evaluate({"toy": explainer}, batches, measures=Measures(curve_steps=0)).rows)
+    row = row_of({"toy": explainer}, batches)
     image, label = torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
     clean = classifier(image).argmax(1)
     p = classifier(image - explainer.distinct(image, clean)).softmax(1)
@@ -218,7 +214,7 @@ def test_flips_and_closeness_of_the_toy() -> None:
     classifier = toy_classifier()
     explainer = FixedToyExplainer(classifier)
     batches = toy_batches()
-    row = only(evaluate({"toy": explainer}, batches, measures=Measures(curve_steps=4)).rows)
+    row = row_of({"toy": explainer}, batches, measures=Measures(curve_steps=4))
     image = torch.cat([b["image"] for b in batches])
     explanation = explainer.explain(image)
     assert explanation.counterfactual is not None
@@ -264,11 +260,7 @@ class Mirrored(FrozenClassifier):
 def test_judge_decides_everywhere() -> None:
     classifier = toy_classifier()
     judge = Mirrored(classifier.network, classifier.spec)
-    row = only(
-        evaluate(
-            {"toy": FixedToyExplainer(classifier)}, toy_batches(), judge=judge, measures=Measures(curve_steps=0)
-        ).rows
-    )
+    row = row_of({"toy": FixedToyExplainer(classifier)}, toy_batches(), judge=judge)
     assert value(row, "flip_rate") == 0.0
     assert row.measurements["dxai_auc_label"].status == "undefined"
     assert "right on none of these images" in row.measurements["dxai_auc_label"].reason
@@ -289,7 +281,7 @@ def test_a_flip_below_the_resolution_of_a_file_is_told() -> None:
             explanation.counterfactual = grey
             return explanation
 
-    row = only(evaluate({"whisper": Whisper(classifier)}, toy_batches(), measures=Measures(curve_steps=0)).rows)
+    row = row_of({"whisper": Whisper(classifier)}, toy_batches())
     assert value(row, "flip_rate") == 1.0
     assert value(row, "flip_rate_saved") == 0.0
     assert any("some flips live below the resolution of a file" in note for note in row.notes)
@@ -308,13 +300,11 @@ def test_a_flip_of_a_pixel_pattern_is_not_robust_and_the_least_counts() -> None:
             explanation.counterfactual = grey
             return explanation
 
-    row = only(evaluate({"brittle": Brittle(classifier)}, toy_batches(), measures=Measures(curve_steps=0)).rows)
+    row = row_of({"brittle": Brittle(classifier)}, toy_batches())
     assert value(row, "flip_rate") == 1.0
     assert value(row, "robust_flip_quant8") == 0.0
     assert value(row, "robust_flip") == 0.0
-    sturdy = only(
-        evaluate({"toy": FixedToyExplainer(classifier)}, toy_batches(), measures=Measures(curve_steps=0)).rows
-    )
+    sturdy = row_of({"toy": FixedToyExplainer(classifier)}, toy_batches())
     names = ("quant8", "jpeg90", "blur1", "down_up")
     assert value(sturdy, "robust_flip") == min(value(sturdy, f"robust_flip_{name}") for name in names)
     assert value(sturdy, "robust_flip_quant8") == 1.0
@@ -323,17 +313,15 @@ def test_a_flip_of_a_pixel_pattern_is_not_robust_and_the_least_counts() -> None:
 def test_a_second_classifier_counts_where_it_agreed_before() -> None:
     classifier = toy_classifier()
     batches, explainer = toy_batches(), {"toy": FixedToyExplainer(classifier)}
-    row = only(evaluate(explainer, batches, measures=Measures(second=toy_classifier(), curve_steps=0)).rows)
+    row = row_of(explainer, batches, measures=Measures(second=toy_classifier(), curve_steps=0))
     assert value(row, "transfer_flip") == 1.0
     assert row.measurements["transfer_flip"].n_used == 12
     # One that sees the opposite agrees on no image.
-    other = only(
-        evaluate(
-            explainer, batches, measures=Measures(second=Mirrored(classifier.network, classifier.spec), curve_steps=0)
-        ).rows
+    other = row_of(
+        explainer, batches, measures=Measures(second=Mirrored(classifier.network, classifier.spec), curve_steps=0)
     )
     assert other.measurements["transfer_flip"].status == "undefined"
-    without = only(evaluate(explainer, batches, measures=Measures(curve_steps=0)).rows)
+    without = row_of(explainer, batches)
     assert without.measurements["transfer_flip"].reason == "no second classifier: give a file of one with --second"
 
 
@@ -341,7 +329,7 @@ def test_distances_of_features_equal_their_definitions() -> None:
     classifier = toy_classifier()
     explainer = FixedToyExplainer(classifier)
     batches = toy_batches()
-    row = only(evaluate({"toy": explainer}, batches, seed=3, measures=Measures(curve_steps=0)).rows)
+    row = row_of({"toy": explainer}, batches, seed=3)
     image = torch.cat([b["image"] for b in batches])
     edited = explainer.explain(image).counterfactual
     assert edited is not None
@@ -355,16 +343,14 @@ def test_distances_of_features_equal_their_definitions() -> None:
     assert value(row, "fid_f_floor") < value(row, "fid_f")
     # Its only maps are as large as the image: nothing that would see more than pixels.
     assert row.measurements["lpips_f"].reason == "the classifier has no layers that can be watched"
-    still = only(evaluate({"still": Still(classifier)}, batches, measures=Measures(curve_steps=0)).rows)
+    still = row_of({"still": Still(classifier)}, batches)
     assert value(still, "fid_f") == pytest.approx(0, abs=1e-6)
-    few = only(evaluate({"toy": explainer}, toy_batches(3)[:1], measures=Measures(curve_steps=0)).rows)
+    few = row_of({"toy": explainer}, toy_batches(3)[:1])
     assert few.measurements["fid_f"].reason == "fewer than 4 counterfactuals"
 
 
 def test_the_classifiers_maps_tell_how_far_an_edit_is(shapes: list[dict[str, Any]], simple: FrozenClassifier) -> None:
-    rows = evaluate(
-        {"truth": Truth(simple, shapes), "still": Still(simple)}, shapes, measures=Measures(curve_steps=0)
-    ).rows
+    rows = evaluate({"truth": Truth(simple, shapes), "still": Still(simple)}, shapes, measures=FAST).rows
     found = {row.name: value(row, "lpips_f") for row in rows}
     assert found["truth"] > 0
     assert found["still"] == 0
@@ -373,7 +359,7 @@ def test_the_classifiers_maps_tell_how_far_an_edit_is(shapes: list[dict[str, Any
 def test_a_classifier_without_readable_layers_skips_what_needs_them() -> None:
     classifier = toy_classifier()
     closed = FrozenClassifier(classifier.network, replace(classifier.spec, head=None, feature_map=None))
-    row = only(evaluate({"toy": FixedToyExplainer(closed)}, toy_batches(), measures=Measures(curve_steps=0)).rows)
+    row = row_of({"toy": FixedToyExplainer(closed)}, toy_batches())
     for key in ("fid_f", "kid_f", "sim_f"):
         assert row.measurements[key].reason == "the classifier's features cannot be read"
     assert value(row, "flip_rate") == 1.0
@@ -381,7 +367,7 @@ def test_a_classifier_without_readable_layers_skips_what_needs_them() -> None:
 
 def test_the_path_is_judged_frame_by_frame() -> None:
     classifier = toy_classifier()
-    row = only(evaluate({"walker": Walker(classifier)}, toy_batches(), measures=Measures(curve_steps=0)).rows)
+    row = row_of({"walker": Walker(classifier)}, toy_batches())
     image = torch.cat([b["image"] for b in toy_batches()])
     explanation = Walker(classifier).explain(image)
     assert explanation.steps is not None
@@ -539,7 +525,7 @@ class Still(HeatMapOnly):
 
 
 def test_what_is_missing_is_skipped_with_its_reason() -> None:
-    row = only(evaluate({"heat": HeatMapOnly(toy_classifier())}, toy_batches(), measures=Measures(curve_steps=2)).rows)
+    row = row_of({"heat": HeatMapOnly(toy_classifier())}, toy_batches(), measures=Measures(curve_steps=2))
     reasons = {key: measured.reason for key, measured in row.measurements.items() if measured.status == "skipped"}
     assert reasons["flip_rate"] == "this explainer makes no counterfactual image"
     assert reasons["dxai_auc_label"] == "this explainer does not split an image into parts"
@@ -561,7 +547,7 @@ def test_a_broken_explainer_is_named_and_spares_the_others() -> None:
             return explanation
 
     explainers: dict[str, Explainer] = {"broken": Broken(classifier), "toy": FixedToyExplainer(classifier)}
-    broken, fine = evaluate(explainers, toy_batches(), measures=Measures(curve_steps=0)).rows
+    broken, fine = evaluate(explainers, toy_batches(), measures=FAST).rows
     assert {measured.status for measured in broken.measurements.values()} == {"undefined"}
     assert broken.measurements["l1"].reason == "gave a distinct that is not finite for image 'test/0004'"
     assert broken.measurements["l1"].n_total == 12
@@ -581,7 +567,7 @@ def test_a_broken_distinct_part_is_seen_too() -> None:
             self.asked_by_evaluation = True
             return explanation
 
-    row = only(evaluate({"broken": Broken(toy_classifier())}, toy_batches(), measures=Measures(curve_steps=0)).rows)
+    row = row_of({"broken": Broken(toy_classifier())}, toy_batches())
     expected = "gave a distinct part that is not finite for image 'test/0000'"
     assert row.measurements["dxai_auc_label"].reason == expected
 

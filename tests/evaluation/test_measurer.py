@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated import only, toy_batches, value
+from evaluated import FAST, row_of, toy_batches, value
 from torch import Tensor
 from torchvision.models import VisionTransformer
 from toy import FixedToyExplainer, toy_classifier
@@ -25,7 +25,11 @@ from cfe_lightning.metrics.case import Instruments, Measures
 from cfe_lightning.metrics.repetition import forgetful, sensitivity
 from cfe_lightning.metrics.similarity import cosine
 
-FAST = Measures(curve_steps=0)
+
+def answer(image: Tensor, logits: Tensor, target: Tensor, edit: Tensor, after: Tensor) -> Explanation:
+    change = (edit - image).abs().mean(dim=1, keepdim=True)
+    edited = {"counterfactual": edit, "counterfactual_logits": after}
+    return Explanation(image=image, logits=logits, target=target, attribution=change, **edited)
 
 
 class Adds:
@@ -41,14 +45,7 @@ class Adds:
         target = runner_up(logits) if target is None else target
         sign = (target * 2 - 1).view(-1, 1, 1, 1)
         edit = image + self.step * sign + self.noise * torch.randn(len(image), 1, 1, 1)
-        return Explanation(
-            image=image,
-            logits=logits,
-            target=target,
-            attribution=(edit - image).abs().mean(dim=1, keepdim=True),
-            counterfactual=edit,
-            counterfactual_logits=self.classifier(edit),
-        )
+        return answer(image, logits, target, edit, self.classifier(edit))
 
 
 def grey(classes: int = 2) -> list[dict[str, Any]]:
@@ -60,17 +57,17 @@ def grey(classes: int = 2) -> list[dict[str, Any]]:
 
 
 def test_composition_adds_up_and_going_back_comes_back() -> None:
-    row = only(evaluate({"adds": Adds(toy_classifier())}, grey(), measures=Measures(curve_steps=0, cycles=True)).rows)
+    row = row_of({"adds": Adds(toy_classifier())}, grey(), measures=Measures(curve_steps=0, cycles=True))
     # 0.02 on [-1, 1] is 0.01 on [0, 1].
     assert value(row, "composition_1") == pytest.approx(0.01, abs=1e-6)
     assert value(row, "composition_10") == pytest.approx(0.1, abs=1e-6)
     # It never flips, so there is no way back from a flip.
     assert row.measurements["reversibility"].status == "undefined"
-    flips = only(evaluate({"toy": FixedToyExplainer(toy_classifier())}, toy_batches(), measures=FAST).rows)
+    flips = row_of({"toy": FixedToyExplainer(toy_classifier())}, toy_batches())
     assert "switched off" in flips.measurements["composition_1"].reason
-    toy = evaluate({"toy": FixedToyExplainer(toy_classifier())}, grey(), measures=Measures(curve_steps=0, cycles=True))
-    assert value(only(toy.rows), "reversibility") == 1.0
-    assert value(only(toy.rows), "reversibility_l1") < 0.5
+    toy = row_of({"toy": FixedToyExplainer(toy_classifier())}, grey(), measures=Measures(curve_steps=0, cycles=True))
+    assert value(toy, "reversibility") == 1.0
+    assert value(toy, "reversibility_l1") < 0.5
 
 
 def test_diversity_is_the_distance_of_edits_with_other_random_numbers() -> None:
@@ -79,7 +76,7 @@ def test_diversity_is_the_distance_of_edits_with_other_random_numbers() -> None:
         measures = Measures(
             curve_steps=0, diversity=3, instruments=Instruments(lpips=lambda a, b: (a - b).abs().flatten(1).mean(dim=1))
         )
-        return value(only(evaluate({"adds": explainer}, grey(), measures=measures).rows), "sigma_l")
+        return value(row_of({"adds": explainer}, grey(), measures=measures), "sigma_l")
 
     assert sigma(0.0) == 0.0
     # The mean distance of two normal numbers is 2 / sqrt(pi) of their deviation.
@@ -101,9 +98,7 @@ def test_an_explanation_that_ignores_the_classifier_is_seen() -> None:
 
 
 def test_a_network_that_cannot_forget_is_no_sane_one() -> None:
-    row = only(
-        evaluate({"repaints": Repaints(labels())}, [label_batch()], measures=Measures(curve_steps=0, sanity=True)).rows
-    )
+    row = row_of({"repaints": Repaints(labels())}, [label_batch()], measures=Measures(curve_steps=0, sanity=True))
     assert row.measurements["sanity_all"].reason == "the classifier has no layer that could forget what it learned"
 
 
@@ -199,14 +194,7 @@ class Repaints:
         logits = self.classifier(image)
         target = runner_up(logits) if target is None else target
         edit = torch.zeros_like(image) + ((target * 2 - 1) * 0.5).view(-1, 1, 1, 1)
-        return Explanation(
-            image=image,
-            logits=logits,
-            target=target,
-            attribution=(edit - image).abs().mean(dim=1, keepdim=True),
-            counterfactual=edit,
-            counterfactual_logits=self.classifier(edit),
-        )
+        return answer(image, logits, target, edit, self.classifier(edit))
 
 
 def label_batch() -> dict[str, Any]:
@@ -221,7 +209,7 @@ def test_other_labels_that_go_along_are_counted_by_the_classifier_and_by_an_orac
     correlations = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     instruments = Instruments(oracle=labels(), correlations=correlations, asked=0)
     measures = Measures(curve_steps=0, instruments=instruments)
-    row = only(evaluate({"repaints": Repaints(labels())}, [batch], measures=measures).rows)
+    row = row_of({"repaints": Repaints(labels())}, [batch], measures=measures)
     assert value(row, "flip_rate") == 1.0
     # "middle" goes along always, "right" on two of four.
     assert value(row, "collateral") == value(row, "mnac_others") == 1.5
@@ -230,10 +218,10 @@ def test_other_labels_that_go_along_are_counted_by_the_classifier_and_by_an_orac
     assert value(row, "cd") == pytest.approx(1.5)
     assert value(row, "cd_mean") == pytest.approx(0.5)
     without = Measures(curve_steps=0, instruments=Instruments(oracle=labels(), asked=0))
-    row = only(evaluate({"repaints": Repaints(labels())}, [batch], measures=without).rows)
+    row = row_of({"repaints": Repaints(labels())}, [batch], measures=without)
     assert value(row, "mnac_others") == 1.5
     assert row.measurements["cd"].reason.startswith("needs the data's labels")
-    none = only(evaluate({"repaints": Repaints(labels())}, [batch], measures=FAST).rows)
+    none = row_of({"repaints": Repaints(labels())}, [batch])
     assert none.measurements["mnac"].reason.startswith("needs a classifier of many labels: --weights oracle=FILE")
     assert value(none, "collateral") == 1.5
 
@@ -248,7 +236,7 @@ def test_features_of_other_networks_and_held_out_images() -> None:
 
     measures = Measures(curve_steps=0, instruments=Instruments(user=user, face=user, simsiam=user))
     explainer = FixedToyExplainer(classifier)
-    row = only(evaluate({"toy": explainer}, batches, measures=measures).rows)
+    row = row_of({"toy": explainer}, batches, measures=measures)
     edit = explainer.explain(image).counterfactual
     assert edit is not None
     assert value(row, "fid_user") == pytest.approx(realism.fid(user(image), user(edit.clamp(-1, 1))), abs=1e-5)
@@ -256,21 +244,21 @@ def test_features_of_other_networks_and_held_out_images() -> None:
     assert value(row, "fs") == value(row, "s3") == pytest.approx(float(similar.mean()), abs=1e-5)
     assert value(row, "fva") == pytest.approx(float((similar > 0.5).float().mean()))
     held_out = [image[:5] * 0.5, image[5:] * 0.5]
-    against = only(evaluate({"toy": explainer}, batches, measures=measures, reference=held_out).rows)
+    against = row_of({"toy": explainer}, batches, measures=measures, reference=held_out)
     assert value(against, "fid_user") == pytest.approx(
         realism.fid(user(image * 0.5), user(edit.clamp(-1, 1))), abs=1e-5
     )
     assert value(against, "sfid_user") == value(row, "sfid_user")
     # Fewer held-out images than edits: as many of these.
-    few = only(evaluate({"toy": explainer}, batches, measures=measures, reference=[image[:8]]).rows)
+    few = row_of({"toy": explainer}, batches, measures=measures, reference=[image[:8]])
     assert few.measurements["fid_user"].n_used == 8
     assert few.measurements["sfid_user"].n_used == 12
-    tiny = only(evaluate({"toy": explainer}, batches, measures=FAST, reference=[image[:5]]).rows)
+    tiny = row_of({"toy": explainer}, batches, reference=[image[:5]])
     assert not tiny.notes[:-1]
     five = Measures(curve_steps=0, instruments=Instruments(user=lambda picture: picture[:, 0, 0, :7]))
     assert any(
         "fid_user is of 5 images in 7 dimensions" in note
-        for note in only(evaluate({"toy": explainer}, batches, measures=five, reference=[image[:5]]).rows).notes
+        for note in row_of({"toy": explainer}, batches, measures=five, reference=[image[:5]]).notes
     )
 
 
@@ -283,7 +271,7 @@ def test_features_that_are_not_finite_end_it_with_the_networks_name() -> None:
 def test_small_images_are_said_to_be_enlarged_for_lpips() -> None:
     instruments = Instruments(lpips=lambda a, b: (a - b).abs().flatten(1).mean(dim=1))
     measures = Measures(curve_steps=0, instruments=instruments)
-    row = only(evaluate({"adds": Adds(toy_classifier())}, grey(), measures=measures).rows)
+    row = row_of({"adds": Adds(toy_classifier())}, grey(), measures=measures)
     assert "adds: images of 16 pixels were enlarged to 64 for lpips" in row.notes
 
 
@@ -301,8 +289,8 @@ def test_published_populations_leave_out_what_did_not_flip_and_what_was_wrong() 
             return explanation
 
     half: dict[str, Explainer] = {"half": Half(classifier)}
-    ours = only(evaluate(half, batches, measures=Measures(curve_steps=2)).rows)
-    theirs = only(evaluate(half, batches, measures=Measures(curve_steps=2, ace=True)).rows)
+    ours = row_of(half, batches, measures=Measures(curve_steps=2))
+    theirs = row_of(half, batches, measures=Measures(curve_steps=2, ace=True))
     assert value(ours, "flip_rate") == value(theirs, "flip_rate") == 0.5
     assert (ours.measurements["fid_f"].population, ours.measurements["fid_f"].n_used) == ("all", 12)
     assert (theirs.measurements["fid_f"].population, theirs.measurements["fid_f"].n_used) == ("flipped", 6)
@@ -314,16 +302,14 @@ def test_published_populations_leave_out_what_did_not_flip_and_what_was_wrong() 
     edge = float(theirs.curves["cout_target"][-1])
     assert edge != pytest.approx(float(ours.curves["cout_target"][-1]))
     heat: dict[str, Explainer] = {"saliency": build_baseline("saliency", classifier)}
-    alone = only(evaluate(heat, batches, measures=Measures(curve_steps=2, ace=True)).rows)
+    alone = row_of(heat, batches, measures=Measures(curve_steps=2, ace=True))
     assert alone.measurements["fid_f"].status == "skipped"
 
 
 def test_the_published_target_of_a_wrong_decision_is_the_true_class() -> None:
     classifier = toy_classifier(3)
     batches = toy_batches(12, num_classes=3, wrong=4)
-    row = only(
-        evaluate({"toy": FixedToyExplainer(classifier)}, batches, measures=Measures(curve_steps=0, ace=True)).rows
-    )
+    row = row_of({"toy": FixedToyExplainer(classifier)}, batches, measures=Measures(curve_steps=0, ace=True))
     logits, label = classifier(batches[0]["image"]), batches[0]["label"]
     wrong = logits.argmax(1) != label
     assert int(wrong.sum()) >= 4
@@ -509,8 +495,8 @@ def test_seconds_are_of_explaining_alone_and_per_image(monkeypatch: pytest.Monke
             clock[0] += 0.01 * len(image) if clock[0] else 1.0 * len(image)
             return super().explain(image, target)
 
-    row = only(evaluate({"slow": Slow(toy_classifier())}, toy_batches(2), measures=FAST).rows)
+    row = row_of({"slow": Slow(toy_classifier())}, toy_batches(2))
     # The first two batches warm up.
     assert value(row, "s_per_image") == value(row, "s_per_image_p95") == pytest.approx(0.01)
-    few = only(evaluate({"slow": Slow(toy_classifier())}, toy_batches(6), measures=FAST).rows)
+    few = row_of({"slow": Slow(toy_classifier())}, toy_batches(6))
     assert value(few, "s_per_image_p95") == pytest.approx(0.01)

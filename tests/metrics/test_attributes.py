@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import pearson_corrcoef
 
-from cfe_lightning.metrics.attributes import (
-    attribute_correlations,
-    attributes_changed,
-    collateral,
-    correlation_difference,
-)
+from cfe_lightning.metrics.attributes import attribute_correlations, attributes_changed, correlation_difference
 
 #: Labels q, a and b of four images, and what an oracle sees before and after edits of four others.
 TABLE = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
@@ -26,10 +21,10 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def test_collateral_leaves_the_asked_label_out() -> None:
     before, after = torch.tensor([[1, 0, 1, 0]]).bool(), torch.tensor([[1, 1, 0, 0]]).bool()
-    assert collateral(before, after, 1).tolist() == [1]
-    assert collateral(before, after, 2).tolist() == [1]
-    assert collateral(before, after, 0).tolist() == [2]
-    assert collateral(before, before, 1).tolist() == [0]
+    assert attributes_changed(before, after, 1).tolist() == [1]
+    assert attributes_changed(before, after, 2).tolist() == [1]
+    assert attributes_changed(before, after, 0).tolist() == [2]
+    assert attributes_changed(before, before, 1).tolist() == [0]
 
 
 def test_attributes_changed_of_the_document() -> None:
@@ -39,12 +34,11 @@ def test_attributes_changed_of_the_document() -> None:
     assert float(changed.mean()) == 1.75
     # Every edit changes the first, as it was asked to.
     assert attributes_changed(BEFORE, AFTER, without=0).tolist() == [1, 0, 1, 1]
-    assert torch.equal(attributes_changed(BEFORE, AFTER, without=2), collateral(BEFORE, AFTER, 2))
 
 
 def test_counting_changes_nothing_of_what_it_counts() -> None:
     before, after = BEFORE.clone(), AFTER.clone()
-    collateral(before, after, 0)
+    attributes_changed(before, after, 0)
     assert torch.equal(before, BEFORE)
     assert torch.equal(after, AFTER)
 
@@ -101,7 +95,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         attributes_changed(BEFORE, AFTER[:3])
     for index in (-1, 3):
         with pytest.raises(ValueError, match=f"There is no label {index} among 3"):
-            collateral(BEFORE, AFTER, index)
+            attributes_changed(BEFORE, AFTER, index)
         with pytest.raises(ValueError, match=f"There is no label {index} among 3"):
             attribute_correlations(TABLE, index)
     with pytest.raises(ValueError, match=r"at least two images, got \[1, 3\]"):

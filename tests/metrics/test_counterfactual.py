@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfe_lightning.decisions import decides_for
 from cfe_lightning.metrics import counterfactual as change
 
 
@@ -15,8 +16,7 @@ def picture(*rows: list[float]) -> Tensor:
 def test_tie_is_not_a_flip_and_zero_is_class_zero() -> None:
     z = torch.tensor([2.0, -1.0, 0.0])
     logits = torch.stack([torch.zeros(3), z], dim=1)
-    flipped = change.flipped(logits, torch.tensor([1, 1, 1]))
-    assert flipped.tolist() == [True, False, False]
+    assert decides_for(logits, torch.tensor([1, 1, 1])).tolist() == [True, False, False]
 
 
 def test_untargeted_flip_counts_any_other_class() -> None:

@@ -13,11 +13,7 @@ SQUARE = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
 
 @pytest.mark.parametrize(
     ("edited", "expected"),
-    [
-        (SQUARE + torch.tensor([3.0, 4.0]), 25.0),
-        (SQUARE * torch.tensor([2.0, 1.0]), 2.333333),
-        (SQUARE, 0.0),
-    ],
+    [(SQUARE + torch.tensor([3.0, 4.0]), 25.0), (SQUARE * torch.tensor([2.0, 1.0]), 2.333333), (SQUARE, 0.0)],
 )
 def test_frechet_distances_of_the_document(edited: Tensor, expected: float) -> None:
     assert realism.fid(SQUARE, edited) == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Attribution methods of Captum, and a naive descent, behind the same interface."""
+"""Baselines of the evaluation: attribution methods of Captum and a naive descent, behind one interface."""
 
 from cfe_lightning.methods.baselines.captum import BASELINES, Baseline
 

@@ -5,13 +5,11 @@ comparison of DXAI (arXiv 2401.00320, table 1). It follows the ``Decomposer`` pr
 any other. Captum runs on a copy of the classifier: its hooks and changed weights never touch the explained one.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
@@ -41,7 +39,7 @@ MIN_MAP_SIZE = 4
 
 
 def build_baseline(name: str, classifier: FrozenClassifier, seed: int = 0) -> Explainer:
-    """Builds a baseline by its name in ``BASELINES``; ``seed`` is for the random ones.
+    """Builds a baseline by its name in ``BASELINES``; ``seed`` serves those with random numbers.
 
     Raises:
         ValueError: If there is no such baseline, or it cannot explain this classifier.
@@ -88,8 +86,7 @@ class CaptumExplainer:
         method: Captum's method. Settings: integrated gradients 50 steps from mid-grey; GradientSHAP 25 samples from
             mid-grey; internal influence, Grad-CAM and LRP keep positive relevance only; occlusion slides a mid-grey
             square of an eighth of the image; random draws U[0, 1) per pixel.
-        sign: Part of the heat map that counts: "keep" its sign (the paper's tables), "relu" its positive part, or "abs"
-            its magnitude.
+        sign: Form of the heat map: "keep" signed (as in the paper's tables), "relu" positive part, "abs" magnitude.
         layer: Dotted name of the layer for Grad-CAM, guided Grad-CAM and internal influence, as in the classifier's
             spec; None takes the last convolution whose map has a side of at least ``MIN_MAP_SIZE``.
         chunk: Images in one forward pass of methods that need many passes per image.
@@ -120,7 +117,6 @@ class CaptumExplainer:
         self.seed = seed
         self._score = _Score(_hookable_copy(classifier))
         self._layer = layer
-        self._attribute = _ATTRIBUTIONS[method]
         self._probe()
 
     def attribute(self, image: Tensor, weights: Tensor) -> Tensor:
@@ -133,7 +129,7 @@ class CaptumExplainer:
         with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="captum")
             warnings.filterwarnings("ignore", message=".*Setting (forward, )?backward hooks.*")
-            attribution = self._attribute(self, image.detach().clone(), weights.detach().clone())
+            attribution = _ATTRIBUTIONS[self.method](self, image.detach().clone(), weights.detach().clone())
         return attribution.detach().float()
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
@@ -165,7 +161,6 @@ class CaptumExplainer:
         with torch.no_grad():
             logits = self.classifier(noise)
         self._single_logit = logits.shape[1] == 2 and bool((logits[:, 0] == 0).all())
-
         # Heat map.
         kind = type(self.classifier.network).__name__
         try:
@@ -235,14 +230,11 @@ def _last_map(classifier: FrozenClassifier) -> nn.Module:
         if isinstance(output, Tensor) and output.ndim == 4:
             seen.append((module, min(output.shape[-2:])))
 
-    handles = [m.register_forward_hook(note) for m in classifier.network.modules() if isinstance(m, nn.Conv2d)]
-    try:
-        with torch.no_grad():
-            classifier(_noise(classifier))
-    finally:
-        for handle in handles:
-            handle.remove()
-
+    with ExitStack() as hooks, torch.no_grad():
+        for module in classifier.network.modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(note))
+        classifier(_noise(classifier))
     # Choice.
     if not seen:
         raise ValueError(
@@ -263,12 +255,11 @@ def _integrated_gradients(explainer: CaptumExplainer, image: Tensor, weights: Te
 
 def _gradient_shap(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
     collected = []
+    grey = torch.zeros_like(image[:1])
     # One image at a time: its draw must not depend on its neighbours, and Captum has no internal batch size here.
     for single, weight in zip(image.split(1), weights.split(1), strict=True):
         with _seeded(_seed_of(single, explainer.seed)):
-            collected.append(
-                explainer.run("GradientShap", single, weight, baselines=torch.zeros_like(single), n_samples=25)
-            )
+            collected.append(explainer.run("GradientShap", single, weight, baselines=grey, n_samples=25))
     return torch.cat(collected)
 
 
@@ -281,7 +272,7 @@ def _internal_influence(explainer: CaptumExplainer, image: Tensor, weights: Tens
 def _guided_grad_cam(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
     if not any(isinstance(module, nn.ReLU) for module in explainer._score.modules()):
         raise ValueError(
-            f"guided_grad_cam needs nn.ReLU layers to guide, and this classifier "
+            "guided_grad_cam needs nn.ReLU layers to guide, and this classifier "
             f"({type(explainer.classifier.network).__name__}) has none: use grad_cam."
         )
     return explainer.run("GuidedGradCam", image, weights, layer=explainer.layer(), interpolate_mode="bilinear")
@@ -292,26 +283,11 @@ def _grad_cam(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Ten
     return _upsampled(heat, image)
 
 
-def _lrp(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    return explainer.run("LRP", image, weights).relu()
-
-
 def _occlusion(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    window = max(1, image.shape[-1] // 8)
-    stride = max(1, window // 2)
-    return explainer.run(
-        "Occlusion",
-        image,
-        weights,
-        sliding_window_shapes=(image.shape[1], window, window),
-        strides=(image.shape[1], stride, stride),
-        baselines=0,
-        perturbations_per_eval=max(1, explainer.chunk // len(image)),
-    )
-
-
-def _saliency(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
-    return explainer.run("Saliency", image, weights)
+    channels, window = image.shape[1], max(1, image.shape[-1] // 8)
+    stride, at_once = max(1, window // 2), max(1, explainer.chunk // len(image))
+    shapes: Any = {"sliding_window_shapes": (channels, window, window), "strides": (channels, stride, stride)}
+    return explainer.run("Occlusion", image, weights, baselines=0, perturbations_per_eval=at_once, **shapes)
 
 
 def _random(explainer: CaptumExplainer, image: Tensor, weights: Tensor) -> Tensor:
@@ -325,9 +301,9 @@ _ATTRIBUTIONS: dict[Method, Callable[[CaptumExplainer, Tensor, Tensor], Tensor]]
     "internal_influence": _internal_influence,
     "guided_grad_cam": _guided_grad_cam,
     "grad_cam": _grad_cam,
-    "lrp": _lrp,
+    "lrp": lambda explainer, image, weights: explainer.run("LRP", image, weights).relu(),
     "occlusion": _occlusion,
-    "saliency": _saliency,
+    "saliency": lambda explainer, image, weights: explainer.run("Saliency", image, weights),
     "random": _random,
 }
 

@@ -1,7 +1,5 @@
 """The naive baseline: descent from the image to one that leaves the classifier undecided."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,6 @@ class NeutralDescent:
 
     def distinct(self, image: Tensor, source: Tensor) -> Tensor:
         """Returns images minus their neutral neighbours, [B, C, H, W]; ``source`` plays no role."""
-        del source
         # Also inside prediction loops, which switch gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             image = image.detach().clone()

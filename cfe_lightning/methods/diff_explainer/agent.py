@@ -6,10 +6,7 @@ agent's gradient is known in closed form and a step changes the agent's margin b
 Shapes: N samples, B images, D entries of the code, F features, K classes.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +29,8 @@ _ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
 _SMALLEST_SPREAD = 1e-8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodeStatistics:
-    """The distribution of the codes, in float64.
-
-    Attributes:
-        mean: Mean of every entry, [D].
-        spread: Standard deviation of every entry, [D], positive.
-        covariance: Covariance of the entries, [D, D].
-    """
+class CodeStatistics(NamedTuple):
+    """Mean [D], standard deviation [D], which is positive, and covariance [D, D] of the codes, in float64."""
 
     mean: Tensor
     spread: Tensor
@@ -54,13 +44,13 @@ def code_statistics(codes: Tensor) -> CodeStatistics:
     covariance = (codes - mean).T @ (codes - mean) / max(len(codes) - 1, 1)
     spread = covariance.diagonal().sqrt()
     spread = torch.where(spread > _SMALLEST_SPREAD, spread, 1.0)
-    return CodeStatistics(mean=mean, spread=spread, covariance=covariance)
+    return CodeStatistics(mean, spread, covariance)
 
 
 def fit_ridge(codes: Tensor, features: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Regresses features [N, F] on standardised codes [N, D], in float64; returns weight [F, D] and bias [F].
 
-    ``penalty`` of the squared weights is in units of the number of samples; the bias is not penalised.
+    The squared weights are penalised by ``penalty`` times the number of samples; the bias is not penalised.
     """
     codes, features = codes.double(), features.double()
     code_mean, feature_mean = codes.mean(dim=0), features.mean(dim=0)

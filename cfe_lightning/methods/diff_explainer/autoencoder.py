@@ -7,8 +7,6 @@ Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, arXiv 2111.15640
 Shapes: B images, C channels, H, W pixels, D entries of the code.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +21,8 @@ from cfe_lightning.compute.precision import cast_once, to_float32
 from cfe_lightning.compute.processes import log_training, log_validation
 from cfe_lightning.explainer import load_checkpoint
 from cfe_lightning.files.text import VERSION, one_line
-from cfe_lightning.methods.diff_explainer.diffusion import (
-    NUM_TRAINING_STEPS,
-    DiffusionProcess,
-    NoisePredictor,
-    Sampler,
-    check_steps,
-)
+from cfe_lightning.methods.diff_explainer import diffusion
+from cfe_lightning.methods.diff_explainer.diffusion import DiffusionProcess, NoisePredictor, Sampler
 from cfe_lightning.methods.diff_explainer.unet import CodeMode, CodePool, SemanticEncoder, SemanticUnet
 
 #: Images that one validation reconstructs.
@@ -49,12 +42,12 @@ class DiffusionAutoencoder(pl.LightningModule):
         encoder_multipliers: Channels of the encoder at every resolution in units of ``width``; None takes
             ``multipliers`` and repeats the last one for one more resolution.
         blocks: Residual blocks per resolution.
-        attention_sizes: Resolutions in pixels that get self-attention; None takes [16].
+        attention_sizes: Resolutions in pixels with self-attention after every block; None takes [16].
         time_dim: Length of the embedding of the diffusion step.
         dropout: Dropout rate inside the blocks of the U-Net.
         groups: Number of normalisation groups; at least two channels should share a group.
         code_mode: How the code enters the U-Net: "adagn" scales every block, "sum" is added to the step's embedding.
-        pool: How the encoder's last map becomes one code: by its "mean", or by "mean_max", mean and maximum.
+        pool: How the encoder's last map becomes one code: "mean" (published), or "mean_max", mean and maximum.
         noise_loss: Distance between prediction and truth: "mse" estimates the mean noise, which DDIM assumes; "l1"
             (DiffExplainer's) estimates the median.
         prediction: Quantity that the U-Net predicts: the "noise" (published), or the "velocity". The velocity's error
@@ -94,10 +87,9 @@ class DiffusionAutoencoder(pl.LightningModule):
         # Networks.
         multipliers = [1, 1, 2, 2, 4, 4] if multipliers is None else multipliers
         encoder_multipliers = [*multipliers, multipliers[-1]] if encoder_multipliers is None else encoder_multipliers
+        attention_sizes = [16] if attention_sizes is None else attention_sizes
         sizes: dict[str, Any] = dict(image_size=image_size, channels=channels, code_dim=code_dim, width=width)
-        sizes |= dict(
-            blocks=blocks, groups=groups, attention_sizes=[16] if attention_sizes is None else attention_sizes
-        )
+        sizes |= dict(blocks=blocks, groups=groups, attention_sizes=attention_sizes)
         self.encoder = SemanticEncoder(multipliers=encoder_multipliers, pool=pool, **sizes)
         self.unet = SemanticUnet(
             multipliers=multipliers, time_dim=time_dim, dropout=dropout, code_mode=code_mode, **sizes
@@ -105,13 +97,9 @@ class DiffusionAutoencoder(pl.LightningModule):
 
         # Settings.
         self.process = DiffusionProcess()
-        self.image_size = image_size
-        self.channels = channels
-        self.code_dim = code_dim
-        self.noise_loss = noise_loss
-        self.prediction = prediction
-        self.learning_rate = learning_rate
-        self.validation_steps = check_steps(validation_steps)
+        self.image_size, self.channels, self.code_dim = image_size, channels, code_dim
+        self.noise_loss, self.prediction, self.learning_rate = noise_loss, prediction, learning_rate
+        self.validation_steps = diffusion.check_steps(validation_steps)
         # For DDP: every weight has a gradient and no buffer ever changes.
         self.ddp_options = {"find_unused_parameters": False, "broadcast_buffers": False}
 
@@ -151,11 +139,10 @@ class DiffusionAutoencoder(pl.LightningModule):
         """Draws the columns and row labels of ``SampleGrid``: images, reconstructions, and codes with random noise."""
         code = self.encode(image)
         reconstruction, _ = self._reconstructed(image, code)
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(image.shape, generator=generator).to(image) for _ in range(2)]
-        columns = {"image": image, "reconstruction": reconstruction}
-        for index, start in enumerate(noise):
-            columns[f"code, noise {index}"] = self.decode(start, code, self.validation_steps)
+        columns, generator = {"image": image, "reconstruction": reconstruction}, torch.Generator().manual_seed(0)
+        for index in range(2):
+            noise = torch.randn(image.shape, generator=generator).to(image)
+            columns[f"code, noise {index}"] = self.decode(noise, code, self.validation_steps)
         whole, alone = (psnr(image, columns[name]).tolist() for name in ("reconstruction", "code, noise 0"))
         return columns, [f"{a:.1f} dB\ncode {b:.1f} dB" for a, b in zip(whole, alone, strict=True)]
 
@@ -166,7 +153,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         image = batch["image"]
         # Drawn by shape: the memory layout of the images must not change the numbers.
         noise = torch.randn(image.shape, device=image.device, dtype=image.dtype)
-        step = torch.randint(NUM_TRAINING_STEPS, (len(image),), device=image.device)
+        step = torch.randint(diffusion.NUM_TRAINING_STEPS, (len(image),), device=image.device)
         loss = self._noise_error(image, noise, step)
         log_training(self, {"loss": loss}, len(image))
         return loss
@@ -187,7 +174,7 @@ class DiffusionAutoencoder(pl.LightningModule):
         image = batch["image"]
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(image.shape, generator=generator).to(image)
-        step = torch.randint(NUM_TRAINING_STEPS, (len(image),), generator=generator).to(image.device)
+        step = torch.randint(diffusion.NUM_TRAINING_STEPS, (len(image),), generator=generator).to(image.device)
         log_validation(self, {"loss": self._noise_error(image, noise, step)}, len(image))
 
         # Reconstructions.

@@ -6,8 +6,6 @@ is measured; see ``docs/methods/diff_explainer.md``.
 Shapes: B images, C channels, H, W pixels, T distances, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -20,7 +18,7 @@ DISTANCES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 #: Share of edits that the classifier must follow.
 AGREED = 0.9
 #: Flip rates that differ by at most this count as equal.
-_AS_GOOD = 0.05
+_EQUAL = 0.05
 
 
 def responses(pictures: Tensor, logits: Tensor, source: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -57,5 +55,5 @@ def preferred_metric(table: Mapping[str, float]) -> StepMetric | None:
     if not followed:
         return None
     most = max(table[f"{kind}_flip_rate"] for kind in followed)
-    able = [kind for kind in followed if table[f"{kind}_flip_rate"] >= most - _AS_GOOD]
+    able = [kind for kind in followed if table[f"{kind}_flip_rate"] >= most - _EQUAL]
     return min(able, key=lambda kind: table[f"{kind}_change"])

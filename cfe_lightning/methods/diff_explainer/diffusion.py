@@ -6,8 +6,6 @@ never clipped: clipping in only one of the two directions destroys the inversion
 Shapes: B images, C channels, H, W pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -92,9 +90,8 @@ class DiffusionProcess(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Turns images into the states from which ``decode`` restores them.
 
-        Every step is solved by a fixed-point iteration, whose fixed point is the exact inverse of the decoding step.
-        The iteration starts from the noise of the two previous steps, extrapolated linearly: that is nearer than the
-        network's own first guess, and costs nothing.
+        Every step is solved by a fixed-point iteration towards the exact inverse of the decoding step. It starts from
+        the linearly extrapolated noise of the two previous steps: nearer than the network's first guess, and free.
 
         Args:
             predict: Noise predictor that will also decode.
@@ -131,9 +128,8 @@ class DiffusionProcess(nn.Module):
     def _grid(self, num_steps: int) -> list[tuple[int, float, float]]:
         """Lists the diffusion steps from the image upwards, each with ``alpha_bar`` before and at the step."""
         stride = NUM_TRAINING_STEPS // check_steps(num_steps)
-        steps = range(0, NUM_TRAINING_STEPS, stride)
-        levels = [self._levels[0], *(self._levels[step + 1] for step in steps)]
-        return list(zip(steps, levels, levels[1:], strict=False))
+        levels = [self._levels[0], *self._levels[1::stride]]
+        return list(zip(range(0, NUM_TRAINING_STEPS, stride), levels, levels[1:], strict=False))
 
     @staticmethod
     def _moved(state: Tensor, noise: Tensor, level: float, to: float) -> Tensor:
@@ -143,16 +139,12 @@ class DiffusionProcess(nn.Module):
         return keep * state + add * noise.to(state)
 
     def _decode_dpm(self, predict: NoisePredictor, state: Tensor, num_steps: int) -> Tensor:
-        first, last = _BETAS
+        # fmt: off
         scheduler: Any = DPMSolverMultistepScheduler(
-            num_train_timesteps=NUM_TRAINING_STEPS,
-            beta_start=first,
-            beta_end=last,
-            beta_schedule="linear",
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            timestep_spacing="leading",
+            num_train_timesteps=NUM_TRAINING_STEPS, beta_start=_BETAS[0], beta_end=_BETAS[1], beta_schedule="linear",
+            algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="leading",
         )
+        # fmt: on
         scheduler.set_timesteps(num_steps)
         # Steps stay on the CPU: a look-up by a GPU scalar would wait for the GPU every time.
         for step in scheduler.timesteps:

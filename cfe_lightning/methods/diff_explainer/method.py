@@ -145,16 +145,10 @@ class DiffExplainer(ExplainerModule):
         self.image_size = self.autoencoder.image_size * montage_side(num_slices)
         self.alignment: Alignment = alignment
         self.ridge_penalty = ridge_penalty
-        self.agent_epochs = agent_epochs
-        self.agent_learning_rate = agent_learning_rate
-        self.metric = metric
-        self.shrinkage = shrinkage
-        self.calibration_images = calibration_images
-        self.largest_step = largest_step
-        self.confidence = confidence
-        self.num_steps = num_steps
-        self.search_points = search_points
-        self.search_rounds = search_rounds
+        self.agent_epochs, self.agent_learning_rate = agent_epochs, agent_learning_rate
+        self.metric, self.shrinkage, self.calibration_images = metric, shrinkage, calibration_images
+        self.largest_step, self.confidence = largest_step, confidence
+        self.num_steps, self.search_points, self.search_rounds = num_steps, search_points, search_rounds
         self.diffusion_steps = check_steps(diffusion_steps)
         self.refinements = refinements
         self.sampler: Sampler = sampler
@@ -343,14 +337,10 @@ class DiffExplainer(ExplainerModule):
         if bool(self.fitted):
             return
         # Without augmentation, because statistics of the codes follow.
-        dataset = self.trainer.datamodule.dataset("train")  # type: ignore[attr-defined]
-        mine = range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
-        loader = DataLoader(
-            Subset(dataset, mine),
-            batch_size=self.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
-            num_workers=self.trainer.datamodule.num_workers,  # type: ignore[attr-defined]
-            generator=torch.Generator(),
-        )
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        dataset = data.dataset("train")
+        mine = Subset(dataset, range(self.trainer.global_rank, len(dataset), self.trainer.world_size))
+        loader = DataLoader(mine, data.batch_size, num_workers=data.num_workers, generator=torch.Generator())
         with torch.no_grad():
             taught = [self._taught(batch["image"].to(self.device)) for batch in loader]
         self._fit(*self._gathered(taught))
@@ -389,9 +379,8 @@ class DiffExplainer(ExplainerModule):
         """Fits the agent to codes [N, D]: regression, epochs of Adam unless the alignment is "mse", and the offset."""
         # Statistics.
         statistics = agent.code_statistics(code)
-        self.code_mean.copy_(statistics.mean)
-        self.code_spread.copy_(statistics.spread)
-        self.code_covariance.copy_(statistics.covariance)
+        for buffer, value in zip((self.code_mean, self.code_spread, self.code_covariance), statistics, strict=True):
+            buffer.copy_(value)
         standardised = self._standardised(code)
 
         # Agent.
@@ -400,16 +389,10 @@ class DiffExplainer(ExplainerModule):
             self.agent.weight.copy_(weight)
             self.agent.bias.copy_(bias)
         if self.alignment != "mse":
-            agent.refine(
-                self.agent,
-                standardised.float(),
-                features.float(),
-                logits.float(),
-                (self.head_weight.float(), self.head_bias.float()),
-                kind=self.alignment,
-                epochs=self.agent_epochs,
-                learning_rate=self.agent_learning_rate,
-            )
+            head = self.head_weight.float(), self.head_bias.float()
+            samples = standardised.float(), features.float(), logits.float()
+            epochs, learning_rate = self.agent_epochs, self.agent_learning_rate
+            agent.refine(self.agent, *samples, head, kind=self.alignment, epochs=epochs, learning_rate=learning_rate)
 
         # Threshold and metric.
         self.offset.zero_()
@@ -447,10 +430,8 @@ class DiffExplainer(ExplainerModule):
         auc, correlation = values["agent_auc"], values["agent_margin_correlation"]
         if auc < _ALIGNED_AUC or correlation < _ALIGNED_CORRELATION:
             _log.warning(
-                "The agent does not follow the classifier (AUC %.2f, correlation of margins %.2f): its directions are "
-                "unreliable. Train the autoencoder longer, until its codes know the classes.",
-                auc,
-                correlation,
+                f"The agent does not follow the classifier (AUC {auc:.2f}, correlation of margins {correlation:.2f}): "
+                "its directions are unreliable. Train the autoencoder longer, until its codes know the classes."
             )
 
         # Metric.
@@ -465,7 +446,7 @@ class DiffExplainer(ExplainerModule):
         Returns:
             Mean over all processes of every figure of ``calibration.responses``, named ``<metric>_<figure>``.
         """
-        statistics = CodeStatistics(mean=self.code_mean, spread=self.code_spread, covariance=self.code_covariance)
+        statistics = CodeStatistics(self.code_mean, self.code_spread, self.code_covariance)
         located = self.locate(image)
         source, target = self.classifier(image).topk(2, dim=1).indices.unbind(dim=1)
         distances = self.code_mean.new_tensor(DISTANCES)

@@ -6,8 +6,6 @@ code. The U-Net is diffusers' ``UNet2DModel`` with three kinds of sub-modules re
 Shapes: B images, C channels, H, W pixels, D entries of the code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from cfe_lightning.compute.precision import full_precision, to_float32
 
 #: How the code enters the U-Net: "adagn" scales every block, "sum" adds the code to the time embedding.
 CodeMode = Literal["adagn", "sum"]
-#: How the encoder's last map becomes one code, see ``SemanticEncoder``.
+#: How the encoder's last map becomes one code: by its "mean", or by "mean_max", mean and maximum.
 CodePool = Literal["mean", "mean_max"]
 #: Layers from the encoder's last map to the code; they run in full precision.
 _POOLED = 3
@@ -126,9 +124,7 @@ class SemanticUnet(nn.Module):
             layers_per_block=blocks,
             dropout=dropout,
             down_block_types=tuple("AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in with_attention),
-            up_block_types=tuple(
-                "AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(with_attention)
-            ),
+            up_block_types=tuple("AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in with_attention[::-1]),
             downsample_type="resnet",
             upsample_type="resnet",
             time_embedding_dim=time_dim,
@@ -222,16 +218,12 @@ class _MeanAndMax(nn.Module):
 
 def _attention(channels: int, groups: int) -> Attention:
     """Builds self-attention with one head between the positions of a map; it starts as the identity."""
+    # fmt: off
     attention = Attention(
-        channels,
-        heads=1,
-        dim_head=channels,
-        norm_num_groups=min(groups, channels),
-        eps=1e-5,
-        bias=True,
-        residual_connection=True,
-        _from_deprecated_attn_block=True,
+        channels, heads=1, dim_head=channels, norm_num_groups=min(groups, channels), eps=1e-5, bias=True,
+        residual_connection=True, _from_deprecated_attn_block=True,
     )
+    # fmt: on
     _zero(attention.to_out[0])
     return attention
 

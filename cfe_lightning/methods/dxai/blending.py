@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes, N branches.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +85,6 @@ def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
         channels = to_float32(feature).flatten(2)
         channels = channels - channels.mean(dim=2, keepdim=True)
         channels = channels / channels.square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
-
         # Correlate branches, every pair once.
         with full_precision(channels):
             correlation = channels @ channels.transpose(1, 2) / channels.shape[2]
@@ -99,7 +96,7 @@ def branch_orthogonality(maps: list[Tensor], num_branches: int) -> Tensor:
 
 @torch.no_grad()
 def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tensor) -> Tensor:
-    """Finds the share of the distinct part whose removal leaves the classifier as undecided as possible.
+    """Finds the share, [B], of the distinct part whose removal leaves the classifier as undecided as possible.
 
     Minimises KL(uniform || classifier(image - strength * distinct)) over strengths from 0 to 2: a grid of 0.1, refined
     twice around its best point to 0.004. The classifier judges a bounded number of images at a time.
@@ -108,9 +105,6 @@ def neutral_strength(classifier: FrozenClassifier, image: Tensor, distinct: Tens
         classifier: The frozen classifier.
         image: Images, [B, C, H, W] in [-1, 1].
         distinct: Distinct parts at strength 1, [B, C, H, W].
-
-    Returns:
-        Strengths, [B].
     """
     strength = image.new_full((len(image),), 1.0)
     for reach, num_points in ((1.0, 21), (0.1, 11), (0.02, 11)):

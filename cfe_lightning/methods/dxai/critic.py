@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -60,14 +58,12 @@ class ResidualCritic(nn.Module):
         width = min(2**14 // image_size if base_width is None else base_width, max_width)
         # Paper: 1x1 stem in the table; here 3x3, as in its code and in StarGAN v2.
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
-
         # Halve down to a side of 4 to 7.
         num_stages = int(math.log2(image_size)) - 2
         for _ in range(num_stages):
             following = min(2 * width, max_width)
             layers.append(CriticBlock(width, following))
             width = following
-
         # Reduce to one place.
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(width, width, 4), nn.LeakyReLU(0.2)]
         remaining = image_size // 2**num_stages - 3

@@ -9,8 +9,6 @@ the last layer can be switched off, because with them the output cannot depend o
 Shapes: B images, C channels, H, W pixels, N branches, K classes, S style-modulated blocks, Z latent numbers.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -60,17 +58,11 @@ class AdaptiveInstanceNorm(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """Normalises maps [B, channels, H, W] and modulates them by styles [B, style_dim]."""
         gamma, beta = self.affine(style)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(beta, _instance_norm(x), 1 + gamma)
-
-
-def _instance_norm(x: Tensor) -> Tensor:
-    """Applies instance norm without scale and shift, with statistics in single precision."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return F.instance_norm(x)
-    # PyTorch keeps the statistics in the precision of the weights, and the published layer has no weights.
-    channels = x.shape[1]
-    one, zero = torch.ones(channels, device=x.device), torch.zeros(channels, device=x.device)
-    return F.instance_norm(x, weight=one, bias=zero)
+        weight = bias = None
+        if x.dtype in (torch.bfloat16, torch.float16):
+            # PyTorch keeps the statistics in the precision of the weights, and the published layer has no weights.
+            weight, bias = torch.ones(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device)
+        return torch.addcmul(beta, F.instance_norm(x, weight=weight, bias=bias), 1 + gamma)
 
 
 class StyledResidualBlock(nn.Module):
@@ -121,8 +113,8 @@ def concat_per_branch(first: Tensor, second: Tensor, num_branches: int) -> Tenso
 class MultiBranchGenerator(nn.Module):
     """Maps an image and class styles to N branch images whose sum renders the image as that class.
 
-    The arguments are those of ``Dxai``. Sizes that the down-sampling stages do not divide are padded by reflection
-    inside. With ``image_skip`` every branch but branch 0 starts as an equal share of the image.
+    The arguments are those of ``Dxai``. Inside, sizes that the down-sampling stages do not divide are padded by
+    reflection. With ``image_skip`` every branch but branch 0 starts as an equal share of the image.
 
     Raises:
         ValueError: If the image is smaller than twice ``min_resolution``.
@@ -157,11 +149,9 @@ class MultiBranchGenerator(nn.Module):
         self.stride = 2**num_stages
         self.num_styles = num_stages + 2
         widths = [num_branches * min(branch_width * 2**i, max_branch_width) for i in range(num_stages + 1)]
-
         # Stem.
         self.stem_affine = nn.InstanceNorm2d(num_branches * channels, affine=True) if stem_norm == "instance" else None
         self.stem = nn.Conv2d(num_branches * channels, widths[0], 3, padding=1, groups=num_branches)
-
         # Encoder.
         self.encoder = nn.ModuleList()
         for stage, (width, following) in enumerate(itertools.pairwise(widths)):
@@ -170,13 +160,11 @@ class MultiBranchGenerator(nn.Module):
             self.encoder.append(nn.Sequential(*blocks, ResidualBlock(width, following, num_branches, down=True)))
         inner = widths[-1]
         self.encoder_bottleneck = nn.Sequential(*(ResidualBlock(inner, inner, num_branches) for _ in range(2)))
-
         # Decoder.
         decoder = [StyledResidualBlock(inner, inner, num_branches, style_dim) for _ in range(2)]
         for width, following in reversed(list(itertools.pairwise(widths))):
             decoder.append(StyledResidualBlock(2 * following, width, num_branches, style_dim, up=True))
         self.decoder = nn.ModuleList(decoder)
-
         # Head.
         self.head_norm = nn.InstanceNorm2d(widths[0], affine=True) if head_norm == "instance" else nn.Identity()
         self.head = nn.Conv2d(widths[0], num_branches * channels, 1, groups=num_branches)
@@ -195,20 +183,17 @@ class MultiBranchGenerator(nn.Module):
         pad_bottom, pad_right = -height % self.stride, -width % self.stride
         if pad_bottom or pad_right:
             image = F.pad(image, (0, pad_right, 0, pad_bottom), mode="reflect")
-
         # Stem.
         if self.stem_affine is None:
             # Without a norm every branch sees the same image: a dense convolution with the grouped layer's weights.
             h = F.conv2d(image, self.stem.weight, self.stem.bias, padding=1)
         else:
             h = self.stem(F.leaky_relu(self.stem_affine(image.repeat(1, self.num_branches, 1, 1)), 0.2))
-
-        # Stages.
+        # Stages and bottleneck.
         maps = []
-        for stage in self.encoder:
+        for stage in (*self.encoder, self.encoder_bottleneck):
             h = stage(h)
             maps.append(h)
-        maps.append(self.encoder_bottleneck(h))
         return maps
 
     def decode(self, maps: Sequence[Tensor], styles: Tensor, image: Tensor) -> Tensor:
@@ -223,17 +208,14 @@ class MultiBranchGenerator(nn.Module):
         if repeats > 1:
             h = h.repeat(repeats, 1, 1, 1)
             skips = [skip.repeat(repeats, 1, 1, 1) for skip in skips]
-
         # Two blocks at the bottleneck, then one per stage.
         for index, block in enumerate(self.decoder):
             if index >= 2:
                 h = concat_per_branch(skips[1 - index], h, self.num_branches)
             h = block(h, styles[:, index])
-
         # Branch images; in single precision, because they are summed.
-        h = to_float32(self.head(torch.tanh(self.head_norm(h))))
-        height, width = image.shape[-2:]
-        branches = h[..., :height, :width].unflatten(1, (self.num_branches, self.channels))
+        h = to_float32(self.head(torch.tanh(self.head_norm(h))))[..., : image.shape[-2], : image.shape[-1]]
+        branches = h.unflatten(1, (self.num_branches, self.channels))
         if self.image_skip:
             share = image.repeat(repeats, 1, 1, 1).unsqueeze(1) / (self.num_branches - 1)
             branches = torch.cat([branches[:, :1], branches[:, 1:] + share], dim=1)
@@ -245,7 +227,7 @@ class MultiBranchGenerator(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """Maps a latent to the styles of one class: ``num_shared`` hidden layers, then ``num_unshared`` per class."""
+    """Maps a latent to the styles of one class: ``num_shared`` hidden layers, then ``num_unshared`` for each class."""
 
     def __init__(
         self,

@@ -54,19 +54,19 @@ class Dxai(ExplainerModule):
             classifier undecided on each image (definition 1), "full" takes all of it, as published.
         num_branches: Number of branches, N >= 2; branch 0 becomes the distinct part.
         branch_width: Channels per branch at full resolution. Paper: 7; here 8 because it vectorises.
-        max_branch_width: Upper limit of the channels per branch.
+        max_branch_width: Upper limit of the channels per branch, which double at every stage.
         min_resolution: Side of the innermost feature maps, a power of two, at most half the image.
         blocks_per_stage: Residual blocks before each of the first three down-samplings.
         stem_norm: Norm of the first layer. "instance" as published: explanations then ignore brightness and contrast.
         head_norm: Norm of the last layer. "instance" as published: explanations then ignore brightness and contrast.
-        image_skip: Adds the image itself to the agnostic branches, so that the network learns what to take out.
+        image_skip: Adds the image to the agnostic branches: the network learns what to remove. Not in the paper.
         style_dim: Length of the style of one block.
         latent_dim: Length of the random latent.
         mapping_width: Hidden width of the mapping network.
         mapping_shared: Hidden layers of the mapping network that all classes share.
         mapping_unshared: Hidden layers of the mapping network for each class alone.
         critic_width: The critic's channels at full resolution; None takes 2^14 / image size.
-        critic_max_width: Upper limit of the critic's channels.
+        critic_max_width: Upper limit of the critic's channels, which double at every stage.
         adversarial_weight: Weight of the generator's adversarial loss (equation 10); None takes the preset's.
         class_weight: Weight of the classifier's loss on the renderings (equation 6); None takes the preset's.
         reconstruction_weight: Weight of the distance to the image (equation 8); None takes the preset's.
@@ -136,7 +136,6 @@ class Dxai(ExplainerModule):
         if r1_interval < 1:
             raise ValueError(f"r1_interval must be at least 1, got {r1_interval}.")
         self.automatic_optimization = False
-
         # Losses: every weight that is given replaces the preset's.
         given: dict[str, Any] = {
             "objective": objective,
@@ -151,7 +150,6 @@ class Dxai(ExplainerModule):
             "counterfactual_weight": counterfactual_weight,
         }
         self.losses = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
-
         # Settings.
         self.strength = strength
         self.r1_interval = r1_interval
@@ -159,7 +157,6 @@ class Dxai(ExplainerModule):
         self.weight_decay = weight_decay
         self.source = source
         self.micro_batches = check_micro_batches(micro_batches)
-
         # Networks.
         self.generator = MultiBranchGenerator(
             image_size=self.image_size,
@@ -227,14 +224,12 @@ class Dxai(ExplainerModule):
         styles = self.mean_styles()
         maps = self.generator.encode(image)
         own, other = self.generator.decode(maps, torch.cat([styles[predicted], styles[target]]), image).chunk(2)
-
         # Decomposition. The rendering has a neutral strength of its own: what it misses can move a steep classifier.
         reconstruction = own.sum(dim=1)
         share = self._share(image, own[:, 0])
         distinct = share * own[:, 0]
         agnostic = reconstruction - self._share(reconstruction, own[:, 0]) * own[:, 0]
         residual = image - agnostic - distinct
-
         # Counterfactual and sweep.
         counterfactual, counterfactual_logits = self._counterfactual(image, own[:, 0], other[:, 0], share, target)
         strengths = image.new_tensor(SWEEP)
@@ -284,8 +279,8 @@ class Dxai(ExplainerModule):
         return neutral_strength(self.classifier, image, distinct).view(-1, 1, 1, 1)
 
     @torch.no_grad()
-    def mean_styles(self, num_samples: int = 1024) -> Tensor:
-        """Returns the mean style of every class over fixed latents, [K, S, style_dim].
+    def mean_styles(self) -> Tensor:
+        """Returns the mean style of every class over 1,024 fixed latents, [K, S, style_dim].
 
         Paper: a fresh random latent per image; here: the mean, because an explanation must not depend on chance.
         """
@@ -294,14 +289,12 @@ class Dxai(ExplainerModule):
         kept = None if self.training else self._mean_styles
         if kept is not None and kept.device == self.device:
             return kept
-
         # Average over latents.
-        latent = torch.randn(num_samples, self.mapping.latent_dim, generator=torch.Generator().manual_seed(0))
-        latent = latent.to(self.device)
+        latent = torch.randn(1024, self.mapping.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
         classes = torch.arange(self.classifier.num_classes, device=self.device)
         # Full precision, because the cache must not depend on the precision of the first call.
         with full_precision(latent):
-            styles = torch.stack([self.mapping(latent, k.expand(num_samples)).mean(dim=0) for k in classes])
+            styles = torch.stack([self.mapping(latent, k.expand(len(latent))).mean(dim=0) for k in classes])
         self._mean_styles = None if self.training else styles
         return styles
 
@@ -332,13 +325,11 @@ class Dxai(ExplainerModule):
         generator_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
         # The generator does not change between the two steps.
         shown, rendered = render_twice(self._render, slices)
-
         # Critic step.
         self.critic.requires_grad_(True)
         terms = accumulate_and_step(
             self, slices, lambda some: self._critic_loss(some, shown(some)), "critic", critic_optimizer
         )
-
         # Generator step.
         self.critic.requires_grad_(False)
         terms |= accumulate_and_step(
@@ -352,15 +343,13 @@ class Dxai(ExplainerModule):
         imitated = self.losses.critic_class_term == "kl"
         logits = self.classifier(image) if imitated or self.source == "classifier" else None
         label = batch["label"] if logits is None or self.source == "label" else logits.argmax(dim=1)
-        alternative = alternative_class(label, self.classifier.num_classes)
-        # All latents of the own classes, then all of the alternatives.
-        latent = torch.randn(2 * len(image), self.mapping.latent_dim, device=image.device)
         return Slice(
             image=image,
             label=label,
-            alternative=alternative,
+            alternative=alternative_class(label, self.classifier.num_classes),
             logits=logits,
-            latent=latent.unflatten(0, (2, -1)).transpose(0, 1),
+            # All latents of the own classes, then all of the alternatives.
+            latent=torch.randn(2, len(image), self.mapping.latent_dim, device=image.device).transpose(0, 1),
             alpha=torch.rand(len(image), self.generator.num_branches - 1, 1, 1, 1, device=image.device),
         )
 
@@ -370,10 +359,9 @@ class Dxai(ExplainerModule):
         styles = self.mapping(images.latent.transpose(0, 1).flatten(0, 1), classes)
         maps = self.generator.encode(images.image)
         own, other = self.generator.decode(maps, styles, images.image).chunk(2)
-        orthogonality = None
+        rendered = blend(own, other, images.alpha)
         if self.losses.orthogonality_weight:
-            orthogonality = branch_orthogonality(maps[:-1], self.generator.num_branches)
-        rendered = replace(blend(own, other, images.alpha), orthogonality=orthogonality)
+            rendered = replace(rendered, orthogonality=branch_orthogonality(maps[:-1], self.generator.num_branches))
         if self.losses.counterfactual_weight:
             moved = (images.image - rendered.distinct).detach() + rendered.distinct_alternative
             rendered = replace(rendered, counterfactual=moved)
@@ -382,9 +370,8 @@ class Dxai(ExplainerModule):
     def _critic_loss(self, images: Slice, rendered: Blend) -> dict[str, Tensor]:
         # Lightning counts one step per optimiser, and there are two.
         with_r1 = (self.global_step // 2) % self.r1_interval == 0
-        return self.losses.of_critic(
-            self.critic, images, rendered, r1_weight=self.losses.r1_weight * self.r1_interval if with_r1 else 0.0
-        )
+        r1_weight = self.losses.r1_weight * self.r1_interval if with_r1 else 0.0
+        return self.losses.of_critic(self.critic, images, rendered, r1_weight)
 
     def _generator_loss(self, images: Slice, rendered: Blend) -> dict[str, Tensor]:
         return self.losses.of_generator(self.critic, self.classifier, images, rendered)
@@ -396,11 +383,9 @@ class Dxai(ExplainerModule):
         explanation, branches = self._explained(image, None)
         distinct, flipped = explanation.parts["distinct"], explanation.flipped
         assert flipped is not None, "Dxai.explain always returns a counterfactual"
-
         # Decomposition.
         agnostic_logits = self.classifier(explanation.parts["agnostic"])
         removed_logits = self.classifier(image - distinct)
-
         # Loss. Training removes the whole of branch 0, whatever share an explanation removes.
         own_class = F.cross_entropy(self.classifier(explanation.parts["reconstruction"]), label)
         without_logits = self.classifier(branches[:, 1:].sum(dim=1))
@@ -408,9 +393,8 @@ class Dxai(ExplainerModule):
             removed_class = F.cross_entropy(without_logits, runner_up(explanation.logits))
         else:
             removed_class = kl_from_uniform(without_logits).mean()
-        reconstruction = distance(image, explanation.parts["reconstruction"])
         loss = self.losses.class_weight * 0.5 * (own_class + removed_class)
-        loss = loss + self.losses.reconstruction_weight * reconstruction
+        loss = loss + self.losses.reconstruction_weight * distance(image, explanation.parts["reconstruction"])
         values = {
             "loss": loss,
             "psnr": explanation.scores["reconstruction_psnr"].mean(),
@@ -427,8 +411,7 @@ class Dxai(ExplainerModule):
         """Builds Adam for generator and mapping network (two learning rates) and for the critic."""
         generator_rate, mapping_rate, critic_rate = self.learning_rates
         # Both betas must be floats: recent PyTorch rejects mixed types.
-        options: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": self.weight_decay}
-        options["fused"] = self.device.type in FUSED
+        options: Any = {"betas": (0.0, 0.99), "weight_decay": self.weight_decay, "fused": self.device.type in FUSED}
         groups = [
             {"params": self.generator.parameters(), "lr": generator_rate},
             {"params": self.mapping.parameters(), "lr": mapping_rate},

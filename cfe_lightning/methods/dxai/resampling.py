@@ -7,8 +7,6 @@ never made: on a CPU it cost a third of a whole DXAI iteration.
 Shapes: B images, H, W pixels.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

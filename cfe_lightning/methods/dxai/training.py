@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes, N branches, Z latent numbers.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +52,7 @@ class Losses:
     ``Dxai`` describes the term of each weight under the same name.
     """
 
-    # One head per class instead of one in all.
+    # True for one head per class, False for one head in all.
     per_class_critic: bool = True
     # "kl" imitates the classifier (equation 11), "cross_entropy" learns the labels.
     critic_class_term: Literal["kl", "cross_entropy", "none"] = "kl"
@@ -78,7 +76,6 @@ class Losses:
             judged = critic(real)
             real_logits = self.judgement(judged, images.label)
             penalty = r1_penalty(real_logits, real) if with_r1 else None
-
         # Renderings.
         fake_logits = self._judge_renderings(critic, images, rendered, detach=True)
         terms = {
@@ -86,15 +83,13 @@ class Losses:
             "critic_fake": adversarial_loss(fake_logits, real=False),
         }
         total = terms["critic_real"] + terms["critic_fake"]
-
         # Class term and penalty.
         if self.critic_class_term == "kl":
             assert images.logits is not None, "the imitated logits are computed when the slice is drawn"
             terms["critic_class"] = kl_between_logits(images.logits, judged)
-            total = total + terms["critic_class"]
         elif self.critic_class_term == "cross_entropy":
             terms["critic_class"] = F.cross_entropy(judged, images.label)
-            total = total + terms["critic_class"]
+        total = total + terms.get("critic_class", 0)
         if penalty is not None:
             terms["r1"] = penalty
             total = total + r1_weight * penalty
@@ -121,7 +116,6 @@ class Losses:
             + self.masked_weight * terms["masked"]
             + self.sparsity_weight * terms["distinct_magnitude"]
         )
-
         # Optional terms.
         if rendered.orthogonality is not None:
             terms["orthogonality"] = rendered.orthogonality

@@ -6,8 +6,6 @@ layer tables are not public; widths and norms are ours.
 Shapes: B images, T steps per image, D features, h, w cells of the feature map, level i is [B, C_i, H_i, W_i].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -27,17 +25,13 @@ _CLASS_PLANES = 4
 
 
 class SpatialPatternEditor(nn.Module):
-    """Edits a level to fit the feature map of another class (equation 12).
-
-    A ``non_negative`` level comes from a ReLU, and so does its edited version.
-    """
+    """Edits a level to fit the feature map of another class (equation 12); a ReLU keeps a ``non_negative`` level so."""
 
     def __init__(
         self, level_shape: LevelShape, num_features: int, width: int, norm: DecoderNorm, non_negative: bool
     ) -> None:
         super().__init__()
-        channels = level_shape[0]
-        self.size = level_shape[1:]
+        channels, self.size = level_shape[0], level_shape[1:]
         self.merge = _convolution(width + num_features, width, norm)
         self.expand = _convolution(width, channels, norm)
         self.last = nn.Conv2d(channels, channels, 3, padding=1)
@@ -80,21 +74,18 @@ class MirrorDecoder(nn.Module):
             return min(max_width, width * 2 ** max(0, round(math.log2(image_size / side))))
 
         # Editors.
-        num_features, *_ = map_shape
-        self.map_size = map_shape[1:]
+        num_features, self.map_size = map_shape[0], map_shape[1:]
         self.squeezes = nn.ModuleList(_convolution(shape[0], editor_width, norm) for shape in level_shapes)
         self.editors = nn.ModuleList(
             SpatialPatternEditor(shape, num_features, editor_width, norm, relu)
             for shape, relu in zip(level_shapes, non_negative, strict=True)
         )
-
         # Sizes: up to every level, then on by doubling until the image's size is reached.
         self.sizes = [shape[1:] for shape in level_shapes]
         last = self.sizes[-1] if self.sizes else self.map_size
         while last[0] < image_size:
             last = (min(2 * last[0], image_size), min(2 * last[1], image_size))
             self.sizes.append(last)
-
         # Stages.
         current = width_at(map_shape[1])
         self.bottom = _convolution(num_features, current, norm)
@@ -118,23 +109,22 @@ class MirrorDecoder(nn.Module):
     def forward(
         self, feature_map: Tensor, levels: Sequence[Tensor], summaries: Sequence[Tensor], mask: Tensor
     ) -> Tensor:
-        """Renders feature maps.
+        """Renders feature maps as images, [B T, C, H, W] in [-1, 1].
 
         Args:
             feature_map: Feature maps, [B T, D, h, w], the T maps of an image one after the other.
             levels: The images' own levels, each [B, C_i, H_i, W_i].
             summaries: ``summarise`` of the levels.
             mask: Share of the edit at every place, [B T, 1, h, w] in [0, 1].
-
-        Returns:
-            Images [B T, C, H, W] in [-1, 1].
         """
         hidden = self.bottom(feature_map)
         for index, (size, stage) in enumerate(zip(self.sizes, self.stages, strict=True)):
             hidden = _resized(hidden, size)
             if index < len(self.editors):
-                level = levels[index]
-                edited = self.editors[index](_repeated(summaries[index], len(feature_map)), feature_map)
+                level, summary = levels[index], summaries[index]
+                if len(feature_map) > len(level):
+                    summary = summary.repeat_interleave(len(feature_map) // len(level), dim=0)
+                edited = self.editors[index](summary, feature_map)
                 share = F.interpolate(mask, size=size, mode="nearest").to(edited)
                 # All steps of an image share its level: a copy would cost memory and the memory layout.
                 per_image = (value.unflatten(0, (len(level), -1)) for value in (edited, share))
@@ -176,15 +166,13 @@ class _ExactWeight(nn.Conv2d):
     """A convolution with its weight computed in single precision: half precision would blur the spectral norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves, [B, in, H, W] -> [B, out, h, w]."""
         with full_precision(x):
             weight = self.weight
         return self._conv_forward(x, weight, self.bias)
 
 
 def _convolution(in_channels: int, out_channels: int, norm: DecoderNorm) -> nn.Sequential:
-    groups = math.gcd(8, out_channels)
-    scale = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(groups, out_channels)
+    scale = nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(math.gcd(8, out_channels), out_channels)
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), scale, nn.ReLU())
 
 
@@ -194,9 +182,3 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     # On a GPU autocast would widen the map to float32, and the convolution that follows rounds it anyway.
     with full_precision(x):
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _repeated(x: Tensor, batch: int) -> Tensor:
-    """Repeats every sample T times, [B, ...] -> [B T, ...]."""
-    repeats = batch // len(x)
-    return x if repeats == 1 else x.repeat_interleave(repeats, dim=0)

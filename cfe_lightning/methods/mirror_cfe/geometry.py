@@ -13,8 +13,6 @@ Shapes: B samples, D features, K classes. These arguments return in most functio
 [K, D] and ``bias`` [K] of the head, ``logits`` [B, K] of the features, classes ``source`` and ``target`` [B].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +33,8 @@ _EXACT, _NEGATIVE, _PAIR_ONLY, _DEGENERATE, _ON_BOUNDARY = range(5)
 _LBFGS_STEPS, _LBFGS_PAIRS, _NEWTON_STEPS = 50, 10, 60
 #: Move, change of the gradient and curvature of one L-BFGS step, [B, D], [B, D], [B].
 _Pair = tuple[Tensor, Tensor, Tensor]
+#: Function from points [B, D] to its values [B], gradients [B, D] and largest errors of a logit [B].
+_Objective = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 #: Largest error of a softmax that counts as swapped.
 _TOLERANCE = 1e-5
 #: Distance in logits by which a third class that would win is put below the target.
@@ -102,10 +102,9 @@ def closed_form_swap(features: Tensor, logits: Tensor, matrix: Tensor, source: T
 
 
 def first_flip(start: Tensor, end: Tensor, target: Tensor) -> Tensor:
-    """Finds the step from which the target has the largest logit on the line between two logits, [B, K] each.
+    """Finds the step, [B], from which the target has the largest logit on the line between two logits, [B, K] each.
 
-    Returns:
-        Steps, [B]: 0.5 and more for a swap, 0 if the target's is the largest from the start, 2 if not even at the end.
+    It is 0.5 or more for a swap, 0 if the target's logit is the largest from the start, 2 if not even at the end.
     """
     before, after = (logits - _entry(logits, target)[:, None] for logits in (start, end))
     tiny = torch.finfo(start.dtype).tiny
@@ -115,7 +114,7 @@ def first_flip(start: Tensor, end: Tensor, target: Tensor) -> Tensor:
 
 
 def bisect_step(reached: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, *, iterations: int = 40) -> Tensor:
-    """Finds the steps, in any shape, from which ``reached`` holds: it does not at ``low``, and does at ``high``.
+    """Finds the steps, in any shape, from which ``reached`` holds: not yet at ``low``, but at ``high``.
 
     Every iteration halves the intervals; the result is their upper ends.
     """
@@ -135,7 +134,7 @@ def lbfgs_swap(
     start: Tensor | None = None,
     proximity: float = 0.0,
 ) -> Tensor:
-    """Moves features until the head's logits have source and target exchanged, by L-BFGS on half the squared error.
+    """Moves features [B, D] by L-BFGS on half the squared error until the head's logits have source and target swapped.
 
     Every sample has a curvature and a line search of its own (weak Wolfe conditions by bisection), so its result does
     not depend on the rest of the batch. For a linear head of full row rank the limit is that of the swap "logits".
@@ -144,14 +143,11 @@ def lbfgs_swap(
         head: Differentiable map from features [B, D] to logits [B, K].
         start: First point, [B, D]; None starts at the features.
         proximity: Weight of half the squared distance from ``features``.
-
-    Returns:
-        Features, [B, D].
     """
     with torch.no_grad():
         wanted = swapped(head(features), source, target)
 
-    def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def objective(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             point = point.detach().requires_grad_(True)
             error = head(point) - wanted
@@ -160,7 +156,7 @@ def lbfgs_swap(
         return value.detach(), gradient, error.detach().abs().amax(dim=1)
 
     point = (features if start is None else start).detach().clone()
-    value, gradient, error = value_and_gradient(point)
+    value, gradient, error = objective(point)
     pairs: list[_Pair] = []
     for _ in range(_LBFGS_STEPS):
         # Finished?
@@ -169,16 +165,14 @@ def lbfgs_swap(
             done = done | (error < 1e-6)
         if bool(done.all()):
             break
-
         # Step.
         direction = _two_loops(gradient, pairs)
         slope = (direction * gradient).sum(dim=1)
         # Rounding can turn an almost finished direction uphill; steepest descent never points there.
         direction = torch.where((slope < 0)[:, None], direction, -gradient)
-        length = _wolfe_lengths(value_and_gradient, point, direction, value, gradient, done)
+        length = _wolfe_lengths(objective, point, direction, value, gradient, done)
         following = point + length[:, None] * direction
-        value, following_gradient, error = value_and_gradient(following)
-
+        value, following_gradient, error = objective(following)
         # Curvature.
         move, change = following - point, following_gradient - gradient
         curvature = (move * change).sum(dim=1)
@@ -209,12 +203,7 @@ def _two_loops(gradient: Tensor, pairs: list[_Pair]) -> Tensor:
 
 
 def _wolfe_lengths(
-    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    point: Tensor,
-    direction: Tensor,
-    value: Tensor,
-    gradient: Tensor,
-    done: Tensor,
+    objective: _Objective, point: Tensor, direction: Tensor, value: Tensor, gradient: Tensor, done: Tensor
 ) -> Tensor:
     """Finds step lengths that meet the weak Wolfe conditions, by doubling and bisection (Lewis, Overton 2013), [B]."""
     slope = (direction * gradient).sum(dim=1)
@@ -223,7 +212,7 @@ def _wolfe_lengths(
     length = torch.where(done, 0.0, 1.0).to(value.dtype)
     for _ in range(30):
         # Conditions: enough decrease, and a slope that has flattened.
-        reached, reached_gradient, _ = value_and_gradient(point + length[:, None] * direction)
+        reached, reached_gradient, _ = objective(point + length[:, None] * direction)
         too_long = reached > value + 1e-4 * length * slope
         too_short = ~too_long & ((reached_gradient * direction).sum(dim=1) < 0.9 * slope)
         open_ = (too_long | too_short) & ~done
@@ -249,15 +238,12 @@ def bounded_swap(
     """Finds the nearest features within bounds whose softmax is swapped, by damped Newton on the dual problem.
 
     Features after a ReLU are never negative, but swapped ones can be. Minimises the squared step under K - 1 linear
-    equations and the bounds; the solution is ``clamp(features + rows^T u)`` for the multipliers u.
+    equations and the bounds; the solution is ``clamp(features + rows^T u)`` for the multipliers u. Returns features
+    [B, D] and a flag for every sample that converged [B]; without convergence there is (almost always) no solution.
 
     Args:
         lower: Lower bound: 0 after a ReLU, -0.2785 after a SiLU.
         upper: Upper bound: 6 after a ReLU6.
-
-    Returns:
-        Features [B, D] and a flag for every sample that converged [B]; without convergence there is (almost always)
-        no solution.
     """
     # Equations for the features: rows @ z' = rows @ z + change of the logits; the bias cancels.
     num_classes = len(weight)
@@ -285,13 +271,11 @@ def bounded_swap(
         converged = gradient.abs().amax(dim=1) < 1e-9
         if bool(converged.all()):
             break
-
         # Newton direction.
         active = ((free > lower) & (free < upper)).to(features.dtype)
         hessian = (rows * active[:, None]) @ rows.transpose(1, 2) + ridge
         direction = -torch.linalg.solve(hessian, gradient)
         slope = (direction * gradient).sum(dim=1)
-
         # Halve the step until the dual decreases enough.
         length = torch.where(converged, 0.0, 1.0).to(features.dtype)
         for _ in range(30):
@@ -352,7 +336,6 @@ def reflect(
     if swap != "reflect" and bool(failed.any()):
         repaired = _pair_only(features[failed], logits[failed], weight, bias, source[failed], target[failed])
         moved = moved.masked_scatter(failed[:, None], repaired)
-
     # Swap within bounds.
     if bounds is not None:
         lower, upper = bounds
@@ -360,7 +343,6 @@ def reflect(
         kept = converged & (residual(bounded) < _TOLERANCE)
         moved = torch.where(kept[:, None], bounded, moved)
         status = torch.where(kept, _EXACT, torch.where(status == _EXACT, _NEGATIVE, status))
-
     # Samples that cannot or need not move.
     degenerate = (weight[source] == weight[target]).all(dim=1)
     on_boundary = (margin(logits, source, target) == 0) & ~degenerate
@@ -384,20 +366,15 @@ def reflect_nonlinear(
     """Does the work of ``reflect`` for a head that is not linear: L-BFGS from the swap of its tangent.
 
     L-BFGS runs first with a small weight on a short step, then without. The straight path between the two points no
-    longer meets the boundary half way.
-
-    Returns:
-        The reflection, and the tangent's weight [B, K, D] and bias [B, K] at the features.
+    longer meets the boundary half way. Returns the tangent's weight [B, K, D] and bias [B, K] at the features, too.
     """
     _check_target(source, target)
-
     # Swap of the tangent.
     weight, bias = linearised(head, features)
     logits = head(features)
     inverse = torch.linalg.pinv(weight - weight.mean(dim=1, keepdim=True), rtol=1e-10)  # [B, D, K]
     ends = inverse.gather(2, torch.stack([target, source], dim=1)[:, None].expand(-1, inverse.shape[1], -1))
     start = features + margin(logits, source, target)[:, None] * (ends[:, :, 0] - ends[:, :, 1])
-
     # Swap of the head.
     near = lbfgs_swap(features, head, source, target, start=start, proximity=1e-4)
     moved = lbfgs_swap(features, head, source, target, start=near)
@@ -418,7 +395,6 @@ def _pair_only(
     is_target = torch.nn.functional.one_hot(target, num_classes).bool()
     # Mirrored, the source stands below the target by as much as it stood above.
     wanted = torch.where(is_source, -heights, -_LEAD)
-
     # Active set: one more equation for every class that beats the target.
     chosen = is_source
     moved = features

@@ -75,14 +75,12 @@ class MirrorCFE(ExplainerModule):
         swap: Reflection of the features: "softmax" or "logits" swaps the confidences of source and target in closed
             form and keeps all others, "lbfgs" does so by the paper's iteration, "reflect" reflects plainly, which is
             exact for two classes only. Heads that are not linear are always inverted by L-BFGS.
-        bounds: Lower and upper bound that reflected features must keep, such as [0] after a ReLU or [0, 6] after a
-            ReLU6; None keeps none.
+        bounds: Lower and upper bound of reflected features, such as [0] after a ReLU or [0, 6] after a ReLU6, or None.
         spread: Distribution of the change over the feature map: "uniform", "location" (by how much each place speaks
             for the source) or "waterfill" (where the class maps are, never negative; needs bounds).
         thresholds: Lowest and highest threshold of the edit mask (equation 14).
         soft_mask: Takes a smooth mask, for animations without jumps.
-        pairs: Pairs of class names, such as [["3", "8"], ["4", "9"]], to which the training is limited. None draws any
-            other class.
+        pairs: Pairs of class names that limit the training, such as [["3", "8"], ["4", "9"]]; None allows all classes.
         num_steps: Steps of an explanation, from the reconstruction to the reflection.
         counterfactual: Picture of the path that is the answer: the "first" that the classifier calls the target (the
             reflection if there is none), or the "reflection".
@@ -150,7 +148,6 @@ class MirrorCFE(ExplainerModule):
             raise ValueError(f"bounds is a lower and perhaps an upper bound, such as [0] or [0, 6], got {bounds}.")
         if spread == "waterfill" and (bounds is None or bounds[0] != 0):
             raise ValueError("spread 'waterfill' needs features that are never negative: set bounds to [0].")
-
         # Settings.
         self.automatic_optimization = False
         self.swap: Swap = swap
@@ -172,7 +169,6 @@ class MirrorCFE(ExplainerModule):
         self.micro_batches = check_micro_batches(micro_batches)
         self.register_buffer("partner", _partners(classifier.class_names, pairs), persistent=False)
         self.in_pairs = bool(pairs)
-
         # Networks.
         feature_map = classifier.pooled_feature_map()
         self.levels = classifier.find_levels(levels)
@@ -204,12 +200,12 @@ class MirrorCFE(ExplainerModule):
 
     @torch.no_grad()
     def reflect(self, image: Tensor, target: Tensor | None = None, seen: Activations | None = None) -> Mirrored:
-        """Computes the part of the paths from the predicted classes to targets that needs no decoder.
+        """Computes the paths from the predicted classes to targets in feature space, before any decoding.
 
         Args:
             image: Images, [B, C, H, W] in [-1, 1].
-            target: Target classes, [B]; None takes ``default_target``. The path of a target that is predicted already
-                leads to the runner-up, because no mirror stands in between.
+            target: Target classes, [B]; None takes ``default_target``. The runner-up replaces a target that is
+                predicted already, because no mirror stands in between.
             seen: The classifier's activations of the images, with ``levels``; None computes them.
         """
         if seen is None:
@@ -240,15 +236,12 @@ class MirrorCFE(ExplainerModule):
         return mirrored.intended(self.head(), step)
 
     def decode(self, mirrored: Mirrored, step: Tensor, summaries: list[Tensor] | None = None) -> Tensor:
-        """Renders paths at some steps.
+        """Renders paths at some steps as pictures, [B, T, C, H, W] in [-1, 1].
 
         Args:
             mirrored: The paths.
             step: Positions on the paths, [B, T]: 0 is the image's own map, 1 the reflected one.
             summaries: ``summarise`` of the decoder; None computes them.
-
-        Returns:
-            Pictures, [B, T, C, H, W] in [-1, 1].
         """
         batch, num_steps = step.shape
         share = step.to(mirrored.change.dtype)[:, :, None, None, None]
@@ -290,7 +283,6 @@ class MirrorCFE(ExplainerModule):
         """
         image = image.to(self.dtype)
         mirrored = self.reflect(image, target)
-
         # Path. The boundary is a step of its own, which an even number of steps would miss.
         meets, intended_flip = mirrored.crossings(self.head())
         grid = torch.linspace(0, 1, self.num_steps, device=image.device)
@@ -299,7 +291,6 @@ class MirrorCFE(ExplainerModule):
         logits = self.classifier.along(pictures)[:, :-1]
         strengths, steps, boundary = step[:, :-1], pictures[:, :-1], pictures[:, -1]
         intended = self.intended(mirrored, strengths)
-
         # Counterfactual.
         arrived = logits.argmax(dim=2) == mirrored.target[:, None]
         found, first = arrived.any(dim=1), arrived.to(torch.int8).argmax(dim=1)
@@ -351,7 +342,6 @@ class MirrorCFE(ExplainerModule):
         target = self._draw_target(seen.logits.argmax(dim=1))
         whole = (image, target, torch.rand(len(image), 1, device=image.device), seen)
         slices = [self._slice(*rows_of(whole, rows)) for rows in parts_of(len(image), self.micro_batches)]
-
         # Steps.
         decoder_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, union-attr, attr-defined]
         shown, rendered = render_twice(self._render, slices)
@@ -410,7 +400,6 @@ class MirrorCFE(ExplainerModule):
         features = to_float32(seen.feature_map).mean(dim=(2, 3))
         wanted = mirrored.features_at(step)[:, 0].to(image.dtype)
         length = mirrored.features.norm(dim=1).mean().to(image.dtype)
-
         # Terms.
         terms = {
             "class": kl_between_logits(intended.transpose(0, 1).flatten(0, 1), seen.logits),
@@ -440,12 +429,10 @@ class MirrorCFE(ExplainerModule):
         candidates = candidates & ~torch.eye(len(image), dtype=torch.bool, device=image.device)
         chosen = (candidates * (0.1 + torch.rand(candidates.shape, device=image.device))).argmax(dim=1)
         counts = candidates.any(dim=1).to(image.dtype)
-
         # Distances in feature space.
         reference = mirrored.features[chosen].to(image.dtype)
         near = (mirrored.features.to(image.dtype) - wanted).norm(dim=1)
         ratio = ((wanted - reference).norm(dim=1) / (near + 1e-8)).clamp(1e-2, 1e2)
-
         # Distances of pixels, which should have the same ratio within a band.
         moved = (image - rendered).abs().mean(dim=(1, 2, 3))
         apart = (rendered - image[chosen]).abs().mean(dim=(1, 2, 3)) / ratio
@@ -465,7 +452,6 @@ class MirrorCFE(ExplainerModule):
         step = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=image.device).expand(len(image), -1)
         path = self.decode(mirrored, step)
         logits = self.classifier(path.flatten(0, 1)).unflatten(0, step.shape)
-
         # Measures.
         error = (path[:, 0] - image).abs().mean()
         validity = (logits[:, -1].argmax(dim=1) == mirrored.target).float().mean()
@@ -486,11 +472,7 @@ class MirrorCFE(ExplainerModule):
 
 
 def _partners(class_names: tuple[str, ...], pairs: list[list[str]] | None) -> Tensor:
-    """Returns the partner of every class, or -1 for a class in no pair, [K].
-
-    Raises:
-        ValueError: If a pair does not hold two known classes, or a class is in two pairs.
-    """
+    """Returns the partner of every class, or -1 for a class in no pair, [K], after checking the pairs."""
     partner = torch.full((len(class_names),), -1)
     for pair in pairs or []:
         if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(class_names):

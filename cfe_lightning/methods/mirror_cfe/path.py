@@ -8,7 +8,7 @@ Shapes: B images, K classes, D features, h, w cells of the feature map, T steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,15 +33,11 @@ class Head:
 
     Attributes:
         logits: Function from features [B, D] to logits [B, K].
-        weight: Weight of a linear head, [K, D]; else empty.
-        bias: Bias of a linear head, [K]; else empty.
-        matrix: ``swap_matrix`` of a linear head, [K, D]; else None.
+        linear: Weight [K, D], bias [K] and ``swap_matrix`` [K, D] of a linear head; None for any other.
     """
 
     logits: Callable[[Tensor], Tensor]
-    weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    bias: Tensor = field(default_factory=lambda: torch.empty(0))
-    matrix: Tensor | None = None
+    linear: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, classifier: FrozenClassifier, swap: Swap) -> Head:
@@ -51,7 +47,7 @@ class Head:
             return cls(logits=classifier.exact_head())
         weight, bias = linear
         matrix = swap_matrix(weight, "logits" if swap == "logits" else "softmax")
-        return cls(logits=lambda features: features @ weight.T + bias, weight=weight, bias=bias, matrix=matrix)
+        return cls(logits=lambda features: features @ weight.T + bias, linear=(weight, bias, matrix))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +93,8 @@ class Mirrored:
         """
         ends = torch.tensor([0.0, 1.0], device=self.target.device).expand(len(self.target), -1)
         start, end = self.intended(head, ends).unbind(dim=1)
-        if head.matrix is not None:
+        if head.linear is not None:
             return torch.full_like(start[:, 0], 0.5), first_flip(start, end, self.target)
-
         # The logits of a head that is not linear do not change linearly either.
         source, target = self.source[:, None, None], self.target[:, None, None]
 
@@ -109,7 +104,8 @@ class Mirrored:
             to_source = logits[:, :1].gather(2, source).squeeze(2)
             return torch.cat([to_target[:, :1] >= to_source, to_target[:, 1:] >= logits[:, 1:].amax(dim=2)], dim=1)
 
-        step = bisect_step(reached, ends.double() * 0, ends.double() * 0 + 1)
+        low = torch.zeros_like(ends, dtype=torch.float64)
+        step = bisect_step(reached, low, low + 1)
         arrives = end.argmax(dim=1) == self.target
         return step[:, 0], torch.where(arrives, step[:, 1], 2.0)
 
@@ -125,20 +121,17 @@ def mirror(
     own_map = to_float32(seen.feature_map)
     feature_map = own_map.double()
     features = feature_map.mean(dim=(2, 3))
-
     # Reflect the features.
     source = seen.logits.argmax(dim=1)
     pair = torch.stack([source, target], dim=1)
-    if head.matrix is None:
+    if head.linear is None:
         reflection, weight, bias = reflect_nonlinear(features, head.logits, source, target)
         rows = weight.gather(1, pair[:, :, None].expand(-1, -1, weight.shape[2]))
         offset = bias.gather(1, pair)
     else:
-        reflection = reflect(
-            features, head.weight, head.bias, source, target, swap=swap, matrix=head.matrix, bounds=bounds
-        )
-        rows, offset = head.weight[pair], head.bias[pair]
-
+        weight, bias, matrix = head.linear
+        reflection = reflect(features, weight, bias, source, target, swap=swap, matrix=matrix, bounds=bounds)
+        rows, offset = weight[pair], bias[pair]
     # Spread the change over the map.
     return Mirrored(
         source=source,

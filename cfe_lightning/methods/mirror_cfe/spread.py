@@ -1,15 +1,12 @@
 """From reflected features back to a feature map, and the region of the picture that may change (equations 12 to 17).
 
 Averaging over the map discards place, so every map that averages to the reflected features is admissible. Three exact
-choices are offered. The class maps of the head show where source and target are seen, which gives the mask of the
-regions that the decoder may redraw.
+choices are offered. The class maps show where source and target are seen: there the decoder may redraw the picture.
 
 Source: Chowdhury et al., ICCV 2025, arXiv 2509.16822, section 3 and supplement; the water-filling spread is ours.
 
 Shapes: B samples, D features, K classes, h, w cells of the feature map, n = h w.
 """
-
-from __future__ import annotations
 
 from typing import Literal
 
@@ -29,17 +26,14 @@ def spread_change(feature_map: Tensor, features: Tensor, rows: Tensor, offset: T
 
     ``rows`` [B, 2, D] and ``offset`` [B, 2] are the head's rows and biases for source and target.
     """
+    reflected = spread_uniform(feature_map, features)
     if spread == "location":
-        normal, height = rows[:, 0] - rows[:, 1], offset[:, 0] - offset[:, 1]
-        reflected = spread_by_location(feature_map, features, normal, height)
+        reflected = spread_by_location(feature_map, features, rows[:, 0] - rows[:, 1], offset[:, 0] - offset[:, 1])
     elif spread == "waterfill":
-        prior = prior_of(class_maps(feature_map, rows))
-        # Without a reflection that is never negative, the change is spread evenly.
+        # The change stays even for an image with negative reflected features.
         inside = (features >= 0).all(dim=1)[:, None, None, None]
-        filled = spread_by_water_filling(feature_map, features.clamp_min(0), prior)
-        reflected = torch.where(inside, filled, spread_uniform(feature_map, features))
-    else:
-        reflected = spread_uniform(feature_map, features)
+        filled = spread_by_water_filling(feature_map, features.clamp_min(0), prior_of(class_maps(feature_map, rows)))
+        reflected = torch.where(inside, filled, reflected)
     return reflected - feature_map
 
 
@@ -67,7 +61,7 @@ def spread_by_location(feature_map: Tensor, features: Tensor, normal: Tensor, of
 
 
 def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor) -> Tensor:
-    """Adds and removes in proportion to a prior, and never goes below zero.
+    """Changes a map in proportion to a prior until it averages to the features, and never goes below zero.
 
     A growing feature grows by the prior. A shrinking one loses the same multiple of the prior everywhere, cut off at
     zero; the multiple that gives the right average is found exactly by sorting.
@@ -76,9 +70,6 @@ def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor
         feature_map: Non-negative feature maps, [B, D, h, w].
         features: Wanted average of the map, non-negative, [B, D].
         prior: Positive weights of the places, [B, h, w], on any scale.
-
-    Returns:
-        A non-negative map, [B, D, h, w].
     """
     # Growing features.
     values = feature_map.flatten(2)
@@ -86,7 +77,6 @@ def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor
     num_places = values.shape[2]
     change = features - values.mean(dim=2)
     grown = values + (num_places * change)[:, :, None] * share
-
     # Shrinking features. Their mean is piecewise linear in the level; its kinks are the ratios value / share.
     ratio, order = (values / share).sort(dim=2, descending=True)
     level = values.gather(2, order).cumsum(dim=2) - num_places * features[:, :, None]
@@ -101,12 +91,11 @@ def spread_by_water_filling(feature_map: Tensor, features: Tensor, prior: Tensor
 def class_maps(feature_map: Tensor, rows: Tensor) -> Tensor:
     """Shows where each class is seen: the positive part of its row over the map, scaled to a maximum of 1.
 
+    The maps, [B, M, h, w] in [0, 1], are all zero for a class that is seen nowhere.
+
     Args:
         feature_map: Feature maps, [B, D, h, w].
         rows: Rows of the head for M classes per sample, [B, M, D].
-
-    Returns:
-        Maps, [B, M, h, w] in [0, 1]; all zero for a class that is seen nowhere.
     """
     feature_map = to_float32(feature_map)
     with full_precision(feature_map):
@@ -125,16 +114,14 @@ def prior_of(maps: Tensor) -> Tensor:
 def edit_mask(maps: Tensor, step: Tensor, limits: tuple[float, float] = (0.1, 0.5), soft: bool = False) -> Tensor:
     """Marks the places that may be redrawn: those where source or target is seen above a threshold (equation 14).
 
-    The threshold 1 - step, kept within limits, falls along the path, so the region grows.
+    The threshold 1 - step, kept within limits, falls along the path, so the region grows. No gradient passes the mask,
+    [B, 1, h, w] in [0, 1].
 
     Args:
         maps: Class maps of source and target (equation 13), [B, 2, h, w].
         step: Position on the path, [B] in [0, 1].
         limits: Lowest and highest threshold.
         soft: Takes a sigmoid of width 0.05 instead of a hard threshold, for smooth animations.
-
-    Returns:
-        Mask, [B, 1, h, w] in [0, 1]; no gradient passes.
     """
     lowest, highest = limits
     threshold = (1 - step).clamp(lowest, highest).to(maps)[:, None, None, None]

@@ -5,8 +5,6 @@ Numbers are in units of [0, 1] images. Sources: those of ``phases``.
 Shapes: B images, C channels, P planes (C, or 1 for luminance), H, W pixels, T strengths.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -18,18 +16,10 @@ from torch.nn import functional as F
 from cfe_lightning import images
 from cfe_lightning.compute.precision import full_precision
 from cfe_lightning.compute.rows import joined, rows_of
-from cfe_lightning.methods.steerable_lens import pyramid
-from cfe_lightning.methods.steerable_lens.phases import (
-    AmplitudeMode,
-    Motion,
-    PhaseRule,
-    descent,
-    mean_turn,
-    motion_field,
-)
-from cfe_lightning.methods.steerable_lens.pyramid import Decomposition, SteerablePyramid, Synthesis, Transform
+from cfe_lightning.methods.steerable_lens import phases, pyramid
+from cfe_lightning.methods.steerable_lens.phases import AmplitudeMode, Motion, PhaseRule, descent
+from cfe_lightning.methods.steerable_lens.pyramid import SteerablePyramid, Synthesis, Transform, TransformName
 
-TransformName = Literal["csp", "dft", "pixel", "csp_rect"]
 AlphaUnit = Literal["rms", "l2", "phase", "raw"]
 Colour = Literal["rgb", "y"]
 Padding = Literal["reflect", "circular"]
@@ -42,8 +32,7 @@ _CHUNK = 2**21
 _CHUNK_ELSEWHERE = 2**26
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Course:
+class Course(NamedTuple):
     """The direction in which images move; alpha is in the chosen unit.
 
     Attributes:
@@ -157,18 +146,12 @@ class Extrapolator:
         line = self._crop(line, pad)
         scale = self._unit(line, motions, image.shape[1])
         by_image = scale.view(-1, 1, 1, 1)
-        return Course(
-            image=image,
-            origin=origin,
-            gradient=gradient,
-            motions=[motion.scaled(scale) for motion in motions],
-            constant=None if constant is None else constant * by_image,
-            line=(line * by_image).expand_as(image),
-            shares=shares,
-        )
+        motions = [motion.scaled(scale) for motion in motions]
+        constant = None if constant is None else constant * by_image
+        return Course(image, origin, gradient, motions, constant, (line * by_image).expand_as(image), shares)
 
     def _descent(
-        self, transform: Transform, planes: Tensor, pull: Decomposition
+        self, transform: Transform, planes: Tensor, pull: pyramid.Decomposition
     ) -> tuple[list[Motion], Tensor | None, Tensor]:
         """Returns motions, constant and line of a course for planes [B, P, H, W] and the gradient of coefficients."""
         if self.is_straight:
@@ -192,7 +175,7 @@ class Extrapolator:
         copies = channels / line.shape[1]
         norm = (line.flatten(1).square().sum(dim=1) * copies).sqrt()
         if self.alpha_unit == "phase":
-            size = mean_turn(motions)
+            size = phases.mean_turn(motions)
         elif self.alpha_unit == "raw":
             size = torch.ones_like(norm)
         else:
@@ -225,8 +208,8 @@ class Extrapolator:
         # Change. It alone is synthesised: at alpha 0 the image comes back bit for bit.
         change = course.image.new_zeros(())
         if course.motions:
-            options: dict[str, Any] = {"cap": self.cap, "beta": self.beta, "mode": self.amplitude_mode}
-            bands = [motion.extrapolated(alpha, **options) for motion in course.motions]
+            cap, beta, mode = self.cap, self.beta, self.amplitude_mode
+            bands = [motion.extrapolated(alpha, cap=cap, beta=beta, mode=mode) for motion in course.motions]
             change = self.transform_for(course.image).synthesise(bands)
         if course.constant is not None:
             change = change + alpha[:, :, None, None, None] * course.constant[:, None]
@@ -241,9 +224,7 @@ class Extrapolator:
     def _pad(self, image: Tensor) -> int:
         """Returns the pixels of padding on every side, needed because filters by FFT wrap round."""
         side = min(image.shape[-2:])
-        if self.padding == "circular" or self.transform == "pixel":
-            return 0
-        return min(max(4, side // 8), side - 1)
+        return 0 if self.padding == "circular" or self.transform == "pixel" else min(max(4, side // 8), side - 1)
 
     def _crop(self, image: Tensor, pad: int) -> Tensor:
         return image[..., pad : image.shape[-2] - pad, pad : image.shape[-1] - pad] if pad else image
@@ -288,7 +269,7 @@ class Extrapolator:
         if not course.motions or not isinstance(transform, SteerablePyramid):
             return None
         with full_precision(alpha):
-            field = motion_field(course.motions, alpha, transform, cap=self.cap)
+            field = phases.motion_field(course.motions, alpha, transform, cap=self.cap)
         return self._crop(field, self._pad(course.image))
 
 

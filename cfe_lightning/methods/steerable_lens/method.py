@@ -10,8 +10,6 @@ The paper's exact update, its strengths and its number of scales are not public.
 Shapes: B images, C channels, H, W pixels, K classes, T strengths.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar, Literal, NamedTuple
 
@@ -27,20 +25,12 @@ from cfe_lightning.compute.search import first_interval, refine
 from cfe_lightning.decisions import decides_for, lead, probability, sure_enough
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation
-from cfe_lightning.methods.steerable_lens.course import (
-    AlphaUnit,
-    Colour,
-    Course,
-    Extrapolator,
-    Frames,
-    Padding,
-    TransformName,
-)
+from cfe_lightning.methods.steerable_lens.course import AlphaUnit, Colour, Course, Extrapolator, Frames, Padding
 from cfe_lightning.methods.steerable_lens.phases import AmplitudeMode, PhaseRule
-from cfe_lightning.methods.steerable_lens.pyramid import Synthesis
+from cfe_lightning.methods.steerable_lens.pyramid import Synthesis, TransformName
 
 #: Pixels that the classifier judges at a time.
-_SHOWN = 2**20
+_PIXELS_AT_ONCE = 2**20
 
 
 class _Found(NamedTuple):
@@ -73,7 +63,7 @@ class SteerableLens(ExplainerModule):
         smoothing: Standard deviation of a blur over turns, in samples of a band; phase_rule "cartesian" only.
         beta: Weight of the growth of amplitudes: 0 moves phases only, 1 both.
         amplitude_mode: How amplitudes grow, "linear" or "log".
-        residual_gain: Share of the gradient step that the residuals take, 0 to 1; with 0 mean colours cannot change.
+        residual_gain: Share of the gradient step that the residuals take, 0 to 1; with 0, mean colours cannot change.
         loss: "nll", the target's negative log-likelihood, or "margin", the largest other logit minus the target's.
         colour: "rgb", every channel by itself, or "y", luminance only.
         padding: "reflect" around the image, or "circular" for none.
@@ -83,8 +73,8 @@ class SteerableLens(ExplainerModule):
         largest_alpha: Largest strength of the search.
         num_steps: Number of strengths, evenly spaced on a logarithmic scale; they are the steps of the explanation.
         bisections: Halvings between the first strength that meets the goal and the one before it.
-        confidence: Goal: this probability of the target; None looks for the decision.
-        budget: Goal: this L2 norm of the change on [0, 1], for comparisons; None looks for the decision.
+        confidence: Probability that the target must reach; None stops at a clear decision for the target.
+        budget: L2 norm on [0, 1] that the change must reach, for comparisons; None leaves the goal to ``confidence``.
         live_steps: Number of gradients: 1 is the method; more renew the gradient on the way to ``largest_alpha``, in
             equal steps.
         eight_bit: Rounds frames to the levels of an 8-bit file before the classifier judges them, so that all reported
@@ -160,13 +150,9 @@ class SteerableLens(ExplainerModule):
 
         # Search.
         self.loss = loss
-        self.smallest_alpha = smallest_alpha
-        self.largest_alpha = largest_alpha
-        self.num_steps = num_steps
-        self.bisections = bisections
-        self.confidence = confidence
-        self.budget = budget
-        self.live_steps = live_steps
+        self.smallest_alpha, self.largest_alpha = smallest_alpha, largest_alpha
+        self.num_steps, self.bisections, self.live_steps = num_steps, bisections, live_steps
+        self.confidence, self.budget = confidence, budget
         self.eight_bit = eight_bit
 
     def course(
@@ -298,8 +284,7 @@ class SteerableLens(ExplainerModule):
     def _live(self, course: Course, logits: Tensor, target: Tensor) -> _Found:
         """Takes equal steps, each along the gradient at the end of the last; bisects the first that meets the goal."""
         # Start.
-        image, first = course.image, course
-        size = self.largest_alpha / self.live_steps
+        image, first, size = course.image, course, self.largest_alpha / self.live_steps
         step = image.new_full((len(image), 1), size)
         zero = torch.zeros_like(step[:, 0])
         reached = self._meets_goal(zero[:, None], logits[:, None], target)[:, 0]
@@ -316,9 +301,8 @@ class SteerableLens(ExplainerModule):
             path.append(self.frames(course, step))
             judged.append(self._judge(path[-1].image))
             met = self._meets_goal(path[-1].l2_norm, judged[-1], target)[:, 0] & ~reached
-            rows = torch.nonzero(met).squeeze(1)
-            high = step[:, 0].clone()
-            self._refine(course, target, torch.zeros_like(high), high, rows)
+            rows, high = torch.nonzero(met).squeeze(1), step[:, 0].clone()
+            self._refine(course, target, zero.clone(), high, rows)
             for whole, part in zip(answer, self.frames(rows_of(course, rows), high[rows, None]), strict=True):
                 whole[rows] = part[:, 0]
             alpha = torch.where(met, index * size + high, alpha)
@@ -345,7 +329,7 @@ class SteerableLens(ExplainerModule):
 
     def _judge(self, frames: Tensor) -> Tensor:
         """Returns the classifier's logits of frames, [B, T, C, H, W] -> [B, T, K]."""
-        return self.classifier.along(frames, max(1, _SHOWN // frames[0, 0, 0].numel())).float()
+        return self.classifier.along(frames, max(1, _PIXELS_AT_ONCE // frames[0, 0, 0].numel())).float()
 
     def _meets_goal(self, l2_norm: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         """Tells whether frames with changes [B, T] and logits [B, T, K] meet the goal, [B, T]."""

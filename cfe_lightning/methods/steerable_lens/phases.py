@@ -9,6 +9,7 @@ by a band are dL/dRe + i dL/dIm, as autograd gives them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,11 +55,6 @@ class Motion:
         """Returns the change of the coefficients c per unit of alpha at alpha 0: c (i turn + beta growth)."""
         growth = torch.zeros_like(self.turn) if self.growth is None else beta * self.growth
         return self.band * torch.complex(growth, self.turn)
-
-    @property
-    def energy(self) -> Tensor:
-        """Returns the energy of every coefficient."""
-        return _energy(self.band)
 
     def phase(self, alpha: Tensor, cap: float | None) -> Tensor:
         """Returns the turns at alpha [B, T] in radians, [B, T, ...]: proportional, or approaching ``cap`` as a tanh."""
@@ -123,8 +119,8 @@ def descent(
 
 def mean_turn(motions: Sequence[Motion]) -> Tensor:
     """Returns the root mean square of the turns of all bands, weighted by the coefficients' energy, [B]."""
-    turned = torch.stack([(m.energy * m.turn.square()).flatten(1).sum(dim=1) for m in motions]).sum(dim=0)
-    total = torch.stack([m.energy.flatten(1).sum(dim=1) for m in motions]).sum(dim=0)
+    turned = torch.stack([(_energy(m.band) * m.turn.square()).flatten(1).sum(dim=1) for m in motions]).sum(dim=0)
+    total = torch.stack([_energy(m.band).flatten(1).sum(dim=1) for m in motions]).sum(dim=0)
     return (turned / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
 
 
@@ -138,21 +134,17 @@ def motion_field(motions: Sequence[Motion], alpha: Tensor, pyramid: SteerablePyr
     ``motions`` are those of the pyramid's scales, finest first, at alpha [B]; ``cap`` is that of ``Motion.phase``.
     """
     # Normal equations.
-    normal: Tensor | None = None
-    for scale, motion in enumerate(motions):
-        if scale == 0 and len(motions) > 1:
-            continue
+    maps = []
+    for scale, motion in list(enumerate(motions))[1:] or [(0, motions[0])]:
         omega = pyramid.frequency(scale).to(motion.turn)
-        energy, turn = motion.energy, motion.phase(alpha[:, None], cap)[:, 0]
+        energy, turn = _energy(motion.band), motion.phase(alpha[:, None], cap)[:, 0]
         outer = torch.stack([omega[:, 0] ** 2, omega[:, 0] * omega[:, 1], omega[:, 1] ** 2], dim=1)
         left = torch.einsum("bpkhw,kn->bnhw", energy, outer)
         right = -torch.einsum("bpkhw,kn->bnhw", energy * turn, omega)
-        maps = pyramid.enlarged(torch.cat([left, right], dim=1))
-        normal = maps if normal is None else normal + maps
-    assert normal is not None, "a pyramid has a scale"
+        maps.append(pyramid.enlarged(torch.cat([left, right], dim=1)))
 
     # Solution, with a ridge of a hundredth of the mean energy, or of a tenth of a grey level for empty images.
-    yy, yx, xx, y, x = normal.unbind(dim=1)
+    yy, yx, xx, y, x = functools.reduce(torch.add, maps).unbind(dim=1)
     ridge = 0.01 * (yy + xx).mean(dim=(1, 2), keepdim=True) + _INVISIBLE
     yy, xx = yy.clamp_min(0) + ridge, xx.clamp_min(0) + ridge
     determinant = (yy * xx - yx.square()).clamp_min(ridge.square())

@@ -6,8 +6,6 @@ to a tight frame: synthesis is the adjoint of analysis, and undoes it at every s
 Shapes: [..., H, W] images, real; K orientations, J scales, h, w samples of a band.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from cfe_lightning.compute.precision import full_precision
 
 Synthesis = Literal["adjoint", "two_sided"]
+TransformName = Literal["csp", "dft", "pixel", "csp_rect"]
 
 
 class Decomposition(NamedTuple):
@@ -117,7 +116,7 @@ class SteerablePyramid(Transform):
         turned = torch.stack([angle - math.pi * k / orientations for k in range(orientations)]).cos()
         peak = angular_normaliser(orientations)
         one_sided = peak * turned.clamp_min(0).pow(orientations - 1)
-        both_sides = peak * turned.pow(orientations - 1)
+        back = peak * turned.pow(orientations - 1) if synthesis == "two_sided" else one_sided
 
         # Radial windows and masks. They are complex, or every product would convert them again.
         radius = (f_y.square() + f_x.square()).sqrt()
@@ -127,7 +126,6 @@ class SteerablePyramid(Transform):
             # sqrt(2) replaces the missing half plane.
             ring = math.sqrt(2) * _low(octave, j) * _high(octave, j + 1)
             sides = (_kept(height, j), _kept(width, j)) if decimate else (height, width)
-            back = both_sides if synthesis == "two_sided" else one_sided
             for name, window in (("there", one_sided), ("back", back)):
                 self.register_buffer(f"{name}{j}", _crop(ring * window, *sides).to(kind), persistent=False)
         for index, window in enumerate((_high(octave, 0), _low(octave, scales))):

@@ -4,20 +4,19 @@ Shapes: n reference images, B images that are drawn, T strengths, N entries of a
 classes.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfe_lightning.atlas import Atlas, AtlasDirection, AtlasPair
-from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.decisions import decides_for
 from cfe_lightning.methods.stylex.ranking import SearchResult
-from cfe_lightning.methods.stylex.search import LatentSearch
+
+if TYPE_CHECKING:
+    from cfe_lightning.methods.stylex.method import StylEx
 
 #: Number of images that show a direction.
 _SHOWN = 5
@@ -37,23 +36,8 @@ _NOTE = (
 )
 
 
-class Renderer(Protocol):
-    """The part of ``StylEx`` that draws the atlas."""
-
-    classifier: FrozenClassifier
-    latent_search: LatentSearch
-
-    def render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
-        """Renders latents moved by changes [B, T, N] to pictures [B, T, C, H, W]."""
-        ...
-
-    def label(self, logits: Tensor) -> Tensor:
-        """Returns the generator's labels for images with these logits, [B, K] -> [B, K]."""
-        ...
-
-
 @torch.no_grad()
-def draw_atlas(model: Renderer, result: SearchResult, latent: Tensor, logits: Tensor, masks: Tensor) -> Atlas:
+def draw_atlas(model: "StylEx", result: SearchResult, latent: Tensor, logits: Tensor, masks: Tensor) -> Atlas:
     """Draws the directions of every pair of classes; with many classes, of the pairs most often confused.
 
     Args:
@@ -63,24 +47,9 @@ def draw_atlas(model: Renderer, result: SearchResult, latent: Tensor, logits: Te
         logits: The classifier's logits of the reference images, [n, K].
         masks: Known cause of the decision in the first m reference images, [m, H, W] bool; all False without any.
     """
-    names, label = model.classifier.class_names, model.label(logits)
-    pairs = []
-    # One sheet per pair of classes with any direction.
-    for source, target in _pairs(logits):
-        sheet = _Sheet(model, result, latent, label, masks, source, target)
-        if sheet.num_directions:
-            pairs.append(
-                AtlasPair(
-                    source=names[source],
-                    target=names[target],
-                    num_images=int((result.predicted == source).sum()),
-                    num_kept=len(sheet.kept),
-                    covered=sheet.ranking.covered,
-                    directions=[sheet.direction(place) for place in range(sheet.num_directions)],
-                    curve=sheet.curve(),
-                )
-            )
-    return Atlas(title="Direction atlas", note=_NOTE, pairs=pairs)
+    label = model.label(logits)
+    sheets = (_Sheet(model, result, latent, label, masks, pair) for pair in _pairs(logits))
+    return Atlas(title="Direction atlas", note=_NOTE, pairs=[sheet.pair() for sheet in sheets if sheet.num_directions])
 
 
 def _pairs(logits: Tensor) -> Iterator[tuple[int, int]]:
@@ -101,31 +70,35 @@ class _Sheet:
     """The drawings for one pair of classes."""
 
     def __init__(
-        self,
-        model: Renderer,
-        result: SearchResult,
-        latent: Tensor,
-        label: Tensor,
-        masks: Tensor,
-        source: int,
-        target: int,
+        self, model: "StylEx", result: SearchResult, latent: Tensor, label: Tensor, masks: Tensor, pair: tuple[int, int]
     ) -> None:
-        self.model = model
-        self.result = result
-        self.target = target
-        self.ranking = model.latent_search.rank(result, source, target)
+        self.model, self.result = model, result
+        self.source, self.target = pair
+        self.ranking = model.latent_search.rank(result, *pair)
         self.num_directions = len(self.ranking.direction)
 
         # The images of the class: their rows in the search's table, and their places in the reference.
-        self.kept = result.images(source)
+        self.kept = result.images(self.source)
         mine = result.index[self.kept]
         self.latent, self.label = latent[mine], label[mine]
         known = mine[mine < len(masks)]
         self.masks = masks[known] if bool(masks.any()) else masks[:0]
 
         # Spread evenly over the class: neighbours in a data set are often alike.
-        places = torch.linspace(0, len(mine) - 1, min(_SHOWN, len(mine)))
-        self.shown = places.round().long().tolist()
+        self.shown = torch.linspace(0, len(mine) - 1, min(_SHOWN, len(mine))).round().long().tolist()
+
+    def pair(self) -> AtlasPair:
+        """Draws all directions of the pair."""
+        names = self.model.classifier.class_names
+        return AtlasPair(
+            source=names[self.source],
+            target=names[self.target],
+            num_images=int((self.result.predicted == self.source).sum()),
+            num_kept=len(self.kept),
+            covered=self.ranking.covered,
+            directions=[self.direction(place) for place in range(self.num_directions)],
+            curve=self.curve(),
+        )
 
     def pictures(self, rows: list[int], shares: Tensor, place: int) -> Tensor:
         """Renders some images at shares [T] of the whole step towards the target, [B, T, C, H, W]."""
@@ -137,7 +110,7 @@ class _Sheet:
     def direction(self, place: int) -> AtlasDirection:
         """Draws the direction at a place of the ranking."""
         # Size of the step.
-        ranking = self.ranking
+        ranking, kept = self.ranking, max(1, len(self.kept))
         direction, sign = int(ranking.direction[place]), int(ranking.sign[place])
         degree = float(self.result.steps[direction])
         sigma = degree / max(float(self.result.spread[direction]), 1e-12)
@@ -149,7 +122,6 @@ class _Sheet:
 
         # Effects at the whole step.
         change, inside = self.changes(place)
-        kept = max(1, len(ranking.explained_by))
         return AtlasDirection(
             name=f"direction {direction}" + (", backwards" if sign < 0 else ""),
             strengths=(shares * sigma).cpu(),
@@ -182,10 +154,8 @@ class _Sheet:
         # Flips at shares of the step.
         rows = list(range(min(_MEASURED, len(self.kept))))
         shares = torch.tensor(_SHARES, device=self.latent.device)
-        hits = []
-        for place in range(self.num_directions):
-            logits = self.model.classifier.along(self.pictures(rows, shares, place))
-            hits.append(decides_for(logits, self.target))
+        pictures = (self.pictures(rows, shares, place) for place in range(self.num_directions))
+        hits = [decides_for(self.model.classifier.along(moved), self.target) for moved in pictures]
         between = torch.stack(hits).any(dim=0).float().mean(dim=0).tolist()
 
         # The search has measured the whole step.

@@ -3,8 +3,6 @@
 Shapes: B images, C channels, H, W pixels, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -13,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning.compute.precision import to_float32
-from cfe_lightning.methods.stylex.layers import (
-    EqualConv,
-    EqualLinear,
-    ResidualTrunk,
-    activate,
-    encode_bits,
-    stddev_map,
-)
+from cfe_lightning.methods.stylex.layers import EqualConv, EqualLinear, ResidualTrunk, activate, encode_bits, stddev_map
 
 LabelEntry = Literal["planes", "projection"]
 

@@ -8,8 +8,7 @@ Shapes: B images, C channels, R side of the image, Z entries of the noise z, D e
 of w), K classes, M styles. Inside a layer: "in" and "out" channels, h, w pixels.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -19,15 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfe_lightning.compute.precision import full_precision, to_float32
-from cfe_lightning.methods.stylex.layers import (
-    EqualConv,
-    EqualLinear,
-    ResidualTrunk,
-    activate,
-    encode_bits,
-    low_pass,
-    upsample,
-)
+from cfe_lightning.methods.stylex import layers
+from cfe_lightning.methods.stylex.layers import EqualConv, EqualLinear, activate
 
 Conditioning = Literal["none", "const_concat", "w_concat"]
 LatentSpace = Literal["w", "w+"]
@@ -57,8 +49,8 @@ class MappingNetwork(nn.Module):
 
     def __init__(self, z_dim: int, w_dim: int, num_layers: int) -> None:
         super().__init__()
-        sizes = [z_dim] + [w_dim] * num_layers
-        self.layers = nn.ModuleList(EqualLinear(sizes[i], sizes[i + 1], lr_mul=0.01) for i in range(num_layers))
+        sizes = itertools.pairwise([z_dim] + [w_dim] * num_layers)
+        self.layers = nn.ModuleList(EqualLinear(before, after, lr_mul=0.01) for before, after in sizes)
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalises z to unit second moment and maps it in single precision."""
@@ -102,12 +94,11 @@ class StyledConv(nn.Module):
         weight = self.weight * self.gain
         x = x * style[:, :, None, None].to(x.dtype)
         if self.up:
-            x = low_pass(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 1, 4.0)
+            x = layers.low_pass(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 1, 4.0)
         else:
             x = F.conv2d(x, weight, padding=1)
         # Demodulation scales the output; one kernel adds noise and bias.
-        noise = self.noise if noise is None else noise
-        shift = self.noise_strength * noise + self.bias[:, None, None]
+        shift = self.noise_strength * (self.noise if noise is None else noise) + self.bias[:, None, None]
         return activate(torch.addcmul(shift.to(x.dtype), x, self.demodulation(style).to(x.dtype)))
 
     def demodulation(self, style: Tensor) -> Tensor:
@@ -162,11 +153,10 @@ class Synthesis(nn.Module):
         self.convs = nn.ModuleList()
         self.to_image = nn.ModuleList()
         for size in sizes:
-            if size == 4:
-                self.convs.append(StyledConv(widths[4] + start_extra, widths[4], style_dim, 4, up=False))
-            else:
+            if size > 4:
                 self.convs.append(StyledConv(widths[size // 2], widths[size], style_dim, size, up=True))
-                self.convs.append(StyledConv(widths[size], widths[size], style_dim, size, up=False))
+            extra = start_extra if size == 4 else 0
+            self.convs.append(StyledConv(widths[size] + extra, widths[size], style_dim, size, up=False))
             self.to_image.append(ToImage(widths[size], channels, style_dim))
         self.num_slots = 2 * len(sizes)
 
@@ -199,9 +189,8 @@ class Synthesis(nn.Module):
 
     def draw_noise(self, batch: int, like: Tensor) -> list[Tensor]:
         """Draws a noise map for every convolution, each [B, 1, h, w]."""
-        return [
-            torch.randn(batch, *layer.noise.shape[1:], device=like.device, dtype=like.dtype) for layer in self.layers()
-        ]
+        shapes = [layer.noise.shape[1:] for layer in self.layers()]
+        return [torch.randn(batch, *shape, device=like.device, dtype=like.dtype) for shape in shapes]
 
     def forward(self, styles: Styles, noise: Noise = None) -> Tensor:
         """Renders pictures [B, C, R, R], about in [-1, 1] but not clamped."""
@@ -226,7 +215,7 @@ class Synthesis(nn.Module):
                 painted = self.to_image[block](x, styles.rgb[block])
                 # The picture is a sum over all resolutions, in single precision.
                 with full_precision(painted):
-                    picture = to_float32(painted) if picture is None else upsample(picture) + to_float32(painted)
+                    picture = to_float32(painted) if picture is None else layers.upsample(picture) + to_float32(painted)
         assert picture is not None, "the last convolution paints"
         return picture
 
@@ -262,9 +251,7 @@ class StyleGenerator(nn.Module):
         mapping_layers: int = 8,
     ) -> None:
         super().__init__()
-        self.conditioning = conditioning
-        self.z_dim = z_dim
-        self.w_dim = w_dim
+        self.conditioning, self.z_dim, self.w_dim = conditioning, z_dim, w_dim
         self.mapping = MappingNetwork(z_dim, w_dim, mapping_layers)
         in_constant = conditioning == "const_concat"
         self.embedding = nn.Parameter(torch.randn(2, _EMBEDDED)) if in_constant else None
@@ -298,7 +285,7 @@ class StyleGenerator(nn.Module):
         if self.conditioning == "w_concat":
             w = torch.cat([w, condition[:, None].expand(-1, self.num_slots, -1).to(w)], dim=2)
         elif self.embedding is not None:
-            label = encode_bits(self.embedding, condition.to(w)).flatten(1)
+            label = layers.encode_bits(self.embedding, condition.to(w)).flatten(1)
             start = torch.cat([start, label[:, :, None, None].expand(-1, -1, 4, 4)], dim=1)
         return self.synthesis.styles(w, start)
 
@@ -311,10 +298,10 @@ class StyleGenerator(nn.Module):
         """Renders latents [B, D] or [B, L, D] with labels [B, K] to pictures [B, C, R, R]."""
         return self.synthesis(self.styles(w, condition), noise)
 
-    def affine_weights(self, layers: Sequence[int] | None = None) -> Tensor:
+    def affine_weights(self, chosen: Sequence[int] | None = None) -> Tensor:
         """Returns the affine map from the latent to the styles of all or some convolutions, without labels, [M, D]."""
-        chosen = [layer for index, layer in enumerate(self.synthesis.layers()) if layers is None or index in layers]
-        return torch.cat([layer.affine.weight[:, : self.w_dim] for layer in chosen])
+        maps = [layer.affine.weight[:, : self.w_dim] for layer in self.synthesis.layers()]
+        return torch.cat(maps if chosen is None else [maps[index] for index in sorted({*chosen})])
 
 
 class StyleEncoder(nn.Module):
@@ -330,7 +317,7 @@ class StyleEncoder(nn.Module):
     def __init__(self, *, channels: int, widths: Mapping[int, int], w_dim: int, space: LatentSpace = "w") -> None:
         super().__init__()
         self.num_slots = 1 if space == "w" else 2 * len(widths)
-        self.trunk = ResidualTrunk(channels, widths)
+        self.trunk = layers.ResidualTrunk(channels, widths)
         self.conv = EqualConv(widths[4], widths[4], 3, padding=1)
         self.linear = EqualLinear(widths[4] * 16, w_dim * self.num_slots)
 

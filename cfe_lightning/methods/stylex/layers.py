@@ -6,8 +6,6 @@ PyTorch and can be differentiated twice, as the gradient penalties of StyleGAN2 
 Shapes: B images, C channels, H, W pixels, R side of the image, F features, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -36,7 +34,7 @@ def channel_table(image_size: int, base: int = 32768, maximum: int = 512) -> dic
 
 
 def low_pass(x: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Tensor:
-    """Filters feature maps [B, C, H, W] by [1, 3, 3, 1] along both axes.
+    """Filters feature maps by [1, 3, 3, 1] / 8 along both axes.
 
     Args:
         x: Feature maps, [B, C, H, W].
@@ -44,7 +42,7 @@ def low_pass(x: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Ten
         gain: Factor of the result; 4 after an upsampling that inserts zeros.
         stride: Distance of the kept pixels, 1 or 2.
     """
-    # (1, 3, 3, 1) / 8, exact in bfloat16. Computed on the device: a copy from the host makes a GPU wait at every layer.
+    # Exact in bfloat16. Computed on the device: a copy from the host makes a GPU wait at every layer.
     taps = 0.5 - (torch.arange(4, device=x.device, dtype=x.dtype) - 1.5).abs() / 4
     kernel = (torch.outer(taps, taps) * gain).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
@@ -72,8 +70,7 @@ class EqualLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_features,), bias / lr_mul))
-        self.gain = lr_mul / math.sqrt(in_features)
-        self.lr_mul = lr_mul
+        self.gain, self.lr_mul = lr_mul / math.sqrt(in_features), lr_mul
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer, [..., in] -> [..., out]."""
@@ -90,8 +87,7 @@ class EqualConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.gain = 1 / math.sqrt(in_channels * kernel_size**2)
-        self.stride = stride
-        self.padding = padding
+        self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the convolution, [B, in, H, W] -> [B, out, H', W']."""
@@ -109,8 +105,7 @@ class ResidualDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Adds residual and shortcut, scaled to keep the variance."""
-        main = activate(self.conv1(x))
-        main = activate(self.conv2(low_pass(main, 2)))
+        main = activate(self.conv2(low_pass(activate(self.conv1(x)), 2)))
         return (main + self.skip(low_pass(x, 1, stride=2))) * math.sqrt(0.5)
 
 
@@ -142,8 +137,8 @@ def stddev_map(x: Tensor, group: int = 4) -> Tensor:
     batch = len(x)
     size = next(count for count in range(min(group, batch), 0, -1) if batch % count == 0)
     spread = (to_float32(x).unflatten(0, (size, batch // size)).var(dim=0, unbiased=False) + 1e-8).sqrt()
-    value = spread.mean(dim=(1, 2, 3)).repeat(size).to(x.dtype)
-    return torch.cat([x, value[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
+    value = spread.mean(dim=(1, 2, 3), keepdim=True).repeat(size, 1, 1, 1).to(x.dtype)
+    return torch.cat([x, value.expand(-1, 1, *x.shape[2:])], dim=1)
 
 
 def encode_bits(table: Tensor, condition: Tensor) -> Tensor:

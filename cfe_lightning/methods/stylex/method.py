@@ -33,6 +33,7 @@ from cfe_lightning.compute.search import smallest_step
 from cfe_lightning.decisions import kl_between_logits, leads, runner_up, target_margin
 from cfe_lightning.explainer import ExplainerModule
 from cfe_lightning.explanation import Explanation
+from cfe_lightning.methods.stylex import training
 from cfe_lightning.methods.stylex.atlas import draw_atlas
 from cfe_lightning.methods.stylex.critic import LabelEntry, StyleCritic
 from cfe_lightning.methods.stylex.generator import Conditioning, LatentSpace, StyleEncoder, StyleGenerator
@@ -40,20 +41,7 @@ from cfe_lightning.methods.stylex.layers import channel_table
 from cfe_lightning.methods.stylex.ranking import Scoring, SearchResult
 from cfe_lightning.methods.stylex.reference import Reference, first_of_each_class
 from cfe_lightning.methods.stylex.search import Directions, DirectionSpace, LatentSearch, StepUnit
-from cfe_lightning.methods.stylex.training import (
-    PROFILES,
-    Fake,
-    LabelForm,
-    LabelSource,
-    Mixture,
-    NoiseLabel,
-    PathBatch,
-    TrainingBatch,
-    critic_loss,
-    generator_loss,
-    path_loss,
-    r1_loss,
-)
+from cfe_lightning.methods.stylex.training import Fake, LabelForm, LabelSource, NoiseLabel, PathBatch, TrainingBatch
 
 _log = logging.getLogger(__name__)
 
@@ -66,25 +54,15 @@ _QUICK = 64
 
 
 class _Choice(NamedTuple):
-    """The directions tried on each image, and the chosen one.
+    """The k directions tried on each image, and the chosen one."""
 
-    Attributes:
-        whole: Pictures at the whole steps of all tried directions, [B, k, C, H, W].
-        flips: Tried directions that flip the decision, [B, k] bool.
-        rank: Place of the chosen direction among the tried ones, from 0, [B].
-        direction: Number of the chosen direction among the search's candidates, [B].
-        sign: Sign of the chosen direction, +1 or -1, [B].
-        ranked: 1 where the search ranked the chosen direction for the pair of classes, else 0, [B].
-        step: Whole step along the chosen direction, [B, N].
-    """
-
-    whole: Tensor
-    flips: Tensor
-    rank: Tensor
-    direction: Tensor
-    sign: Tensor
-    ranked: Tensor
-    step: Tensor
+    whole: Tensor  # pictures at the whole steps of the tried directions, [B, k, C, H, W]
+    flips: Tensor  # tried directions that flip the decision, [B, k] bool
+    rank: Tensor  # place of the chosen direction among the tried ones, from 0, [B]
+    direction: Tensor  # number of the chosen direction among the search's candidates, [B]
+    sign: Tensor  # sign of the chosen direction, +1 or -1, [B]
+    ranked: Tensor  # 1 where the search ranked the chosen direction for the pair of classes, else 0, [B]
+    step: Tensor  # whole step along the chosen direction, [B, N]
 
 
 class StylEx(ExplainerModule):
@@ -214,7 +192,7 @@ class StylEx(ExplainerModule):
             )
 
         # Training.
-        switches = PROFILES[profile]
+        switches = training.PROFILES[profile]
         self.real_label = real_label or switches.real_label
         self.noise_label = noise_label or switches.noise_label
         self.label_form = label_form or switches.label_form
@@ -227,28 +205,20 @@ class StylEx(ExplainerModule):
         self.perceptual_weight = 0.0 if perception == "none" else perceptual_weight
         self.latent_weight = latent_weight
         self.class_weight = class_weight
-        self.r1_weight = r1_weight
-        self.r1_interval = r1_interval
-        self.path_weight = path_weight
-        self.path_interval = path_interval
-        self.path_decay = path_decay
+        self.r1_weight, self.r1_interval = r1_weight, r1_interval
+        self.path_weight, self.path_interval, self.path_decay = path_weight, path_interval, path_decay
         self.mixing = mixing
         self.learning_rate = learning_rate
         self.micro_batches = check_micro_batches(micro_batches)
 
         # Search and explanation.
+        # fmt: off
         self.latent_search = LatentSearch(
-            search_images=search_images,
-            search_space=search_space,
-            search_directions=search_directions,
-            kept_directions=kept_directions,
-            degree=degree,
-            degree_unit=degree_unit,
-            reaverage=reaverage,
-            normalise_rows=normalise_rows,
-            edited_layers=edited_layers,
-            scoring=scoring or switches.scoring,
+            search_images=search_images, search_space=search_space, search_directions=search_directions,
+            kept_directions=kept_directions, degree=degree, degree_unit=degree_unit, reaverage=reaverage,
+            normalise_rows=normalise_rows, edited_layers=edited_layers, scoring=scoring or switches.scoring,
         )
+        # fmt: on
         self.smallest = smallest
         self.num_steps = num_steps
         self.shown_directions = min(shown_directions, kept_directions)
@@ -256,15 +226,12 @@ class StylEx(ExplainerModule):
         # Networks.
         num_classes, channels = classifier.num_classes, self.channels
         widths = channel_table(self.image_size, base, max_width)
+        # fmt: off
         self.generator = StyleGenerator(
-            channels=channels,
-            num_classes=num_classes,
-            conditioning=conditioning,
-            widths=widths,
-            z_dim=z_dim,
-            w_dim=w_dim,
-            mapping_layers=mapping_layers,
+            channels=channels, num_classes=num_classes, conditioning=conditioning, widths=widths, z_dim=z_dim,
+            w_dim=w_dim, mapping_layers=mapping_layers,
         )
+        # fmt: on
         self.encoder = StyleEncoder(channels=channels, widths=widths, w_dim=w_dim, space=encoder_space)
         self.critic = StyleCritic(channels=channels, num_classes=num_classes, widths=widths, label_entry=label_entry)
         for network in (self.generator, self.encoder, self.critic):
@@ -320,15 +287,9 @@ class StylEx(ExplainerModule):
         return self.encoder(image)
 
     def render(self, latent: Tensor, label: Tensor, change: Tensor) -> Tensor:
-        """Renders pictures of moved latents.
+        """Renders latents [B, D] or [B, L, D] with labels [B, K] and changes [B, T, N] as pictures [B, T, C, H, W].
 
-        Args:
-            latent: Latents of the images, [B, D] or [B, L, D].
-            label: Labels of the images, which stay the same during an edit, [B, K].
-            change: Changes of each latent, or of the styles if ``search_space`` is "pca_s", [B, T, N].
-
-        Returns:
-            Pictures in [-1, 1], [B, T, C, H, W].
+        The label stays the same during an edit. Changes are those of ``LatentSearch.render``; pictures are in [-1, 1].
         """
         batch, num_steps = change.shape[:2]
         rows = torch.arange(batch, device=change.device).repeat_interleave(num_steps)
@@ -386,10 +347,8 @@ class StylEx(ExplainerModule):
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(count, self.generator.z_dim, generator=generator).to(self.device)
         latent = self.generator.mapping(noise)
-        if kept.latents.ndim == 3:
-            latent = self.generator.spread(latent)
-        num_classes = self.classifier.num_classes
-        uniform = torch.full((count, num_classes), 1 / num_classes, device=self.device)
+        latent = self.generator.spread(latent) if kept.latents.ndim == 3 else latent
+        uniform = torch.full((count, kept.logits.shape[1]), 1 / kept.logits.shape[1], device=self.device)
         return latent, self.classifier(self.reconstruct(latent, uniform))
 
     def search(self, images: int | None = None, batch_size: int | None = None) -> SearchResult:
@@ -408,7 +367,7 @@ class StylEx(ExplainerModule):
     def measure(
         self, directions: Directions, latent: Tensor, logits: Tensor, batch_size: int | None = None
     ) -> SearchResult:
-        """Moves images, given by latents [n, D] or [n, L, D] and logits [n, K], both ways along directions.
+        """Moves images with latents [n, D] or [n, L, D] and logits [n, K] both ways along directions.
 
         ``batch_size`` is that of ``search``.
         """
@@ -420,12 +379,9 @@ class StylEx(ExplainerModule):
 
     @torch.no_grad()
     def explain(self, image: Tensor, target: Tensor | None = None) -> Explanation:
-        """Explains images by the first of the search's directions that flips the decision.
+        """Explains images [B, C, H, W] by the first of the search's directions that flips the decision to targets [B].
 
-        Args:
-            image: Images, [B, C, H, W] in [-1, 1].
-            target: Target classes, [B]; None takes the runner-up. If the target is the predicted class, the edit makes
-                the classifier surer of it.
+        Where a target is already predicted, the edit makes the classifier surer of it.
 
         Returns:
             An explanation whose steps lead from the reconstruction along the direction to the whole step; strengths are
@@ -445,10 +401,10 @@ class StylEx(ExplainerModule):
         # Classes and latents.
         image = image.to(self.dtype)
         logits = self.classifier(image)
-        predicted, other = logits.argmax(dim=1), runner_up(logits)
+        predicted = logits.argmax(dim=1)
         target = self.default_target(logits) if target is None else target
         latent, label = self.encode(image), self.label(logits)
-        choice = self._choose(latent, label, torch.where(target == predicted, other, predicted), target)
+        choice = self._choose(latent, label, torch.where(target == predicted, runner_up(logits), predicted), target)
 
         # Path. A predicted target needs no step to flip, so its counterfactual is the whole step.
         share = torch.ones_like(choice.step[:, 0])
@@ -552,14 +508,14 @@ class StylEx(ExplainerModule):
         step = partial(accumulate_and_step, self, parts)
 
         # Critic.
-        terms = step(lambda part: critic_loss(self.critic, part.image, part.real_label, shown(part)), "critic", critic)
+        terms = step(lambda x: training.critic_loss(self.critic, x.image, x.real_label, shown(x)), "critic", critic)
         if self.r1_weight and iteration % self.r1_interval == 0:
             weight = self.r1_weight * self.r1_interval
-            terms |= step(lambda part: r1_loss(self.critic, part.image, part.real_label, weight), "r1_step", critic)
+            terms |= step(lambda x: training.r1_loss(self.critic, x.image, x.real_label, weight), "r1_step", critic)
 
         # Generator.
         with frozen(self.critic):
-            terms |= step(lambda part: generator_loss(self.critic, rendered(part)), "generator", generator)
+            terms |= step(lambda x: training.generator_loss(self.critic, rendered(x)), "generator", generator)
         if self.path_weight and iteration % self.path_interval == 0:
             terms |= self._path_step(whole.noise_label[: max(1, len(whole) // 2)], generator)
 
@@ -589,7 +545,7 @@ class StylEx(ExplainerModule):
             real_label=label if self.real_label == "predicted" else truth,
             noise_label=noise_label,
             latent=self.generator.spread(latent),
-            mixture=Mixture.draw(self.generator, len(image), self.mixing, image.device),
+            mixture=training.Mixture.draw(self.generator, len(image), self.mixing, image.device),
             noise=[each.unflatten(0, (2, -1)).transpose(0, 1) for each in noise],
         )
 
@@ -617,10 +573,7 @@ class StylEx(ExplainerModule):
         whole = PathBatch.draw(self.generator, label, self.channels, self.mixing)
         parts = [rows_of(whole, rows) for rows in parts_of(len(whole), self.micro_batches)]
         weight = self.path_weight * self.path_interval
-
-        def loss(part: PathBatch) -> dict[str, Tensor]:
-            return path_loss(self.generator, part, self.path_mean, self.path_decay, weight)
-
+        loss = partial(training.path_loss, self.generator, mean=self.path_mean, decay=self.path_decay, weight=weight)
         terms = accumulate_and_step(self, parts, loss, "path_step", optimizer)
         self.path_mean.copy_(self.all_gather(terms["path_mean"]).mean())  # type: ignore[union-attr]
         return terms
@@ -642,16 +595,14 @@ class StylEx(ExplainerModule):
         total = self.pixel_weight * terms["pixel"] + self.latent_weight * terms["latent"]
         total = total + self.class_weight * terms["class"]
         if self.perceptual_weight:
-            terms["perceptual"] = self._perceptual(picture, image, maps)
+            if self.perception == "classifier":
+                with torch.no_grad():
+                    wanted, _ = self.classifier.maps(image, self._shallow)
+                terms["perceptual"] = relative_distance(maps, wanted)
+            else:
+                terms["perceptual"] = self._lpips[0](picture, image)
             total = total + self.perceptual_weight * terms["perceptual"]
         return terms | {"reconstruction": total}
-
-    def _perceptual(self, picture: Tensor, image: Tensor, maps: list[Tensor]) -> Tensor:
-        if self.perception == "classifier":
-            with torch.no_grad():
-                wanted, _ = self.classifier.maps(image, self._shallow)
-            return relative_distance(maps, wanted)
-        return self._lpips[0](picture, image)
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

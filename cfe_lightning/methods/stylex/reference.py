@@ -3,12 +3,11 @@
 Shapes: n images, D entries of the latent (or L x D in the space "w+"), K classes, H, W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 #: Largest number of images whose known cause is kept for the atlas.
 _MASKED = 64
@@ -42,22 +41,15 @@ class Reference(nn.Module):
         self._collected.append((latent, logits, None if mask is None else mask[:, 0] > 0))
 
     def keep(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Replaces the buffers by the collected batches.
-
-        Args:
-            gather: Joins the rows of one tensor [n, ...] over all processes.
-        """
-        # Collected batches.
+        """Replaces the buffers by the collected batches; ``gather`` joins tensors [n, ...] of all processes by rows."""
+        # Latents and logits.
         latent = gather(torch.cat([entry[0] for entry in self._collected]))
         logits = gather(torch.cat([entry[1] for entry in self._collected]))
-        masks = [entry[2] for entry in self._collected if entry[2] is not None]
-        self._collected.clear()
-
-        # Buffers.
         count = min(len(latent), len(self.latents))
         self.count.fill_(count)
-        self.latents[:count] = latent[:count]
-        self.logits[:count] = logits[:count]
+        self.latents[:count], self.logits[:count] = latent[:count], logits[:count]
+        masks = [mask for _, _, mask in self._collected if mask is not None]
+        self._collected.clear()
         # The data may know no cause.
         if masks:
             known = gather(torch.cat(masks))[: len(self.masks)]
@@ -66,8 +58,6 @@ class Reference(nn.Module):
 
 def first_of_each_class(predicted: Tensor, count: int) -> Tensor:
     """Returns the places of the first ``count`` images of every predicted class, in order, [n] -> [m]."""
-    rank = torch.zeros_like(predicted)
-    for k in predicted.unique():
-        mine = predicted == k
-        rank = torch.where(mine, mine.cumsum(0) - 1, rank)
-    return (rank < count).nonzero().squeeze(1)
+    # The rank of an image is its place among those of its class.
+    rank = F.one_hot(predicted).cumsum(0).gather(1, predicted[:, None]).squeeze(1)
+    return (rank <= count).nonzero().squeeze(1)

@@ -7,8 +7,6 @@ Shapes: n images, R edits of one batch, Q directions, N entries of a change (D o
 slots, K classes, k kept directions. Signs stand in the order (+, -).
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from torch import Tensor
 
 from cfe_lightning.classifier import FrozenClassifier
 from cfe_lightning.compute.precision import full_precision, to_float32
-from cfe_lightning.decisions import decides_for
 from cfe_lightning.methods.stylex.generator import StyleGenerator
 from cfe_lightning.methods.stylex.ranking import Ranking, Scoring, SearchResult
 
@@ -30,13 +27,10 @@ StepUnit = Literal["sigma", "abs"]
 #: The classifier's logits [R, K] of images ``rows`` [R] after changes [R, N].
 LogitsOfEdits = Callable[[Tensor, Tensor], Tensor]
 
-#: Half precision does not decide where the two largest probabilities are within twice this distance.
-_NEAR = 0.02
+#: Half precision does not decide where the two largest probabilities differ by at most this.
+_NEAR = 0.04
 #: Latents per pass from latents to styles, to bound memory.
 _CHUNK = 128
-
-
-# Directions
 
 
 class Directions(NamedTuple):
@@ -87,9 +81,6 @@ def absolute_steps(directions: Directions, degree: float, unit: StepUnit) -> Ten
     return directions.spread * degree if unit == "sigma" else torch.full_like(directions.spread, degree)
 
 
-# Logits after edits
-
-
 @torch.no_grad()
 def direction_table(logits_of: LogitsOfEdits, num_images: int, changes: Tensor, batch_size: int = 256) -> Tensor:
     """Measures the classifier's logits of every image moved both ways along every direction, [n, Q, 2, K].
@@ -111,15 +102,12 @@ def direction_table(logits_of: LogitsOfEdits, num_images: int, changes: Tensor, 
 
 
 def rechecked(rough: LogitsOfEdits, exact: LogitsOfEdits) -> LogitsOfEdits:
-    """Replaces the logits of ``rough`` (half precision) near a tie by those of ``exact``.
-
-    Near a tie the two largest probabilities differ by at most 0.04.
-    """
+    """Replaces the logits of ``rough`` (half precision) by those of ``exact`` where the two best classes nearly tie."""
 
     def logits_of(rows: Tensor, change: Tensor) -> Tensor:
         logits = rough(rows, change).float()
-        top = logits.softmax(dim=1).topk(2, dim=1).values
-        near = ((top[:, 0] - top[:, 1]) <= 2 * _NEAR).nonzero().squeeze(1)
+        first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
+        near = (first - second <= _NEAR).nonzero().squeeze(1)
         if len(near):
             # ``rough`` may keep its own tensor.
             logits = logits.clone()
@@ -129,45 +117,9 @@ def rechecked(rough: LogitsOfEdits, exact: LogitsOfEdits) -> LogitsOfEdits:
     return logits_of
 
 
-@torch.no_grad()
-def smallest_subset(
-    logits_of: LogitsOfEdits, changes: Tensor, score: Tensor, target: Tensor, most: int = 10
-) -> tuple[Tensor, Tensor]:
-    """Counts per image how many of its own best edits together flip it ("subset" of StylEx, arXiv 2104.13369).
-
-    Args:
-        logits_of: Synthesis and classifier.
-        changes: Change of each edit of each image, [n, E, N].
-        score: Effect of each edit alone, [n, E]; edits without a positive effect are left out.
-        target: Target classes, [n].
-        most: Size of the largest subset.
-
-    Returns:
-        The edits in the order of their effects [n, most], and how many of the first are needed [n]; 0 where ``most``
-        edits do not suffice.
-    """
-    # Cumulative edits, best first.
-    order = score.argsort(dim=1, descending=True, stable=True)[:, :most]
-    helpful = changes * (score > 0)[:, :, None]
-    together = helpful.gather(1, order[:, :, None].expand(-1, -1, changes.shape[2])).cumsum(dim=1)
-
-    # The first that flips.
-    num_images, length = order.shape
-    rows = torch.arange(num_images, device=order.device).repeat_interleave(length)
-    logits = logits_of(rows, together.flatten(0, 1)).unflatten(0, (num_images, length))
-    flips = decides_for(logits, target)
-    first = flips.to(torch.int8).argmax(dim=1) + 1
-    return order, torch.where(flips.any(dim=1), first, 0)
-
-
-# The whole search
-
-
 @dataclass(kw_only=True)
 class LatentSearch:
-    """The search with the options of ``StylEx`` of the same names.
-
-    Its methods are given the networks, because the weights change in training.
+    """The search with the options of ``StylEx`` of the same names; networks are passed in, as training changes them.
 
     Raises:
         ValueError: If an option is out of range, or contradicts another.
@@ -197,14 +149,14 @@ class LatentSearch:
 
     def directions(self, generator: StyleGenerator, latent: Tensor, label: Tensor) -> Directions:
         """Finds the candidates in ``search_space`` from latents [n, D] or [n, L, D] and labels [n, K] of images."""
-        # A latent per slot ("w+") counts by its mean.
-        points = latent if latent.ndim == 2 else latent.mean(dim=1)
-        if self.search_space == "pca_w":
-            return principal_directions(points, self.search_directions)
         if self.search_space == "pca_s":
             parts = zip(latent.split(_CHUNK), label.split(_CHUNK), strict=True)
             styles = [generator.synthesis.flatten_styles(generator.styles(*part)) for part in parts]
             return principal_directions(torch.cat(styles), self.search_directions)
+        # A latent per slot ("w+") counts by its mean.
+        points = latent if latent.ndim == 2 else latent.mean(dim=1)
+        if self.search_space == "pca_w":
+            return principal_directions(points, self.search_directions)
         weight = generator.affine_weights(self.edited_layers)
         return factor_directions(weight, points, self.search_directions, self.normalise_rows)
 
@@ -216,8 +168,8 @@ class LatentSearch:
         # Moved styles.
         if self.search_space == "pca_s":
             styles = generator.styles(latent, label)
-            flat = generator.synthesis.flatten_styles(styles) + change.to(latent)
-            styles = generator.synthesis.replace_styles(styles, flat)
+            moved = generator.synthesis.flatten_styles(styles) + change.to(latent)
+            styles = generator.synthesis.replace_styles(styles, moved)
         else:
             moved = change.to(latent)[:, None]
             if self.edited_layers is not None:

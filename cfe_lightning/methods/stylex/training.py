@@ -59,16 +59,14 @@ class Mixture(NamedTuple):
     @classmethod
     def draw(cls, generator: StyleGenerator, batch: int, probability: float, device: torch.device) -> Mixture:
         """Draws noise for ``batch`` images, each of which mixes two latents with a probability."""
-        z = torch.randn(2, batch, generator.z_dim, device=device)
+        z = torch.randn(2, batch, generator.z_dim, device=device).transpose(0, 1)
         cut = torch.randint(1, generator.num_slots, (batch,), device=device)
-        # Images without a second latent.
         alone = torch.rand(batch, device=device) >= probability
-        return cls(z.transpose(0, 1), torch.where(alone, generator.num_slots, cut))
+        return cls(z, torch.where(alone, generator.num_slots, cut))
 
     def latents(self, generator: StyleGenerator) -> Tensor:
         """Maps the noise to mixed latents, [B, L, D]."""
-        first, second = self.z.unbind(dim=1)
-        return generator.mixed(first, second, self.cut)
+        return generator.mixed(self.z[:, 0], self.z[:, 1], self.cut)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +119,7 @@ class PathBatch:
 
     @classmethod
     def draw(cls, generator: StyleGenerator, label: Tensor, channels: int, probability: float) -> PathBatch:
-        """Draws for labels [B, K]; each image mixes two latents with a probability."""
+        """Draws random numbers for labels [B, K]; each image mixes two latents with a probability."""
         label = to_float32(label)
         mixture = Mixture.draw(generator, len(label), probability, label.device)
         noise = generator.synthesis.draw_noise(len(label), label)
@@ -135,8 +133,8 @@ def critic_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, fakes: S
     judged = _judged(critic, [(image, real_label), *((fake.detach(), label) for fake, label in fakes)])
     real = adversarial_loss(judged[0], real=True)
     encoded, drawn = (adversarial_loss(logits, real=False) for logits in judged[1:])
-    terms = {"critic_real": real, "critic_encoded": encoded, "critic_drawn": drawn}
-    return terms | {"critic": 2 * real + encoded + drawn}
+    total = 2 * real + encoded + drawn
+    return {"critic_real": real, "critic_encoded": encoded, "critic_drawn": drawn, "critic": total}
 
 
 def generator_loss(critic: StyleCritic, fakes: Sequence[Fake]) -> dict[str, Tensor]:
@@ -164,7 +162,7 @@ def r1_loss(critic: StyleCritic, image: Tensor, real_label: Tensor, weight: floa
 def path_loss(
     generator: StyleGenerator, batch: PathBatch, mean: Tensor, decay: float, weight: float
 ) -> dict[str, Tensor]:
-    """Penalises unequal path lengths in single precision, and updates their running mean by this batch."""
+    """Penalises unequal path lengths in single precision, and returns their running mean including this batch."""
     with double_backward(batch.label):
         latents = batch.mixture.latents(generator)
         picture = generator(latents, batch.label, batch.noise)
@@ -176,13 +174,8 @@ def path_loss(
 def path_lengths(picture: Tensor, latents: Tensor, direction: Tensor) -> Tensor:
     """Measures how far pictures move along random directions per unit of the latents, root mean square over the slots.
 
-    Args:
-        picture: Pictures rendered from ``latents``, [B, C, H, W].
-        latents: One latent per slot, with respect to which gradients are taken, [B, L, D].
-        direction: Noise of unit variance, [B, C, H, W].
-
-    Returns:
-        Differentiable lengths, [B].
+    Pictures are rendered from ``latents``, [B, L, D] -> [B, C, H, W]; ``direction`` is noise of unit variance,
+    [B, C, H, W]. The lengths, [B], are differentiable.
     """
     # Scaled by the number of pixels, so that lengths do not depend on the resolution.
     noise = direction / (picture.shape[2] * picture.shape[3]) ** 0.5

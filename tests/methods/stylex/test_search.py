@@ -26,7 +26,6 @@ from cfe_lightning.methods.stylex.search import (
     factor_directions,
     principal_directions,
     rechecked,
-    smallest_subset,
 )
 
 # AttFind is a benchmark: the package does not need it.
@@ -486,47 +485,6 @@ def test_no_images_are_ranked_by_no_direction(reaverage: bool) -> None:
     ranking = rank_directions(score, score > 0, reaverage=reaverage)
     assert [len(value) for value in ranking] == [0] * 6
     assert ranking.covered == 0
-
-
-# Subsets
-
-
-@pytest.mark.parametrize(
-    ("most", "order", "counts"),
-    [
-        (10, [1, 2, 0, 3], [3, 1, 0, 4, 1]),
-        (2, [1, 2], [0, 1, 0, 0, 1]),
-    ],
-)
-def test_the_smallest_subset_of_a_linear_classifier(most: int, order: list[int], counts: list[int]) -> None:
-    # Together the best edits gain 3, 5, 6 and 6.5; a tie at 5 is not enough.
-    gains = torch.tensor([1.0, 3.0, 2.0, 0.5])
-    towards = torch.tensor([1, 1, 1, 1, -1])
-    logits_of = linear_logits(torch.tensor([-5.0, -2.5, -100.0, -6.25, -2.5]) * towards, torch.tensor([0.0, 1.0]))
-    changes = torch.stack([torch.zeros(4), gains], dim=1) * towards[:, None, None]
-    target = torch.tensor([1, 1, 1, 1, 0])
-    found, needed = smallest_subset(logits_of, changes, gains.expand(5, 4), target, most)
-    assert found.tolist() == [order] * 5
-    assert needed.tolist() == counts
-
-
-def test_edits_that_speak_against_the_target_join_no_subset() -> None:
-    # The second edit would flip the image although its own effect was measured as harmful.
-    score = torch.tensor([[1.0, -1.0]])
-    changes = torch.tensor([[[1.0], [9.0]]])
-    logits_of = linear_logits(torch.tensor([-2.0]), torch.ones(1))
-    _, needed = smallest_subset(logits_of, changes, score, torch.ones(1, dtype=torch.int64))
-    assert needed.tolist() == [0]
-
-
-def test_every_image_has_an_order_of_its_own() -> None:
-    score = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    changes = score[:, :, None]
-    found, needed = smallest_subset(
-        linear_logits(torch.tensor([-2.0, -3.5]), torch.ones(1)), changes, score, torch.ones(2, dtype=torch.int64)
-    )
-    assert found.tolist() == [[1, 0], [0, 1]]
-    assert needed.tolist() == [1, 2]
 
 
 # The result
