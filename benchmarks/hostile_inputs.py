@@ -187,8 +187,8 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
     lines = [
         "# Hostile inputs",
         "",
-        f"{len(outcomes)} inputs that a careless or a hostile person could hand to `train.py`, `explain.py` and "
-        "`cfe-evaluate`, and what is said of each, written by `python benchmarks/hostile_inputs.py`. Every case ran in "
+        f"This page lists {len(outcomes)} broken, strange or hostile inputs of `train.py`, `explain.py` and "
+        "`cfe-evaluate`, with the answer to each. `python benchmarks/hostile_inputs.py` writes it. Every case ran in "
         f"a process of its own with {MEMORY >> 30} GB of memory beyond what the program itself needs. "
         f"Nothing of any input was executed and nothing was written outside the output folder in "
         f"{sum(not outcome.faults for outcome in outcomes)} of {len(outcomes)} cases. Exit codes: 0 done (the input is "

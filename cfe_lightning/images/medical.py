@@ -1,6 +1,6 @@
 """Reading of DICOM and NIfTI files into tensors: one grey slice at a time, with a window of values scaled to [-1, 1].
 
-Both formats need extra packages (``pip install cfe-lightning[medical]``), imported when the first such file is read.
+Both formats need extra packages (``pip install ".[medical]"``), imported when the first such file is read.
 Slices are oriented as in a DICOM viewer: the patient's front is up, the patient's right is on the left.
 """
 

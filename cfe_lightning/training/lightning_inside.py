@@ -1,4 +1,6 @@
-"""The only file that touches Lightning's inner parts: each touch is a named function with a test of its own.
+"""The file for all touches of Lightning's inner parts: each is a named function with a test of its own.
+
+``EMA``, which extends Lightning's own callback, is the only other place.
 
 A release of Lightning that moves one of these parts fails here and in ``tests/training/test_lightning_inside.py``.
 """
