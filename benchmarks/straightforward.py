@@ -348,7 +348,7 @@ def iterated_mirror(model: MirrorCFE) -> None:
 
 
 def published_sampler(model: DiffExplainer) -> None:
-    """250 plain steps of inversion and decoding (section 3.5 of the specification) instead of 20 refined ones."""
+    """250 plain steps of inversion and decoding instead of 20 refined ones."""
     model.diffusion_steps = model.decoding_steps = 250
     model.refinements = 0
 
