@@ -8,6 +8,7 @@ the four images (``expected.pt``); ``made_by.py`` in it wrote them.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import tarfile
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cfe_lightning import images, load_classifier, load_explainer
 from cfe_lightning.cli import explain, train
+from cfe_lightning.files.trust import present_path
 
 ARCHIVE = Path(__file__).parent / "data" / "version_0_1_0.tar.xz"
 METHODS = ("dxai", "stylex", "mirror_cfe", "diff_explainer", "steerable_lens")
@@ -120,3 +122,28 @@ def test_an_output_folder_goes_on(kept: Path, folder: str, who: list[str]) -> No
     assert (output / "report.html").is_file()
     if folder == "dxai":
         assert explain.main(["--verify", str(output), *who]) == 0
+
+
+#: Classes and functions that checkpoints, classifier files and configs of version 0.1.0 could name, by module.
+NAMED = """
+acceleration: ChannelsLast CompileBlocks RecomputeActivations
+baselines: Baseline
+callbacks: EMA FreshMetrics NonFiniteGuard SampleGrid Throughput WandbRun
+checkpointing: AtomicCheckpointIO LastCheckpoint RandomState
+classifier: load_classifier
+classifier_sources: exported_classifier torchvision_classifier wrap_classifier
+classifier_training: ClassifierTraining
+csv_log: CsvLog
+methods.diffusion_autoencoder: DiffusionAutoencoder
+networks.classifiers: DenseNet121 PooledCnn ResNet18 SimpleCnn SliceStack
+networks.discriminators: ResidualCritic
+networks.exported: ExportedNetwork
+"""
+
+
+@pytest.mark.parametrize("line", NAMED.strip().splitlines())
+def test_what_files_could_name_is_found_today(line: str) -> None:
+    earlier, _, names = line.partition(": ")
+    for each in names.split():
+        module, _, name = present_path(f"cfe_lightning.{earlier}.{each}").rpartition(".")
+        assert getattr(importlib.import_module(module), name).__name__ == each

@@ -18,6 +18,7 @@ MOVED = {
     "cfe_lightning.checkpointing": "cfe_lightning.training",
     "cfe_lightning.classifier_sources": "cfe_lightning.classifier",
     "cfe_lightning.classifier_training": "cfe_lightning.classifier.training",
+    "cfe_lightning.csv_log": "cfe_lightning.training.csv_log",
     "cfe_lightning.methods.diffusion_autoencoder": "cfe_lightning.methods.diff_explainer",
     "cfe_lightning.networks.classifiers": "cfe_lightning.classifier.networks",
     "cfe_lightning.networks.discriminators": "cfe_lightning.methods.dxai.critic",

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = ["EMA", "LastCheckpoint", "NonFiniteGuard", "SampleGrid", "Throughput"]
 
+#: Names of configs by module, also those that every run has by itself and a config of version 0.1.0 may list.
 _MODULES = {
     "averaging": ("EMA",),
+    "checkpoints": ("AtomicCheckpointIO", "RandomState"),
     "last_checkpoint": ("LastCheckpoint",),
     "samples": ("SampleGrid",),
-    "watching": ("NonFiniteGuard", "Throughput"),
+    "tracking": ("WandbRun",),
+    "watching": ("FreshMetrics", "NonFiniteGuard", "Throughput"),
 }
 
 
