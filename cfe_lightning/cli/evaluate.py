@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cfe_lightning.cli.bench import run_bench
 from cfe_lightning.cli.environment import check_torchvision
 from cfe_lightning.cli.guard import add_debug, guarded
-from cfe_lightning.evaluation.options import NUM_TEST, BenchOptions, EvaluateOptions
+from cfe_lightning.evaluation.options import NUM_TEST, BenchOptions, EvaluateOptions, results_folder
 from cfe_lightning.files.arguments import add_options, options_of
 from cfe_lightning.files.atomic import check_writable, refuse_links
 
@@ -50,12 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     given = parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    folder = given.output or (given.checkpoint or [Path()])[0].parent / "evaluated"
     return guarded(
         lambda: _evaluate(options_of(EvaluateOptions, given)),
         debug=given.debug,
-        kept=f"what is measured at --batch-size {given.batch_size} is kept in {folder}, the same command again does "
-        "the rest",
+        kept=f"what is measured at --batch-size {given.batch_size} is kept in "
+        f"{results_folder(given.output, given.checkpoint)}, the same command again does the rest",
     )
 
 

@@ -1,6 +1,6 @@
 """The options of ``cfe-evaluate``, for given checkpoints and for the known-cause bench."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -141,8 +141,8 @@ class EvaluateOptions(BenchOptions):
 
     @property
     def folder(self) -> Path:
-        """The folder for the results: ``output``, or ``evaluated/`` beside the first checkpoint."""
-        return self.output or (self.checkpoint or [Path()])[0].parent / "evaluated"
+        """The folder for the results."""
+        return results_folder(self.output, self.checkpoint)
 
     def _given(self, names: Iterable[str]) -> str:
         """Names the options that differ from their defaults, as a user writes them."""
@@ -151,3 +151,8 @@ class EvaluateOptions(BenchOptions):
         }
         given = [name for name in names if getattr(self, name) != defaults[name]]
         return " and ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def results_folder(output: Path | None, checkpoint: Sequence[Path] | None) -> Path:
+    """Returns the folder for the results: ``output``, or ``evaluated/`` beside the first checkpoint."""
+    return output or (checkpoint or [Path()])[0].parent / "evaluated"
