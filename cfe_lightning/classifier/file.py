@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cfe_lightning.classifier.frozen import FrozenClassifier
+from cfe_lightning.classifier.outputs import logits_of
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image
 from cfe_lightning.files.tensors import LargerThanFileError, allocation_limit, load_plain
@@ -122,7 +123,7 @@ def check_outputs(classifier: FrozenClassifier, file: str) -> None:
     image = probe_image(network, spec.channels, spec.image_size, batch_size=1)
     try:
         with torch.no_grad():
-            output = network(image)
+            output = logits_of(network(image), 1, len(spec.class_names))
     # A network may raise anything on images that it was not made for.
     except Exception as error:
         raise ValueError(
@@ -131,7 +132,7 @@ def check_outputs(classifier: FrozenClassifier, file: str) -> None:
 
     # Two classes may be one output before a sigmoid.
     num_names = len(spec.class_names)
-    num_outputs = output.numel() if isinstance(output, Tensor) else 0
+    num_outputs = output.shape[1]
     if num_outputs != num_names and not (num_outputs == 1 and num_names == 2):
         raise ValueError(
             f"The network in {file} has {num_outputs} outputs, but the file's spec names {num_names} classes: use a "

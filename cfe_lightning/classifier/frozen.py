@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cfe_lightning import images
 from cfe_lightning.classifier import counting
+from cfe_lightning.classifier.outputs import logits_of, logits_of_probabilities
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import Level, as_feature_map, probe_image, trace_levels, why_no_feature_map
 from cfe_lightning.compute.precision import to_float32
@@ -42,8 +43,9 @@ class FrozenClassifier(nn.Module):
     the sigmoid. A multi-label network becomes one label against its absence.
 
     Args:
-        network: Network from normalised images [B, C, S, S] to logits [B, K], [B, 1] or [B]. After ``torch.compile``
-            the original network is taken, because its layers can be watched and its weights keep their names.
+        network: Network from normalised images [B, C, S, S] to an answer that ``logits_of`` reads. After
+            ``torch.compile`` the original network is taken, because its layers can be watched and its weights keep
+            their names.
         spec: The network's input format, layer names and class names.
 
     Raises:
@@ -91,7 +93,7 @@ class FrozenClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns logits of K exclusive classes, [B, C, H, W] in [-1, 1] -> [B, K]."""
-        return self._exclusive(self.network(self.prepare(image)))
+        return self._exclusive(self._outputs(self.prepare(image)))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -114,7 +116,7 @@ class FrozenClassifier(nn.Module):
             ValueError: If the network's classes exclude each other.
         """
         num_labels = len(self.label_names)
-        return self.network(self.prepare(image)).sigmoid().view(len(image), num_labels)
+        return self._outputs(self.prepare(image)).sigmoid().view(len(image), num_labels)
 
     def along(self, path: Tensor, at_once: int | None = None) -> Tensor:
         """Returns the logits of B paths of images, [B, T, C, H, W] -> [B, T, K], ``at_once`` images per pass."""
@@ -245,7 +247,7 @@ class FrozenClassifier(nn.Module):
         """
         spec = self.spec
         if spec.head is None or spec.feature_map is None:
-            reason = why_no_feature_map(self.network, spec.channels, spec.image_size)
+            reason = why_no_feature_map(self.network, spec.channels, spec.image_size, len(spec.class_names))
         else:
             image = probe_image(self, spec.channels, spec.image_size)
             feature_map, features = self.feature_map(image), self.features(image)
@@ -284,11 +286,17 @@ class FrozenClassifier(nn.Module):
         spec = self.spec
         return torch.zeros(batch_size, spec.channels, spec.image_size, spec.image_size, device=self.mean.device)
 
+    def _outputs(self, prepared: Tensor) -> Tensor:
+        """Returns the logits of all outputs for prepared images, [B, C, S, S] -> [B, N] float32."""
+        spec = self.spec
+        outputs = logits_of(self.network(prepared), len(prepared), len(spec.class_names))
+        if spec.outputs == "logits":
+            return outputs
+        return logits_of_probabilities(outputs, exclusive=outputs.shape[1] > 1 and spec.label is None)
+
     def _exclusive(self, logits: Tensor) -> Tensor:
-        """Turns the network's logits [B, K], [B, 1] or [B] into float32 logits of K exclusive classes, [B, K]."""
-        logits = to_float32(logits)
-        if logits.ndim == 1:
-            logits = logits[:, None]
+        """Turns the logits of all outputs, [B, N], into float32 logits of K exclusive classes, [B, K]."""
+        logits = logits_of(logits, len(logits))
         if self.spec.label is not None:
             index = self.spec.class_names.index(self.spec.label)
             logits = logits[:, index : index + 1]
@@ -327,7 +335,7 @@ class FrozenClassifier(nn.Module):
                 hooks.callback(handle.remove)
             # Code that was compiled before the hook was registered would not call it.
             with torch.compiler.set_stance("force_eager"):
-                logits = self.network(self.prepare(image))
+                logits = self._outputs(self.prepare(image))
         return [calls[-1] for calls in seen], logits
 
 

@@ -18,8 +18,10 @@ from torchvision.models import WeightsEnum
 
 from cfe_lightning.classifier.exported import ExportedNetwork
 from cfe_lightning.classifier.frozen import FrozenClassifier
+from cfe_lightning.classifier.outputs import Outputs, logits_of
+from cfe_lightning.classifier.probes import check_network
 from cfe_lightning.classifier.spec import ClassifierSpec
-from cfe_lightning.classifier.tracing import probe_image, returns_probabilities, trace_layers
+from cfe_lightning.classifier.tracing import probe_image, trace_layers
 from cfe_lightning.classifier.weights import load_weights
 from cfe_lightning.files.text import one_line
 from cfe_lightning.files.trust import TRUST_EXPORTED, check_exported_trusted, public_path, resolve_class_path
@@ -45,6 +47,7 @@ def torchvision_classifier(
     head: str | None = None,
     feature_map: str | None = None,
     label: str | None = None,
+    outputs: Outputs = "logits",
 ) -> FrozenClassifier:
     """Makes a classifier of any classification network of torchvision; its metadata supply missing arguments.
 
@@ -60,6 +63,8 @@ def torchvision_classifier(
         head: Dotted name of the last linear layer; None finds it.
         feature_map: Dotted name of the last map before pooling; None finds it.
         label: One of ``class_names`` of a multi-label network, explained against its absence.
+        outputs: Meaning of the outputs. Of a network that ends in softmax or sigmoid, ``probabilities`` are turned back
+            into logits, exactly unless they were rounded to 0 or 1.
 
     Raises:
         FileNotFoundError: If ``weights`` looks like a file and there is none.
@@ -100,6 +105,7 @@ def torchvision_classifier(
     spec = ClassifierSpec(
         class_path=class_path, init_args=arguments, class_names=tuple(class_names), image_size=image_size,
         mean=tuple(mean or preset.mean), std=tuple(std or preset.std), head=head, feature_map=feature_map, label=label,
+        outputs=outputs,
     )  # fmt: skip
     return _freeze(network, spec)
 
@@ -116,6 +122,7 @@ def wrap_classifier(
     feature_map: str | None = None,
     label: str | None = None,
     bgr: bool = False,
+    outputs: Outputs = "logits",
 ) -> FrozenClassifier:
     """Makes a classifier of a network of your own, by the import path of its class.
 
@@ -135,6 +142,8 @@ def wrap_classifier(
         feature_map: Dotted name of the last map before pooling; None finds it.
         label: One of ``class_names`` of a multi-label network, explained against its absence.
         bgr: The network takes colours as blue, green, red (OpenCV); give mean and std as red, green, blue.
+        outputs: Meaning of the outputs. Of a network that ends in softmax or sigmoid, ``probabilities`` are turned back
+            into logits, exactly unless they were rounded to 0 or 1.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -146,6 +155,7 @@ def wrap_classifier(
     spec = ClassifierSpec(
         class_path=class_path, init_args=arguments, class_names=tuple(class_names), image_size=image_size,
         mean=tuple(mean), std=tuple(std), head=head, feature_map=feature_map, label=label, bgr=bgr,
+        outputs=outputs,
     )  # fmt: skip
     return _freeze(network, spec)
 
@@ -158,6 +168,7 @@ def exported_classifier(
     std: list[float],
     label: str | None = None,
     bgr: bool = False,
+    outputs: Outputs = "logits",
 ) -> FrozenClassifier:
     """Makes a classifier of a TorchScript or ``torch.export`` program: logits and usually gradients, but no features.
 
@@ -172,6 +183,8 @@ def exported_classifier(
         std: Standard deviation per channel on the [0, 1] scale, as in the network's training.
         label: One of ``class_names`` of a multi-label network, explained against its absence.
         bgr: The program takes colours as blue, green, red; give mean and std as red, green, blue.
+        outputs: Meaning of the outputs. Of a network that ends in softmax or sigmoid, ``probabilities`` are turned back
+            into logits, exactly unless they were rounded to 0 or 1.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -189,7 +202,7 @@ def exported_classifier(
     _check_export(network, path, len(mean), image_size)
     spec = ClassifierSpec(
         class_path=public_path(ExportedNetwork), init_args={}, class_names=tuple(class_names), image_size=image_size,
-        mean=tuple(mean), std=tuple(std), head=None, label=label, bgr=bgr,
+        mean=tuple(mean), std=tuple(std), head=None, label=label, bgr=bgr, outputs=outputs,
     )  # fmt: skip
     return _freeze(network, spec)
 
@@ -229,10 +242,10 @@ def _freeze(network: nn.Module, spec: ClassifierSpec) -> FrozenClassifier:
         ValueError: If the network does not take the images, returns no logits, or does not fit the class names.
     """
     network.eval()
-    image = probe_image(network, spec.channels, spec.image_size)
+    image, named = probe_image(network, spec.channels, spec.image_size), len(spec.class_names)
     try:
         with torch.no_grad():
-            output = network(image)
+            answer = network(image.clone())
     # A network may raise anything on images that it was not made for.
     except Exception as error:
         raise ValueError(
@@ -241,12 +254,29 @@ def _freeze(network: nn.Module, spec: ClassifierSpec) -> FrozenClassifier:
         ) from error
 
     # Outputs.
-    _check_output(output, spec)
-    if returns_probabilities(network, image):
-        raise ValueError(f"{spec.class_path} returns probabilities, but logits are needed: remove softmax or sigmoid.")
+    try:
+        outputs = logits_of(answer, len(image), named)
+    except ValueError as error:
+        raise ValueError(
+            f"{spec.class_path} returns something else than one row of logits per image: {error}; wrap it in a class "
+            "of your own that returns them."
+        ) from error
+    _check_number(outputs, spec)
+    check_network(
+        network,
+        spec.class_path,
+        spec.channels,
+        spec.image_size,
+        named,
+        spec.outputs,
+        labelled=spec.label is not None,
+        exported=isinstance(network, ExportedNetwork),
+    )
 
     # Layers.
-    layers = trace_layers(network, spec.channels, spec.image_size, head=spec.head, feature_map=spec.feature_map)
+    layers = trace_layers(
+        network, spec.channels, spec.image_size, head=spec.head, feature_map=spec.feature_map, num_classes=named
+    )
     _log.info("%s: head %s, feature map %s.", spec.class_path, layers.head, layers.feature_map)
     classifier = FrozenClassifier(network, spec.with_layers(layers))
     if spec.feature_map is not None:
@@ -256,50 +286,34 @@ def _freeze(network: nn.Module, spec: ClassifierSpec) -> FrozenClassifier:
     return classifier
 
 
-def _check_output(output: Any, spec: ClassifierSpec) -> None:
-    """Checks that a network's output for two images is logits, one for each class name."""
-    if not isinstance(output, Tensor):
-        kind = type(output).__name__
-        raise ValueError(
-            f"{spec.class_path} returns a {kind}, but one tensor of logits is needed: wrap it in a class of your own "
-            f"that returns the logits out of that {kind}."
-        )
-    if output.ndim not in (1, 2) or len(output) != 2:
-        raise ValueError(f"{spec.class_path} returns {list(output.shape)} for two images, but logits are [2, K].")
+def _check_number(outputs: Tensor, spec: ClassifierSpec) -> None:
+    """Checks that a network has one output for each class name."""
     # One output before a sigmoid stands for two classes, or for one label and its absence.
-    outputs = 1 if output.ndim == 1 else output.shape[-1]
-    expected = 2 if outputs == 1 and spec.label is None else outputs
+    number = outputs.shape[1]
+    expected = 2 if number == 1 and spec.label is None else number
     if len(spec.class_names) != expected:
         raise ValueError(
-            f"{spec.class_path} has {outputs} output{'s' if outputs > 1 else ''}, so class_names needs {expected} "
+            f"{spec.class_path} has {number} output{'s' if number > 1 else ''}, so class_names needs {expected} "
             f"name{'s' if expected > 1 else ''}, but has {len(spec.class_names)}: {list(spec.class_names)[:10]}."
         )
 
 
 def _check_export(network: ExportedNetwork, path: str, channels: int, image_size: int) -> None:
-    """Checks that a program takes batches of any size and answers each image independently of the others."""
+    """Checks that a program takes batches of any size."""
     image = probe_image(network, channels, image_size, batch_size=3)
-    outputs: dict[int, Tensor] = {}
+    taken = []
     for batch_size in (1, 2, 3):
         try:
             with torch.no_grad():
-                output = network(image[:batch_size])
-            if isinstance(output, Tensor) and len(output) == batch_size:
-                outputs[batch_size] = output
+                network(image[:batch_size].clone())
+            taken.append(batch_size)
         # A program may raise anything; _freeze reports a program that takes no batch size at all.
         except Exception as error:
             _log.debug("%s refuses %d images: %s", path, batch_size, error)
-
-    # Every size, and the same answer in each.
-    if outputs and len(outputs) < 3:
+    if taken and len(taken) < 3:
         raise ValueError(
-            f"{path} takes only batches of {' or '.join(map(str, outputs))} images: export it for any number, with "
+            f"{path} takes only batches of {' or '.join(map(str, taken))} images: export it for any number, with "
             "torch.export.export(network, (image,), dynamic_shapes=({0: torch.export.Dim.AUTO},)) and several images."
-        )
-    if outputs and not torch.allclose(outputs[1], outputs[3][:1], rtol=1e-3, atol=1e-3 * float(outputs[3].std())):
-        raise ValueError(
-            f"{path} answers an image differently in different batches, so it was exported in train mode: call "
-            "network.eval() and export it again."
         )
 
 

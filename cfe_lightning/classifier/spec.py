@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
+from cfe_lightning.classifier.outputs import Outputs
 from cfe_lightning.classifier.tracing import FeatureMapTransform, TracedLayers
 
 #: The text fields of a file and their types.
@@ -32,6 +33,7 @@ class ClassifierSpec:
         head_on_cells: The head takes features as maps of one cell, [B, D, 1, 1].
         label: One attribute of a multi-label network, presented as two classes ("not label", "label").
         bgr: The network takes colours as blue, green, red; mean and std are given as red, green, blue all the same.
+        outputs: Meaning of the network's outputs; probabilities are turned into logits.
 
     Raises:
         ValueError: If the fields contradict each other.
@@ -49,6 +51,7 @@ class ClassifierSpec:
     head_on_cells: bool = False
     label: str | None = None
     bgr: bool = False
+    outputs: Outputs = "logits"
 
     def __post_init__(self) -> None:
         # Class names.
@@ -70,6 +73,8 @@ class ClassifierSpec:
             )
         if self.bgr and len(self.mean) != 3:
             raise ValueError("bgr is for networks that take three channels, but mean has one number.")
+        if self.outputs not in get_args(Outputs):
+            raise ValueError(f"outputs must be logits or probabilities, got {self.outputs!r:.80}.")
 
     @property
     def channels(self) -> int:
@@ -78,7 +83,11 @@ class ClassifierSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain data for a checkpoint."""
-        return asdict(self)
+        fields = asdict(self)
+        # Left out where it says nothing new, so that files and fingerprints of earlier versions stay the same.
+        if self.outputs == "logits":
+            del fields["outputs"]
+        return fields
 
     def with_layers(self, layers: TracedLayers) -> ClassifierSpec:
         """Returns the spec with the head and the feature map that tracing found."""

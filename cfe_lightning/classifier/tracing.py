@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cfe_lightning.classifier.outputs import logits_of
+
 #: Conversion of a layer's output into the map [B, D, h, w] whose spatial mean is the head's input.
 FeatureMapTransform = Literal["none", "relu", "channels_last", "tokens", "tokens_without_first"]
 
@@ -21,8 +23,6 @@ FeatureMapTransform = Literal["none", "relu", "channels_last", "tokens", "tokens
 _TOLERANCE = 1e-5
 #: Largest image side in pixels at which a network is watched.
 _LARGEST_PROBE = 512
-#: Autograd operations that change no value.
-_VIEWS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "Reshape", "Select", "Slice", "Alias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,13 @@ def probe_image(network: nn.Module, channels: int, image_size: int, batch_size: 
 
 
 def trace_layers(
-    network: nn.Module, channels: int, image_size: int, *, head: str | None = None, feature_map: str | None = None
+    network: nn.Module,
+    channels: int,
+    image_size: int,
+    *,
+    head: str | None = None,
+    feature_map: str | None = None,
+    num_classes: int | None = None,
 ) -> TracedLayers:
     """Finds head and feature map in eval mode; restores hooks and mode even after an exception.
 
@@ -76,13 +82,14 @@ def trace_layers(
         image_size: Image side S in pixels. A map of a single cell equals its average, so larger sizes are tried too.
         head: Layer to take for the head; None looks for it.
         feature_map: Layer to take for the feature map, of which only the transform is found; None looks for it.
+        num_classes: Number of class names, by which the logits are chosen where a network returns several tensors.
 
     Raises:
         ValueError: If the given ``head`` does not produce the logits.
     """
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         image = probe_image(network, channels, image_size)
-        found_head, features = _find_head(network, image, head)
+        found_head, features = _find_head(network, image, head, num_classes)
         if features is None:
             return TracedLayers(head=found_head, feature_map=feature_map)
         name, transform, single_cell = _find_map(network, image, features, feature_map)
@@ -92,7 +99,7 @@ def trace_layers(
         while name is None and single_cell and size <= _LARGEST_PROBE:
             larger = probe_image(network, channels, size)
             try:
-                _, features = _find_head(network, larger, found_head)
+                _, features = _find_head(network, larger, found_head, num_classes)
                 assert features is not None, "the head was found at the smaller size"
                 name, transform, single_cell = _find_map(network, larger, features, feature_map)
             # A network for one size may raise any of these on others; then there is no map to be found.
@@ -101,7 +108,7 @@ def trace_layers(
             size *= 2
 
         # A head of several layers.
-        if name is None and head is None and (block := _find_block(network, image, feature_map)) is not None:
+        if name is None and head is None and (block := _find_block(network, image, feature_map, num_classes)):
             return block
     return TracedLayers(head=found_head, feature_map=name or feature_map, feature_map_transform=transform)
 
@@ -140,7 +147,7 @@ def trace_levels(
             size = (shape[1], shape[2], shape[3])
             calls[name] = Level(size=size, channels_last=last, non_negative=bool((output >= 0).all()))
 
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         _watch(network, probe_image(network, channels, image_size), look)
 
     # Named layers.
@@ -163,12 +170,14 @@ def trace_levels(
     return {best[side]: calls[best[side]] for side in sorted(best)[:count]}
 
 
-def why_no_feature_map(network: nn.Module, channels: int, image_size: int) -> str:
+def why_no_feature_map(network: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> str:
     """Explains in one clause why no map averages to the head's input, and names the closest layer."""
     kind, image = type(network).__name__, probe_image(network, channels, image_size)
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         # Head.
-        linear, logits = _record(network, image, lambda _name, module, _inputs: isinstance(module, nn.Linear))
+        linear, logits = _record(
+            network, image, lambda _name, module, _inputs: isinstance(module, nn.Linear), num_classes
+        )
         if not linear:
             return f"{kind} has no linear layer that could be watched"
         name, _, features, output = linear[-1]
@@ -208,30 +217,15 @@ def as_feature_map(output: Tensor, transform: FeatureMapTransform) -> Tensor:
     return output
 
 
-def returns_probabilities(network: nn.Module, image: Tensor) -> bool:
-    """Tells whether the network ends in a softmax or sigmoid, so that its outputs are not logits.
-
-    A network of one output is judged by its last operation only, others also by their sums. Any ``image`` will do.
-    """
-    with _evaluating(network), torch.enable_grad():
-        output = network(image.clone().requires_grad_())
-    # Last operation.
-    last = output.grad_fn
-    while last is not None and last.name().startswith(_VIEWS):
-        last = last.next_functions[0][0]
-    if last is not None and last.name().startswith(("Softmax", "Sigmoid")):
-        return True
-    # Sums of one.
-    if output.ndim != 2 or output.shape[1] < 2:
-        return False
-    sums = output.detach().sum(dim=1)
-    return bool((output >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4))
-
-
-def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str | None, Tensor | None]:
+def _find_head(
+    network: nn.Module, image: Tensor, only: str | None, num_classes: int | None
+) -> tuple[str | None, Tensor | None]:
     """Returns the last linear layer, or the layer ``only``, that returns the logits, and its input [B, D]."""
     calls, logits = _record(
-        network, image, lambda name, module, _inputs: isinstance(module, nn.Linear) if only is None else name == only
+        network,
+        image,
+        lambda name, module, _inputs: isinstance(module, nn.Linear) if only is None else name == only,
+        num_classes,
     )
     for name, _, features, output in reversed(calls):
         if features.ndim == 2 and _returns(output, logits):
@@ -244,15 +238,15 @@ def _find_head(network: nn.Module, image: Tensor, only: str | None) -> tuple[str
     return only, None
 
 
-def _find_block(network: nn.Module, image: Tensor, only: str | None) -> TracedLayers | None:
+def _find_block(network: nn.Module, image: Tensor, only: str | None, num_classes: int | None) -> TracedLayers | None:
     """Finds a head of several layers (ConvNeXt, MobileNetV3): the innermost block from pooled features to logits."""
-    calls, logits = _record(network, image, lambda _name, _module, inputs: len(inputs) == 1)
+    calls, logits = _record(network, image, lambda _name, _module, inputs: len(inputs) == 1, num_classes)
     for name, module, given, output in calls:
         if given.ndim not in (2, 4) or output.shape != logits.shape or not _equal(output, logits):
             continue
         # A block that pools by itself must return the same for the pooled map.
         features = given if given.ndim == 2 else given.mean(dim=(2, 3))
-        if given.ndim == 4 and not _equal(module(features[:, :, None, None]), logits):
+        if given.ndim == 4 and not _takes_cells(module, features, logits):
             continue
         feature_map, transform, _ = _find_map(network, image, features, only)
         if feature_map is not None:
@@ -260,6 +254,16 @@ def _find_block(network: nn.Module, image: Tensor, only: str | None) -> TracedLa
                 head=name, head_on_cells=given.ndim == 4, feature_map=feature_map, feature_map_transform=transform
             )
     return None
+
+
+def _takes_cells(module: nn.Module, features: Tensor, logits: Tensor) -> bool:
+    """Tells whether a module turns features as maps of one cell into the logits."""
+    try:
+        answer = module(features[:, :, None, None])
+    # A module may raise anything on a map of one cell, such as a flattened one of another length: it is not the head.
+    except Exception:
+        return False
+    return isinstance(answer, Tensor) and answer.shape == logits.shape and _equal(answer, logits)
 
 
 def _find_map(
@@ -315,7 +319,7 @@ def _returns(output: Tensor, logits: Tensor) -> bool:
 
 
 def _record(
-    network: nn.Module, image: Tensor, wanted: Callable[[str, nn.Module, Any], bool]
+    network: nn.Module, image: Tensor, wanted: Callable[[str, nn.Module, Any], bool], num_classes: int | None
 ) -> tuple[list[tuple[str, nn.Module, Tensor, Tensor]], Tensor]:
     """Returns each call of a wanted layer (its name, the layer, its first input, its output), and the logits."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
@@ -325,11 +329,11 @@ def _record(
             # Copies, because later layers may change both in place.
             calls.append((name, module, inputs[0].clone(), output.clone()))
 
-    return calls, _watch(network, image, look)
+    return calls, logits_of(_watch(network, image, look), len(image), num_classes)
 
 
-def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Tensor], None]) -> Tensor:
-    """Returns the logits, and shows every layer that returns a tensor to ``look`` when it has been called."""
+def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, Any, Tensor], None]) -> Any:
+    """Returns the network's answer, and shows every layer that returns a tensor to ``look`` when it has been called."""
 
     def show(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str) -> None:
         if isinstance(output, Tensor):
@@ -341,11 +345,12 @@ def _watch(network: nn.Module, image: Tensor, look: Callable[[str, nn.Module, An
                 hooks.callback(module.register_forward_hook(partial(show, name=name)).remove)
         # Code that was compiled before the hooks were registered would not call them.
         with torch.compiler.set_stance("force_eager"):
-            return network(image)
+            # A copy, because the network may change its input in place.
+            return network(image.clone())
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Puts the network into eval mode and afterwards every module back into its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -198,7 +198,7 @@ class Outputs(nn.Module):
             case "dictionary":
                 return {"logits": logits}
             case "map":
-                return logits[:, :, None]
+                return logits[:, :, None, None].expand(-1, -1, 4, 4)
         return logits
 
 
@@ -228,8 +228,7 @@ def test_one_output_before_a_sigmoid_becomes_two_classes(kind, tmp_path):
         ("one", ["a", "b", "c"], r"has 1 output, so class_names needs 2 names, but has 3: \['a', 'b', 'c'\]"),
         ("three", ["a", "b"], r"has 3 outputs, so class_names needs 3 names, but has 2"),
         ("probabilities", ["a", "b", "c"], "returns probabilities, but logits are needed"),
-        ("dictionary", ["a", "b", "c"], "returns a dict, but one tensor of logits is needed"),
-        ("map", ["a", "b", "c"], r"returns \[2, 3, 1\] for two images, but logits are \[2, K\]"),
+        ("map", ["a", "b", "c"], r"logits \[B, K\] are needed, but 2 images gave \[2, 3, 4, 4\] of float32; wrap it"),
     ],
 )
 def test_what_is_no_logits_is_refused(kind, names, message, tmp_path):

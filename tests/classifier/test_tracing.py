@@ -9,7 +9,6 @@ from torchvision import models
 from cfe_lightning.classifier.tracing import (
     as_feature_map,
     probe_image,
-    returns_probabilities,
     trace_layers,
     trace_levels,
     why_no_feature_map,
@@ -236,25 +235,3 @@ def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     trace_layers(network, 1, 8)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    ("last", "expected"),
-    [
-        (lambda x: x, False),
-        (lambda x: x.log_softmax(dim=1), False),
-        (lambda x: x.softmax(dim=1), True),
-        (lambda x: x[:, :1].sigmoid(), True),
-        (lambda x: x[:, :1].sigmoid().squeeze(1), True),
-        (lambda x: x[:, :1] * 0 + 0.5, False),
-        (lambda x: x.exp() / x.exp().sum(dim=1, keepdim=True), True),
-        (lambda x: x.softmax(dim=1).detach(), True),
-    ],
-)
-def test_probabilities_are_told_from_logits(last, expected):
-    class Ends(Tiny):
-        def forward(self, image):
-            return last(super().forward(image))
-
-    network = Ends("none")
-    assert returns_probabilities(network, probe_image(network, 1, 8)) is expected
