@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 from cfe_lightning.data.base import Split, check_fractions, check_groups, split_by_group
 from cfe_lightning.data.files import FileData, ImageFiles, LabelledFile, check_columns, check_unique, open_csv
-from cfe_lightning.images import EXTENSIONS, find_images
+from cfe_lightning.images import find_images, is_picture
 
 _log = logging.getLogger(__name__)
 #: Folder names and CSV entries that mean a split, in lower case.
@@ -149,7 +149,7 @@ def _read_classes(root: Path, prefix: str, split: Split | None, group_pattern: s
             f"{parent} has no class folders with images: put the images of each class into a folder with the class's "
             "name, give a CSV of labels with labels=<file>, or move away what is not labelled."
         )
-    if loose := sum(path.suffix.lower() in EXTENSIONS and not path.is_dir() for path in paths):
+    if loose := sum(not path.is_dir() and is_picture(path) for path in paths):
         _log.warning("%d images lie in %s outside any class folder and are left out.", loose, parent)
     return entries
 

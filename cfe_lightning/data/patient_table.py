@@ -181,7 +181,7 @@ def find_patients(folder: Path) -> Iterator[str]:
         ValueError: If ``folder`` itself holds slices.
     """
     met = set[str]()
-    for name in images.find_images(folder, lambda name: medical.is_slice(name) or medical.is_nifti(name)):
+    for name in images.find_images(folder, lambda path: medical.is_slice(path) or medical.is_nifti(path)):
         patient = name if medical.is_nifti(name) else name.rpartition("/")[0]
         if not patient:
             raise ValueError(
@@ -202,7 +202,7 @@ def find_stack(place: Path) -> list[Slice]:
         if medical.is_nifti(place):
             number = medical.count_slices(place)
             return [Slice(place, f"{place.name}#{index}", None, index) for index in range(number)]
-        names = [path.name for path in place.iterdir() if medical.is_slice(path.name) and not path.name.startswith(".")]
+        names = [path.name for path in place.iterdir() if not path.name.startswith(".") and medical.is_slice(path)]
     except OSError as error:
         raise images.UnreadableImageError(f"The patient cannot be read: {error.strerror}.") from error
     if not names:

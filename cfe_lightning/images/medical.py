@@ -7,6 +7,7 @@ Slices are oriented as in a DICOM viewer: the patient's front is up, the patient
 import contextlib
 import importlib.metadata
 import math
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cfe_lightning import images
-from cfe_lightning.images.reading import UnreadableImageError, unreadable
+from cfe_lightning.images.reading import UnreadableImageError, beginning, unreadable
 
 #: Packages that decide on the values read, with the decoders that pydicom looks for; Pillow is one of them, too.
 _DICOM_READERS = (
@@ -27,8 +28,14 @@ _DICOM_READERS = (
 
 
 def is_dicom(path: Path | str) -> bool:
-    """Tells whether a name has the ending of a DICOM file."""
-    return str(path).lower().endswith(".dcm")
+    """Tells whether a file has the ending of a DICOM file, or the mark that DICOM files have at byte 128."""
+    ends = str(path).lower().endswith((".dcm", ".dicom", ".ima"))
+    return ends or (not _names_another_format(path) and beginning(path)[128:] == b"DICM")
+
+
+def _names_another_format(path: Path | str) -> bool:
+    # Spares opening each picture twice.
+    return is_nifti(path) or os.path.splitext(path)[1].lower() in images.EXTENSIONS
 
 
 def is_nifti(path: Path | str) -> bool:
@@ -37,7 +44,7 @@ def is_nifti(path: Path | str) -> bool:
 
 
 def is_medical(path: Path | str) -> bool:
-    """Tells whether a name has the ending of a DICOM file or a NIfTI volume."""
+    """Tells whether a file is a DICOM file or a NIfTI volume."""
     return is_dicom(path) or is_nifti(path)
 
 
@@ -46,9 +53,9 @@ def reader_versions(path: Path | str) -> str:
     return _versions(*_DICOM_READERS) if is_dicom(path) else _versions("nibabel") if is_nifti(path) else ""
 
 
-def is_slice(name: str) -> bool:
-    """Tells whether a file of this name may hold one slice, as a picture or a DICOM file."""
-    return images.is_picture(name) or is_dicom(name)
+def is_slice(path: Path | str) -> bool:
+    """Tells whether a file may hold one slice, as a picture or a DICOM file."""
+    return images.is_picture(path) or is_dicom(path)
 
 
 @cache

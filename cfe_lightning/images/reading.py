@@ -13,12 +13,21 @@ from torch import Tensor
 
 from cfe_lightning.images.pixels import interpolate
 
-#: Endings of the file names that count as images when a folder is read.
-EXTENSIONS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+#: Endings of pictures. Files with other endings or none are judged by their first bytes.
+EXTENSIONS = frozenset([
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pgm",
+    ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+])  # fmt: skip
 #: Largest number of pixels; larger images are refused before decoding as decompression bombs.
 MAX_PIXELS = 100_000_000
 #: Formats that are opened. Pillow knows more, but hands some (EPS) to other programs, which no file may choose.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+#: First bytes of those formats; ``?`` stands for any byte.
+_BEGINNINGS = (
+    b"????ftypavif", b"????ftypavis", b"GIF8", b"\xff\xd8\xff", b"\xff\x4f\xff\x51",
+    b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\x89PNG\r\n\x1a\n", b"II*\x00", b"MM\x00*",
+    b"II+\x00", b"MM\x00+", b"RIFF????WEBP",
+)  # fmt: skip
 #: Pixels per strip when resizing, so that the floats of one strip fit a core's cache.
 _STRIP_PIXELS = 1 << 18
 _log = logging.getLogger(__name__)
@@ -35,20 +44,47 @@ def unreadable(kind: str, error: Exception) -> UnreadableImageError:
     return UnreadableImageError(f"Not a readable {kind}: {' '.join(reason.split()) or type(error).__name__}")
 
 
-def is_picture(name: str) -> bool:
-    """Tells whether a file name has the ending of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+def is_picture(path: str | Path) -> bool:
+    """Tells whether a file has the ending of a picture, or else begins like one."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS or _begins_like_picture(beginning(path))
+
+
+def beginning(path: str | Path, length: int = 132) -> bytes:
+    """Returns the first bytes of a file; none of what cannot be read or is no regular file."""
+    try:
+        # A pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(length)
+    except (OSError, ValueError):
+        return b""
+
+
+def _begins_like_picture(content: bytes) -> bool:
+    """Tells whether bytes are the beginning of a picture; after two letters alone (BM, P6) more has to fit."""
+    if content.startswith(b"BM"):
+        # The offset of the pixels stands at byte 10.
+        return 26 <= int.from_bytes(content[10:14], "little") < 1 << 16
+    if content[:1] == b"P" and content[1:2] in b"123456":
+        return content[2:3] in (b" ", b"\t", b"\n", b"\r")
+    return any(
+        len(content) >= len(wanted) and all(b in (ord("?"), a) for a, b in zip(content, wanted, strict=False))
+        for wanted in _BEGINNINGS
+    )
 
 
 def find_images(folder: Path, wanted: Callable[[str], bool] = is_picture) -> Iterator[str]:
-    """Walks a folder and yields every file with an image ending, readable or not, listing one directory at a time.
+    """Walks a folder and yields every picture, readable or not, listing one directory at a time.
 
-    Hidden files and folders (one leading dot) are skipped. Only names count: a PNG called ``.jpg`` is listed. Links to
-    files are followed; broken ones are listed and fail when they are read. A linked folder is entered once if it lies
-    outside ``folder``. Links to folders inside or around it are not entered: the files are found anyway, and loops end.
+    A file is a picture by its ending, or by its first bytes where it has another ending or none. A warning at the end
+    says how many files were left out: hidden ones (one leading dot) and those that are no pictures. Links to files are
+    followed; broken ones are listed by their endings and fail when they are read. A linked folder is entered once if it
+    lies outside ``folder``. Links to folders inside or around it are not entered: the files are found anyway, and loops
+    end.
 
     The names are relative to ``folder``, with forward slashes, sorted by their parts. Bytes that are no UTF-8 become
-    surrogates, as in ``os.fsdecode``. ``wanted`` decides by a file's name, without its folder, in place of the endings.
+    surrogates, as in ``os.fsdecode``. ``wanted`` decides by a file's path in place of ``is_picture``.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -64,6 +100,7 @@ def find_images(folder: Path, wanted: Callable[[str], bool] = is_picture) -> Ite
 def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
     root = os.path.realpath(folder)
     entered_links = set[str]()
+    left_out, first_left_out = 0, ""
     # A stack instead of recursion: folders may nest deeper than Python's calls.
     pending = [("", iter(_entries(str(folder))))]
     while pending:
@@ -71,22 +108,34 @@ def _walk(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
         entry = next(entries, None)
         if entry is None:
             pending.pop()
-        elif not _is_folder(entry):
-            if wanted(entry.name) and _may_be_file(entry):
+        elif _is_hidden(entry.name) or not _is_folder(entry):
+            if not _is_hidden(entry.name) and _may_be_file(entry) and wanted(entry.path):
                 yield prefix + entry.name
+            else:
+                left_out, first_left_out = left_out + 1, first_left_out or prefix + entry.name
         elif not entry.is_symlink() or _leads_elsewhere(entry.path, root, entered_links):
             pending.append((f"{prefix}{entry.name}/", iter(_entries(entry.path))))
+    if left_out:
+        _log.warning(
+            "%d entries of %s are left out, because they are hidden or no images, such as %r.",
+            left_out,
+            folder,
+            first_left_out,
+        )
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(directory) as entries:
-            # Hidden names begin with one dot; two belong to ordinary ones.
-            shown = (entry for entry in entries if not entry.name.startswith(".") or entry.name.startswith(".."))
-            return sorted(shown, key=lambda entry: entry.name)
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         _log.warning("The folder %s cannot be listed and is left out: %s", directory, error.strerror)
         return []
+
+
+def _is_hidden(name: str) -> bool:
+    # Two dots begin ordinary names.
+    return name.startswith(".") and not name.startswith("..")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -146,7 +195,9 @@ def read_image(path: Path, channels: int, *, size: int | None = None, max_pixels
         if status.st_size == 0:
             raise UnreadableImageError("The file is empty.")
         Image.init()  # registers the rarer formats; later calls return at once
-        with Image.open(path, formats=_FORMATS) as opened:
+        # A TGA file has no mark by which its content could be told.
+        formats = ("TGA",) if path.suffix.lower() == ".tga" else _FORMATS
+        with Image.open(path, formats=formats) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise UnreadableImageError(f"{width} x {height} pixels are more than the {max_pixels:,} accepted.")

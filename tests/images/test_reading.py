@@ -241,7 +241,9 @@ class TestBrokenFiles:
 
     def test_no_image(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_text("<script>alert(1)</script>")
-        assert self.message(tmp_path / "a.png").startswith("The content is no image in a format read here: BMP, GIF,")
+        assert self.message(tmp_path / "a.png").startswith(
+            "The content is no image in a format read here: AVIF, BMP, DIB, GIF,"
+        )
 
     def test_postscript_never_reaches_an_interpreter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import subprocess
