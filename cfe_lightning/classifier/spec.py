@@ -60,8 +60,11 @@ class ClassifierSpec:
             raise ValueError(f"label {self.label!r} is not one of the class names {names}.")
         if len(names) < 2 and self.label is None:
             raise ValueError(f"class_names needs one name per logit and at least two, got {names}.")
-        if len(set(names)) < len(names):
-            raise ValueError(f"class_names must differ from each other, got {names}.")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"class_names must differ from each other, but repeat {', '.join(map(repr, twice[:5]))}: "
+                "write each in its own way, as in 'crane (bird)' and 'crane (machine)'."
+            )
 
         # Image format.
         if self.image_size < 1:

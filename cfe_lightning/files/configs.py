@@ -1,6 +1,7 @@
 """Reads YAML configs safely: bounds their size and restricts the classes they may name before anything is built."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ _DEEPEST = 50
 _MOST_DIGITS = 300
 #: YAML tags of plain values.
 _PLAIN = re.compile(r"tag:yaml\.org,2002:(str|int|float|bool|null|map|seq|timestamp|merge)")
+#: Keys of a config that hold names of classes.
+_NAMES = ("class_names", "label")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load_value = get_loader("yaml")
 #: Packages trusted by earlier calls of ``classes_of`` in this process.
@@ -95,7 +98,7 @@ def load_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         _check(text)
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(_with_names_as_text(text), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {_ADVICE}.") from error
     except yaml.MarkedYAMLError as error:
@@ -120,7 +123,34 @@ def load_config(path: Path) -> dict[str, Any]:
 
 def _load_checked(text: str) -> Any:
     _check(text)
-    return _in_present_paths(_load_value(text))
+    return _in_present_paths(_load_value(_with_names_as_text(text)))
+
+
+def _with_names_as_text(text: str) -> str:
+    """Quotes class names that YAML would read as numbers or truth values, such as ``no`` and ``1.0``."""
+    if not any(key in text for key in _NAMES):
+        return text
+    # In Python's loader the marks count characters.
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = {node.start_mark.index: node for node in _names_below(root) if not node.tag.endswith(":str")}
+    for start in sorted(found, reverse=True):
+        node = found[start]
+        text = text[:start] + json.dumps(node.value) + text[node.end_mark.index :]
+    return text
+
+
+def _names_below(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """Yields the values of all keys that hold class names; an empty value stays null."""
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _names_below(child)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            values = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if key.value in _NAMES:
+                yield from (one for one in values if isinstance(one, yaml.ScalarNode) and one.tag[-5:] != ":null")
+            else:
+                yield from _names_below(value)
 
 
 def _in_present_paths(value: Any) -> Any:

@@ -92,3 +92,27 @@ def test_a_config_is_refused_in_a_sentence(text: str, sentence: str, tmp_path: P
         load_config(file)
     assert str(caught.value).startswith(str(file))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("[no, yes]", ["no", "yes"]),
+        ("[0, 1]", ["0", "1"]),
+        ("[1.0, 1e3, 2024-01-01]", ["1.0", "1e3", "2024-01-01"]),
+        ("[On, 'off', \"ja\", nein]", ["On", "off", "ja", "nein"]),
+        ("\n    - no   # none\n    - 007\n", ["no", "007"]),
+        ("null", None),
+    ],
+)
+def test_class_names_are_text_as_they_are_written(written: str, expected: list[str] | None, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"größe: é\ndata:\n  class_names: {written}\n  image_size: 010\nnumber: 1\n", encoding="utf-8")
+    content = load_config(config)
+    assert content["data"]["class_names"] == expected
+    assert (content["number"], content["größe"]) == (1, "é")
+
+
+def test_one_class_name_is_text_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a:\n- label: no\n  b: no\n")
+    assert load_config(tmp_path / "config.yaml") == {"a": [{"label": "no", "b": False}]}
