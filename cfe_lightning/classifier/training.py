@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from cfe_lightning.classifier.file import build_network, is_classifier_file
 from cfe_lightning.classifier.frozen import FrozenClassifier, prepare
+from cfe_lightning.classifier.outputs import logits_of
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image, trace_layers
 from cfe_lightning.compute.processes import broadcast_buffers, log_training
@@ -131,7 +132,9 @@ class ClassifierTraining(pl.LightningModule):
         self.network = build_network(spec, trusted=[class_path.partition(".")[0]])
         self.network.eval()
         with torch.no_grad():
-            shape = list(self.network(probe_image(self.network, channels, image_size)).shape)
+            shape = list(
+                logits_of(self.network(probe_image(self.network, channels, image_size)), 2, len(class_names)).shape
+            )
         self.network.train()
         if shape != [2, len(class_names)]:
             raise ValueError(
@@ -153,7 +156,8 @@ class ClassifierTraining(pl.LightningModule):
     def forward(self, image: Tensor) -> Tensor:
         """Returns logits, [B, C, H, W] in [-1, 1] -> [B, K]."""
         assert self.spec is not None, "configure_model has not run"
-        return self.network(prepare(image, self.spec, self.mean, self.std))
+        prepared = prepare(image, self.spec, self.mean, self.std)
+        return logits_of(self.network(prepared), len(prepared), len(self.spec.class_names))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the cross-entropy of one batch."""
