@@ -11,6 +11,7 @@ from cfe_lightning.classifier.frozen import FrozenClassifier
 from cfe_lightning.classifier.outputs import logits_of
 from cfe_lightning.classifier.spec import ClassifierSpec
 from cfe_lightning.classifier.tracing import probe_image
+from cfe_lightning.files.formats import foreign_format
 from cfe_lightning.files.tensors import LargerThanFileError, allocation_limit, load_plain
 from cfe_lightning.files.text import one_line
 from cfe_lightning.files.trust import resolve_class_path
@@ -33,6 +34,8 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
     """
     file = Path(path)
     if not file.is_file():
+        if what := foreign_format(path):
+            raise FileNotFoundError(f"{path} is {what}.")
         raise FileNotFoundError(
             f"There is no classifier file {file}: train one with `python train.py --config classifier_<data>.yaml`, "
             "or take your own network with cfe_lightning.classifier.wrap_classifier."
@@ -42,6 +45,8 @@ def load_classifier(path: str, trusted: list[str] | None = None) -> FrozenClassi
     try:
         spec, weights = _read(file)
     except ValueError as error:
+        if what := foreign_format(file, error):
+            raise ValueError(f"{file} is not a classifier file of cfe_lightning, but {what}.") from error
         raise ValueError(
             f"{file} is not a classifier file of cfe_lightning ({str(error).rstrip('.')}): for a plain state dict use "
             "cfe_lightning.classifier.wrap_classifier or torchvision_classifier."

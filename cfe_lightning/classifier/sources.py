@@ -48,6 +48,7 @@ def torchvision_classifier(
     feature_map: str | None = None,
     label: str | None = None,
     outputs: Outputs = "logits",
+    weights_key: str | None = None,
 ) -> FrozenClassifier:
     """Makes a classifier of any classification network of torchvision; its metadata supply missing arguments.
 
@@ -65,6 +66,8 @@ def torchvision_classifier(
         label: One of ``class_names`` of a multi-label network, explained against its absence.
         outputs: Meaning of the outputs. Of a network that ends in softmax or sigmoid, ``probabilities`` are turned back
             into logits, exactly unless they were rounded to 0 or 1.
+        weights_key: Entry or prefix to take in the file of weights, such as ``state_dict`` beside ``state_dict_ema``;
+            None takes the one that fits, and EMA weights where there are both.
 
     Raises:
         FileNotFoundError: If ``weights`` looks like a file and there is none.
@@ -98,7 +101,7 @@ def torchvision_classifier(
                 "with internet access, or give a file of your own as weights."
             ) from error
     elif file is not None:
-        network, arguments = _build_and_fill(class_path, arguments, file, without=_AUXILIARY.get(name, ()))
+        network, arguments = _build_and_fill(class_path, arguments, file, _AUXILIARY.get(name, ()), weights_key)
     else:
         network = _build(class_path, arguments)
         _log.warning("%s has random weights, because weights were not given.", name)
@@ -123,6 +126,7 @@ def wrap_classifier(
     label: str | None = None,
     bgr: bool = False,
     outputs: Outputs = "logits",
+    weights_key: str | None = None,
 ) -> FrozenClassifier:
     """Makes a classifier of a network of your own, by the import path of its class.
 
@@ -131,8 +135,8 @@ def wrap_classifier(
     Args:
         class_path: Import path of the class, for example ``my_package.networks.MyNet``; the folder that holds
             ``my_package`` must be on PYTHONPATH, unless ``train.py`` lies there too.
-        state_dict_path: File of ``torch.save(network.state_dict(), ...)``. The usual wrappings (``state_dict``,
-            ``model``, ...) and prefixes (``module.``, ``model.``, ``net.``, ...) are removed.
+        state_dict_path: File of ``torch.save(network.state_dict(), ...)`` or of safetensors. Dictionaries around the
+            weights and prefixes before their names are removed.
         class_names: Class names in logit order; two for one output before a sigmoid.
         image_size: Side of the network's square input images in pixels.
         mean: Mean per channel on the [0, 1] scale, as in the network's training.
@@ -144,6 +148,8 @@ def wrap_classifier(
         bgr: The network takes colours as blue, green, red (OpenCV); give mean and std as red, green, blue.
         outputs: Meaning of the outputs. Of a network that ends in softmax or sigmoid, ``probabilities`` are turned back
             into logits, exactly unless they were rounded to 0 or 1.
+        weights_key: Entry or prefix to take in the file of weights, such as ``state_dict`` beside ``state_dict_ema``;
+            None takes the one that fits, and EMA weights where there are both.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -151,7 +157,7 @@ def wrap_classifier(
     """
     arguments = dict(init_args or {})
     network = _build(class_path, arguments)
-    load_weights(network, state_dict_path)
+    load_weights(network, state_dict_path, key=weights_key)
     spec = ClassifierSpec(
         class_path=class_path, init_args=arguments, class_names=tuple(class_names), image_size=image_size,
         mean=tuple(mean), std=tuple(std), head=head, feature_map=feature_map, label=label, bgr=bgr,
@@ -217,19 +223,19 @@ def _build(class_path: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _build_and_fill(
-    class_path: str, arguments: dict[str, Any], file: Path, without: Sequence[str]
+    class_path: str, arguments: dict[str, Any], file: Path, without: Sequence[str], key: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a network with a file's weights, and its arguments; for two classes the file may also have one output."""
     network = _build(class_path, arguments)
     try:
-        load_weights(network, file, without)
+        load_weights(network, file, without, key)
         return network, arguments
     except ValueError:
         if arguments["num_classes"] == 2:
             single = {**arguments, "num_classes": 1}
             network = _build(class_path, single)
             with suppress(ValueError):
-                load_weights(network, file, without)
+                load_weights(network, file, without, key)
                 return network, single
         # The first attempt's message, which speaks of the requested number of classes.
         raise

@@ -100,6 +100,10 @@ class LargerThanFileError(ValueError):
     """The arguments in a file ask for a network far larger than its weights."""
 
 
+class ForeignObjectError(UnpicklingError):
+    """A pickle calls something beyond plain data and tensors; the message is its name."""
+
+
 class _RefusedError(Exception):
     """A file is refused; the message is the reason for the user."""
 
@@ -197,7 +201,7 @@ def _check_names(pickled: BinaryIO) -> None:
             raise _RefusedError("it holds raw bytes")
         if name.startswith("torch._utils."):
             raise _RefusedError(_ODD_TENSOR)
-        raise UnpicklingError(f"{name} is no plain data")
+        raise ForeignObjectError(name)
 
 
 def _tensors(content: Any) -> list[Tensor]:

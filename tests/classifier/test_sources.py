@@ -160,6 +160,27 @@ def test_a_users_class_is_wrapped_and_traced(toy_weights, tmp_path):
     assert torch.equal(load_classifier(str(tmp_path / "file.pt"), trusted=["toy"])(image), classifier(image))
 
 
+def test_a_key_chooses_among_the_weights_in_a_file(toy_weights, tmp_path):
+    network, _ = toy_weights
+    raw, image = network.state_dict(), torch.rand(3, 3, 16, 16) * 2 - 1
+    average = {name: value * 2 if name == "fc.weight" else value for name, value in raw.items()}
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "both.pt")
+    taken = wrap_classifier(**TOY, state_dict_path=str(tmp_path / "both.pt"))
+    chosen = wrap_classifier(**TOY, state_dict_path=str(tmp_path / "both.pt"), weights_key="state_dict")
+    assert torch.equal(taken.network.fc.weight, 2 * chosen.network.fc.weight)
+    assert torch.allclose(chosen(image), network(image), atol=1e-6)
+
+
+def test_a_key_chooses_for_a_network_of_torchvision(tmp_path):
+    student, teacher = (models.shufflenet_v2_x0_5(num_classes=2).state_dict() for _ in range(2))
+    torch.save({"student": student, "teacher": teacher}, path := tmp_path / "both.pt")
+    arguments = {"name": "shufflenet_v2_x0_5", "weights": str(path), "class_names": ["a", "b"], "image_size": 64}
+    with pytest.raises(ValueError, match="holds two sets of weights that fit, 'student' and 'teacher'"):
+        torchvision_classifier(**arguments)
+    classifier = torchvision_classifier(**arguments, weights_key="teacher")
+    assert torch.equal(classifier.network.fc.bias, teacher["fc.bias"])
+
+
 def test_blue_green_red_is_applied_after_mean_and_std(toy_weights):
     _, path = toy_weights
     other = {**TOY, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}

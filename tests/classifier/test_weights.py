@@ -1,4 +1,7 @@
+import logging
+
 import pytest
+import safetensors.torch
 import torch
 from classifiers import spec_of
 from torch import nn
@@ -29,6 +32,16 @@ WRAPPINGS = {
     "compiled": lambda weights: prefixed(weights, "_orig_mod."),
     "lightning": lambda weights: {"state_dict": prefixed(weights, "model.") | {"loss.weight": torch.ones(3)}},
     "three deep": lambda weights: {"state_dict": prefixed(weights, "model.module._orig_mod.")},
+    "backbone": lambda weights: {"state_dict": prefixed(weights, "backbone."), "epoch": 3},
+    "fabric": lambda weights: {"model": prefixed(weights, "_forward_module.")},
+    "nested backbone": lambda weights: prefixed(weights, "model.backbone.") | {"model.neck.weight": torch.ones(3)},
+    "other key": lambda weights: {
+        "net_state": weights,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 1, 1, 1)}}},
+    },
+    "beside tensors": lambda weights: {"mean": torch.ones(3), "trained": dict(weights)},
+    "list": lambda weights: {"models": [dict(weights)]},
+    "saved twice": lambda weights: prefixed(weights, "model.") | prefixed(weights, "network."),
     "old batch norm": lambda weights: {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")},
 }
 
@@ -63,8 +76,9 @@ def test_a_mismatch_names_what_differs_and_changes_nothing(tmp_path):
     content["module.3.weight"] = torch.zeros(5, 8)
     content["module.9.bias"] = content.pop("module.3.bias")
     message = (
-        r"weights.pt do not fit Sequential: 1 missing \(3.bias\); 1 unexpected \(9.bias\); "
-        r"1 of another shape \(3.weight \[5, 8\] instead of \[3, 8\]\)\."
+        r"weights.pt do not fit Sequential: below 'module', 7 of 8 names are there; "
+        r"1 missing \(3.bias\); 1 unexpected \(9.bias\); "
+        r"1 of another shape \(3.weight \[5, 8\] instead of \[3, 8\]\); give the class and"
     )
     with pytest.raises(ValueError, match=message):
         load_weights(network, saved(content, tmp_path))
@@ -73,7 +87,7 @@ def test_a_mismatch_names_what_differs_and_changes_nothing(tmp_path):
 
 def test_a_value_without_a_shape_does_not_fit(tmp_path):
     content = dict(network_of().state_dict()) | {"3.bias": "text"}
-    with pytest.raises(ValueError, match=r"fit Sequential: 1 of another shape \(3.bias None instead of \[3\]\)\."):
+    with pytest.raises(ValueError, match=r"names are there; 1 of another shape \(3.bias None instead of \[3\]\); give"):
         load_weights(network_of(), saved(content, tmp_path))
 
 
@@ -108,3 +122,88 @@ def test_our_own_file_and_a_missing_file_are_told_apart(tmp_path):
         load_weights(network_of(), tmp_path / "ours.pt")
     with pytest.raises(FileNotFoundError, match="There is no file of weights"):
         load_weights(network_of(), tmp_path / "none.pt")
+
+
+def holds(network, seed):
+    return all(torch.equal(value, network_of(seed).state_dict()[name]) for name, value in network.state_dict().items())
+
+
+def test_safetensors_are_known_by_content(tmp_path):
+    network, path = network_of(2), tmp_path / "weights.bin"
+    safetensors.torch.save_file(prefixed(network_of(1).state_dict(), "model."), path)
+    load_weights(network, path)
+    assert holds(network, 1)
+    whole = path.read_bytes()
+    for length in (9, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"weights\.bin is a safetensors file, but truncated or damaged"):
+            load_weights(network_of(), path)
+
+
+def test_the_removed_prefix_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        load_weights(network_of(), saved({"state_dict": prefixed(network_of(1).state_dict(), "backbone.")}, tmp_path))
+    assert "The weights are those below 'state_dict.backbone'" in caplog.text
+
+
+# Raw weights have seed 1, those of EMA seed 2.
+BESIDE = {
+    "timm": lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema},
+    "detr": lambda raw, ema: {"model": prefixed(raw, "module."), "model_ema": {"model": ema}},
+    "dinov2": lambda raw, ema: {"ema": {"module": ema}, "model": raw},
+    "ema first": lambda raw, ema: {"ema_state_dict": ema, "model": raw},
+    "lightning": lambda raw, ema: {"state_dict": prefixed(raw, "model.") | prefixed(ema, "ema_model.module.")},
+    "upper case": lambda raw, ema: {"model": raw, "EMA": ema},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_weights_of_ema_are_preferred_and_a_key_chooses(beside, tmp_path, caplog):
+    path = saved(BESIDE[beside](dict(network_of(1).state_dict()), dict(network_of(2).state_dict())), tmp_path)
+    network = network_of()
+    load_weights(network, path)
+    assert holds(network, 2)
+    assert "holds EMA weights beside others" in caplog.text
+    raw = "state_dict" if beside == "timm" else "model"
+    assert f"weights_key '{'state_dict.model' if beside == 'lightning' else raw}" in caplog.text
+    load_weights(network, path, key=raw)
+    assert holds(network, 1)
+
+
+def test_weights_of_ema_that_do_not_fit_are_said(tmp_path, caplog):
+    raw = network_of(1).state_dict()
+    # As latent diffusion writes them: without the dots.
+    flat = {f"model_ema.{name.replace('.', '')}": value for name, value in raw.items()}
+    network = network_of()
+    load_weights(network, saved({"state_dict": prefixed(raw, "model.") | flat}, tmp_path))
+    assert holds(network, 1)
+    assert "also holds EMA weights (state_dict.model_ema.0weight, ...), which do not fit" in caplog.text
+
+
+def test_a_layer_called_ema_is_no_average(tmp_path, caplog):
+    network = nn.ModuleDict({"ema": network_of(2)})
+    load_weights(network, saved({"state_dict": prefixed(network_of(1).state_dict(), "net.ema.")}, tmp_path))
+    assert holds(network["ema"], 1)
+    assert "EMA" not in caplog.text
+
+
+def test_two_that_fit_are_refused_until_one_is_named(tmp_path):
+    student, teacher = (dict(network_of(seed).state_dict()) for seed in (1, 2))
+    path = saved({"state_dict": prefixed(student, "student.") | prefixed(teacher, "teacher.")}, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"fit, 'state_dict.student' and 'state_dict.teacher': name one .* weights_key"
+    ):
+        load_weights(network_of(), path)
+    network = network_of()
+    for key, seed in (("student", 1), ("teacher.", 2), ("state_dict.student", 1)):
+        load_weights(network, path, key=key)
+        assert holds(network, seed)
+    with pytest.raises(ValueError, match=r"holds no weights below the weights_key 'tutor'; there are .*student"):
+        load_weights(network_of(), path, key="tutor")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.backbone."])
+def test_another_number_of_classes_is_said(prefix, tmp_path):
+    content = network_of().state_dict() | {"3.weight": torch.zeros(5, 8), "3.bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match="number of classes differs, so build the network for 5 outputs instead of 3"):
+        load_weights(network_of(), saved(prefixed(content, prefix), tmp_path))
